@@ -246,8 +246,9 @@ class CLOP(nn.Module):
         return self.concept_head(video_emb * self.config.embed_dim**0.5)
 
     def forward(self, video, tokens, text_mask):
-        """-> video_emb [B, E], text_emb [B, E], both of unit norm."""
-        return self.encode_video(video), self.encode_text(tokens, text_mask)
+        """-> video_emb [B, E], text_emb [B, E], concept logits [B, K] (None without an SKP head): all that the losses need."""
+        video_emb, text_emb = self.encode_video(video), self.encode_text(tokens, text_mask)
+        return video_emb, text_emb, self.predict_concepts(video_emb) if self.concept_head is not None else None
 
 
 def main():
