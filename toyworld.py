@@ -53,16 +53,19 @@ from tqdm import tqdm
 import cli
 from cli import UserError
 
-VERSION = 1  # of the world: a change of any pixel or word that `generate` writes raises it
+VERSION = 2  # of the world: a change of any pixel or word that `generate` writes raises it
 SIDE, FRAMES, FPS = 64, 16, 8
 SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Vocabulary. Words are chosen so that a part-of-speech tagger gets them right: no "orange" (a noun, too), and
-#    intransitive verbs only in the progressive ("a ball spins" reads as two nouns to most taggers).
+# 1. Vocabulary. Words that a part-of-speech tagger gets right: no "orange", "pink" or "purple" (nouns, too), and intransitive
+#    verbs only in the progressive ("a ball spins" reads as two nouns to a tagger that was trained on newspapers).
 
-COLOURS = {"red": (225, 30, 30), "green": (30, 190, 50), "blue": (40, 70, 240), "yellow": (250, 225, 30),
-           "purple": (150, 40, 200), "pink": (255, 140, 200), "white": (250, 250, 250)}
+COLOURS = {  # name: (body, mark), RGB
+    "red": ((225, 30, 30), (90, 10, 10)), "green": ((30, 190, 50), (10, 75, 20)), "blue": ((40, 70, 240), (15, 25, 95)),
+    "yellow": ((250, 225, 30), (100, 90, 10)), "white": ((250, 250, 250), (100, 100, 100)),
+    "black": ((12, 12, 12), (140, 140, 140)),
+}
 SIZES = {"small": 0.115, "big": 0.18}  # radius in frame sides: 15 and 23 of 64 pixels across
 NUMBERS = {2: "two", 3: "three"}
 
@@ -76,11 +79,11 @@ SINGLE = {"spin": ("spinning", "rotating"), "bounce": ("bouncing", "hopping"), "
 RELATION = {"chase": ("chase chases chasing chased", "pursue pursues pursuing pursued"),
             "push": ("push pushes pushing pushed", "shove shoves shoving shoved"),
             "pull": ("pull pulls pulling pulled", "drag drags dragging dragged"),
-            "circle": ("circle circles circling circled", "orbit orbits orbiting orbited"),
+            "orbit": ("orbit orbits orbiting orbited", "circle circles circling circled"),
             "pass": ("pass passes passing passed", "overtake overtakes overtaking overtaken"),
             "hit": ("hit hits hitting hit", "strike strikes striking struck"),
             "eat": ("eat eats eating eaten", "swallow swallows swallowing swallowed"),
-            "lift": ("lift lifts lifting lifted", "raise raises raising raised"),
+            "raise": ("raise raises raising raised", "lift lifts lifting lifted"),
             "drop": ("drop drops dropping dropped", "release releases releasing released")}
 # Verbs that a person might accept for one another: never a distractor of each other.
 NEAR = [{"roll", "spin"}, {"roll", "slide"}, {"slide", "zigzag"}, {"push", "hit"}]
@@ -113,9 +116,9 @@ class Event(NamedTuple):
 Scene = tuple[Event, ...]  # one event, or two of them in a double scene (left, right)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Shapes: polygons in a box of about [-1, 1]², y down. A kind is a list of layers (contours, shade); contours of one
-#    layer are filled even-odd, so that a contour within another is a hole. Shade 1 is the thing's colour, 0.4 a dark mark: it
-#    shows rotation on round things.
+# 2. Shapes: polygons in a box of about [-1, 1]², y down. A kind is a list of layers (contours, is it a mark); contours of one
+#    layer are filled even-odd, so that a contour within another is a hole. Each layer is filled with the thing's colour or with that of its mark,
+#    which shows rotation on round things.
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 20) -> list:
@@ -133,46 +136,50 @@ def _petals(n: int, inner: float, outer: float) -> list:
     return list(zip(radius * np.cos(angle), radius * np.sin(angle)))
 
 
-def _shapes() -> dict[str, list[tuple[list[np.ndarray], float]]]:
+BODY, MARK = 0, 1
+
+
+def _shapes() -> dict[str, list[tuple[list[np.ndarray], int]]]:
     star = [((1.0 if i % 2 == 0 else 0.42) * np.sin(i * np.pi / 5), -(1.0 if i % 2 == 0 else 0.42) * np.cos(i * np.pi / 5))
             for i in range(10)]
     heart = [(x / 16, -y / 16) for x, y in ((16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t)
                                              - np.cos(4 * t)) for t in np.linspace(0, 2 * np.pi, 32))]
     raw = {
-        "ball": [([_arc(0, 0, 1, 1)], 1), ([_arc(0, 0, 1, 1, -35, 35)], 0.4)],
-        "star": [([star], 1)],
-        "heart": [([heart], 1)],
-        "moon": [([_arc(0, 0, 1, 1, 50, 310) + _arc(0.45, 0, 0.8, 0.8, 285, 75)], 1)],
-        "ring": [([_arc(0, 0.2, 0.85, 0.85), _arc(0, 0.2, 0.48, 0.48)], 1), ([_box(-0.35, -1.1, 0.35, -0.5)], 0.4)],
+        "ball": [([_arc(0, 0, 1, 1)], BODY), ([_arc(0, 0, 1, 1, -50, 50)], MARK)],
+        "star": [([star], BODY)],
+        "heart": [([heart], BODY)],
+        "moon": [([_arc(0, 0, 1, 1, 50, 310) + _arc(0.45, 0, 0.8, 0.8, 285, 75)], BODY)],
+        "ring": [([_arc(0, 0.2, 0.85, 0.85), _arc(0, 0.2, 0.48, 0.48)], BODY), ([_box(-0.35, -1.1, 0.35, -0.5)], MARK)],
         "cross": [([[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3),
-                     (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]], 1)],
-        "tree": [([_box(-0.18, 0.5, 0.18, 1)], 0.4),
-                 ([[(0, -1.1), (0.55, -0.3), (0.3, -0.3), (0.85, 0.55), (-0.85, 0.55), (-0.3, -0.3), (-0.55, -0.3)]], 1)],
-        "house": [([[(0, -1), (1, -0.2), (0.75, -0.2), (0.75, 0.9), (-0.75, 0.9), (-0.75, -0.2), (-1, -0.2)]], 1),
-                  ([_box(-0.25, 0.2, 0.25, 0.9)], 0.4)],
-        "fish": [([_arc(0.25, 0, 0.85, 0.58)], 1), ([[(-0.4, 0), (-1.1, -0.65), (-0.9, 0), (-1.1, 0.65)]], 1),
-                 ([_arc(0.7, -0.15, 0.14, 0.14)], 0.4)],
+                     (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]], BODY)],
+        "tree": [([_box(-0.18, 0.5, 0.18, 1)], MARK),
+                 ([[(0, -1.1), (0.55, -0.3), (0.3, -0.3), (0.85, 0.55), (-0.85, 0.55), (-0.3, -0.3), (-0.55, -0.3)]], BODY)],
+        "house": [([[(0, -1), (1, -0.2), (0.75, -0.2), (0.75, 0.9), (-0.75, 0.9), (-0.75, -0.2), (-1, -0.2)]], BODY),
+                  ([_box(-0.25, 0.2, 0.25, 0.9)], MARK)],
+        "fish": [([_arc(0.25, 0, 0.85, 0.58)], BODY), ([[(-0.4, 0), (-1.1, -0.65), (-0.9, 0), (-1.1, 0.65)]], BODY),
+                 ([_arc(0.7, -0.15, 0.14, 0.14)], MARK)],
         "car": [([[(-1.1, 0.45), (-1.1, -0.05), (-0.65, -0.15), (-0.4, -0.65), (0.35, -0.65), (0.65, -0.15), (1.1, -0.0),
-                   (1.1, 0.45)]], 1), ([_arc(-0.6, 0.5, 0.3, 0.3)], 0.4), ([_arc(0.6, 0.5, 0.3, 0.3)], 0.4)],
-        "key": [([_arc(-0.65, 0, 0.55, 0.55), _arc(-0.65, 0, 0.25, 0.25)], 1),
+                   (1.1, 0.45)]], BODY), ([_arc(-0.6, 0.5, 0.3, 0.3)], MARK), ([_arc(0.6, 0.5, 0.3, 0.3)], MARK)],
+        "key": [([_arc(-0.65, 0, 0.55, 0.55), _arc(-0.65, 0, 0.25, 0.25)], BODY),
                 ([[(-0.15, -0.15), (1.2, -0.15), (1.2, 0.6), (0.92, 0.6), (0.92, 0.15), (0.7, 0.15), (0.7, 0.5), (0.45, 0.5),
-                   (0.45, 0.15), (-0.15, 0.15)]], 1)],
-        "cup": [([[(-0.95, -0.8), (0.5, -0.8), (0.35, 0.85), (-0.8, 0.85)]], 1),
-                ([_arc(0.55, -0.15, 0.52, 0.5, -90, 90) + _arc(0.5, -0.15, 0.27, 0.25, 90, -90)], 1),
-                ([_arc(-0.22, -0.8, 0.72, 0.17)], 0.4)],
-        "flower": [([_petals(6, 0.38, 1.0)], 1), ([_arc(0, 0, 0.34, 0.34)], 0.4)],
-        "umbrella": [([_arc(0, 0.1, 1.1, 1.05, 180, 360)], 1), ([_box(-0.09, 0.1, 0.09, 0.85), _box(-0.45, 0.78, 0.09, 0.95)], 0.4)],
-        "boat": [([[(-1.1, 0.4), (1.1, 0.4), (0.7, 0.95), (-0.7, 0.95)]], 1), ([[(0.05, -1.1), (0.95, 0.22), (0.05, 0.22)]], 1),
-                 ([_box(-0.13, -1.1, 0.05, 0.4)], 0.4)],
-        "crown": [([[(-1, 0.75), (-1.1, -0.7), (-0.5, 0.0), (0, -0.95), (0.5, 0.0), (1.1, -0.7), (1, 0.75)]], 1),
-                  ([_box(-0.98, 0.4, 0.98, 0.62)], 0.4)],
+                   (0.45, 0.15), (-0.15, 0.15)]], BODY)],
+        "cup": [([[(-0.95, -0.8), (0.5, -0.8), (0.35, 0.85), (-0.8, 0.85)]], BODY),
+                ([_arc(0.55, -0.15, 0.52, 0.5, -90, 90) + _arc(0.5, -0.15, 0.27, 0.25, 90, -90)], BODY),
+                ([_arc(-0.22, -0.8, 0.72, 0.17)], MARK)],
+        "flower": [([_petals(6, 0.38, 1.0)], BODY), ([_arc(0, 0, 0.34, 0.34)], MARK)],
+        "umbrella": [([_arc(0, 0.1, 1.1, 1.05, 180, 360)], BODY), ([_box(-0.09, 0.1, 0.09, 0.85), _box(-0.45, 0.78, 0.09, 0.95)], MARK)],
+        "boat": [([[(-1.1, 0.4), (1.1, 0.4), (0.7, 0.95), (-0.7, 0.95)]], BODY), ([[(0.05, -1.1), (0.95, 0.22), (0.05, 0.22)]], BODY),
+                 ([_box(-0.13, -1.1, 0.05, 0.4)], MARK)],
+        "crown": [([[(-1, 0.75), (-1.1, -0.7), (-0.5, 0.0), (0, -0.95), (0.5, 0.0), (1.1, -0.7), (1, 0.75)]], BODY),
+                  ([_box(-0.98, 0.4, 0.98, 0.62)], MARK)],
     }
     shapes = {}
     for kind, layers in raw.items():
         points = np.concatenate([np.array(c) for contours, _ in layers for c in contours])
         low, high = points.min(0), points.max(0)
-        scale = 2 / np.sqrt(np.prod(high - low))  # equal area of the bounding box: equal "size" for thin and round things
-        shapes[kind] = [([(np.array(c) - (low + high) / 2) * scale for c in contours], shade) for contours, shade in layers]
+        width, height = high - low  # equal area of the bounding box, so that "big" is the same for long things and round ones
+        scale = min(2 / np.sqrt(width * height), 2.4 / max(width, height))
+        shapes[kind] = [([(np.array(c) - (low + high) / 2) * scale for c in contours], part) for contours, part in layers]
     return shapes
 
 
@@ -197,11 +204,11 @@ def single_track(action: str, x: float, rng: np.random.Generator) -> np.ndarray:
     if action == "spin":  # one turn: 45° between two of 8 sampled frames, not a symmetry of any shape
         return _track(x, y, angle=wave * turn)
     if action == "bounce":
-        return _track(x, 0.75 - 0.5 * np.abs(np.sin(1.5 * wave * turn)))
+        return _track(x, 0.75 - 0.5 * np.abs(np.sin(wave * turn)))
     if action == "grow":
-        return _track(x, y, scale=0.35 + 0.95 * u)
+        return _track(x, y, scale=0.3 + 0.9 * u)
     if action == "shrink":
-        return _track(x, y, scale=1.3 - 0.95 * u)
+        return _track(x, y, scale=1.2 - 0.9 * u)
     if action == "blink":  # three frames on, three off: visible to 8 and to 4 uniformly sampled frames
         return _track(x, y, alpha=(np.arange(FRAMES) + rng.integers(6)) // 3 % 2)
     if action == "shake":
@@ -220,7 +227,7 @@ def single_track(action: str, x: float, rng: np.random.Generator) -> np.ndarray:
     if action == "fade":
         return _track(x, y, alpha=np.clip(1.1 - 1.2 * u, 0, 1))
     assert action == "swing", action
-    angle = 0.75 * np.sin(1.5 * wave * turn + rng.uniform(0, np.pi))  # a pendulum below its pivot
+    angle = 0.85 * np.sin(1.25 * wave * turn + rng.uniform(0, np.pi))  # a pendulum below its pivot
     return _track(x - 0.3 * np.sin(angle), y - 0.25 + 0.3 * np.cos(angle), angle=angle)
 
 
@@ -238,7 +245,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
     if action == "pull":  # a rope between them, drawn by `render`
         x1 = 0.55 + 0.37 * u
         return _track(x1, y), _track(x1 - touch - 0.14, y)
-    if action == "circle":
+    if action == "orbit":
         angle = 2 * np.pi * (rng.uniform() + 1.1 * u)
         radius = min(0.9 * touch + 0.08, 0.47 - r1 / 2)
         return _track(0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle)), _track(0.5, 0.5)
@@ -246,15 +253,15 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
         lane = 0.19 * rng.choice([-1, 1])
         return _track(0.1 + 0.8 * u, 0.5 + lane), _track(0.4 + 0.2 * u, 0.5 - lane)
     if action == "hit":  # one stops dead, the other flies off
-        at, meet = 0.5 - touch, 0.4
+        at, meet = 0.58 - touch, 0.4
         after = np.clip((u - meet) / (1 - meet), 0, 1)
-        return (_track(np.minimum(0.05 + (at - 0.05) * u / meet, at), y),
-                _track(0.5 + 0.45 * after, y - rng.choice([-1, 1]) * 0.3 * after, angle=4 * after))
+        return (_track(np.minimum((at + 0.05) * u / meet - 0.05, at), y),
+                _track(0.58 + 0.38 * after, y - rng.choice([-1, 1]) * 0.3 * after, angle=4 * after))
     if action == "eat":
         x1 = 0.08 + 0.57 * np.minimum(u / 0.8, 1)
         return _track(x1, y), _track(0.65, y, scale=np.clip((0.65 + 0.1 - x1) / (touch + 0.1), 0, 1))
     x = 0.5 + rng.uniform(-0.1, 0.1)
-    if action == "lift":
+    if action == "raise":
         y1 = 0.9 - (0.9 - 0.12 - r2 - touch) * u
         return _track(x, y1), _track(x, np.minimum(y1 - touch, 0.5))
     assert action == "drop", action
@@ -269,8 +276,8 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
 def _places(count: int, radius: float, spread_down: bool) -> np.ndarray:
     """Offsets [count, 2] of the members of a group from its centre."""
     if count == 2:
-        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.15 * radius
-    return np.array([(0, 0)] if count == 1 else [(-1.15, 0.9), (1.15, 0.9), (0, -0.9)]) * radius
+        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.2 * radius
+    return np.array([(0, 0)] if count == 1 else [(-1.2, 1), (1.2, 1), (0, -1)]) * radius
 
 
 def _radius(thing: Thing) -> float:
@@ -285,21 +292,20 @@ def _draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray, mi
     cos, sin = np.cos(angle), np.sin(angle)
     turn = np.array([[cos, sin], [-sin, cos]]) * scale * radius
     target = canvas if alpha >= 1 else canvas.copy()
-    for contours, shade in SHAPES[thing.kind]:
+    for contours, part in SHAPES[thing.kind]:
         points = []
         for contour in contours:
             p = contour @ turn + (x, y)  # [n, 2]
             if mirror:
                 p[:, 0] = 1 - p[:, 0]
             points.append(np.round(p * (SIDE * 16) - 8).astype(np.int32))  # 4 fractional bits; pixel centres at .5
-        cv2.fillPoly(target, points, [int(c * shade) for c in COLOURS[thing.colour]], lineType=cv2.LINE_AA, shift=4)
+        cv2.fillPoly(target, points, COLOURS[thing.colour][part], lineType=cv2.LINE_AA, shift=4)
     if alpha < 1:
         cv2.addWeighted(target, alpha, canvas, 1 - alpha, 0, dst=canvas)
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    grey = rng.uniform(45, 115)
-    return np.clip(grey + rng.uniform(-22, 22, 3), 20, 135)
+    return rng.uniform(75, 130) + rng.uniform(-22, 22, 3)
 
 
 def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
@@ -329,7 +335,7 @@ def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
     grain = cv2.resize(rng.normal(0, 9, (10, 10, 3)).astype(np.float32), (big, big), interpolation=cv2.INTER_CUBIC)
     backdrop = np.clip(ramp + grain, 0, 255).astype(np.uint8)
     blobs = [(rng.uniform(0, SIDE, 2), rng.uniform(-1.5, 1.5, 2), rng.integers(5, 12, 2), rng.uniform(0, 180),
-              np.clip(base + rng.uniform(-28, 28, 3), 0, 160).tolist()) for _ in range(rng.integers(2, 5))]
+              np.clip(base + rng.uniform(-28, 28, 3), 50, 160).tolist()) for _ in range(rng.integers(2, 5))]
     drift, jitter = rng.uniform(-1, 1, 2), rng.uniform(-0.008, 0.008, (FRAMES, 2))
     light = 1 + 0.07 * np.cumsum(rng.normal(0, 0.4, FRAMES)).clip(-1, 1)
     noise = rng.normal(0, rng.uniform(2, 7), (FRAMES, SIDE, SIDE, 1)).astype(np.float32)
@@ -434,7 +440,7 @@ def draw_scene(split: str, rng: np.random.Generator) -> Scene:
     if roll < 0.5:
         action = _pick(rng, list(RELATION))
         kinds = rng.permutation(_pick(rng, allowed[action]))
-        counts = [1, 1] if action == "circle" or rng.random() < 0.75 else [[1, 2], [2, 1]][int(rng.integers(2))]
+        counts = [1, 1] if action == "orbit" or rng.random() < 0.75 else [[1, 2], [2, 1]][int(rng.integers(2))]
         return (Event(action, *(_thing(str(k), c, True, rng) for k, c in zip(kinds, counts))),)
 
     def event(actions, count):
