@@ -53,7 +53,7 @@ from tqdm import tqdm
 import cli
 from cli import UserError
 
-VERSION = 2  # of the world: a change of any pixel or word that `generate` writes raises it
+VERSION = 3  # of the world: a change of any pixel or word that `generate` writes raises it
 SIDE, FRAMES, FPS = 64, 16, 8
 SPLITS = ("train", "val", "test")
 
@@ -63,8 +63,8 @@ SPLITS = ("train", "val", "test")
 
 COLOURS = {  # name: (body, mark), RGB
     "red": ((225, 30, 30), (90, 10, 10)), "green": ((30, 190, 50), (10, 75, 20)), "blue": ((40, 70, 240), (15, 25, 95)),
-    "yellow": ((250, 225, 30), (100, 90, 10)), "white": ((250, 250, 250), (100, 100, 100)),
-    "black": ((12, 12, 12), (140, 140, 140)),
+    "yellow": ((250, 225, 30), (100, 90, 10)), "white": ((250, 250, 250), (40, 40, 45)),
+    "black": ((12, 12, 12), (200, 200, 200)),
 }
 SIZES = {"small": 0.115, "big": 0.18}  # radius in frame sides: 15 and 23 of 64 pixels across
 NUMBERS = {2: "two", 3: "three"}
@@ -477,25 +477,24 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
 
 
 def _edits(scene: Scene, sort: str, rng: np.random.Generator) -> Iterator[Scene]:
-    """Scenes that differ from `scene` in one noun, one verb, or its direction, and are false where it is true; endless but for direction."""
+    """Scenes that differ from `scene` in one noun, one verb, or its direction, and are false where it is true.
+
+    All edit the same place, so that the options of a noun or verb question, read without the video, say nothing about the answer.
+    """
+    i = int(rng.integers(len(scene)))
+    event = scene[i]
     if sort == "direction":
-        (event,) = scene
-        yield (event._replace(subject=event.object, object=event.subject),)
-        return
-    actions = {event.action for event in scene}
-    kinds = {thing.kind for event in scene for thing in event[1:] if thing}
-    while True:
-        i = int(rng.integers(len(scene)))
-        event = scene[i]
-        if sort == "verb":
-            verbs = HALF_SCENE if len(scene) == 2 else list(RELATION if event.object else SINGLE)
-            edit = event._replace(action=_pick(rng, [v for v in verbs if v not in actions
-                                                     and not any({v, a} in NEAR for a in actions)]))
-        else:
-            role = _pick(rng, ["subject", "object"] if event.object else ["subject"])
-            kind = _pick(rng, [k for k in KINDS if k not in kinds])
-            edit = event._replace(**{role: getattr(event, role)._replace(kind=kind)})
-        yield scene[:i] + (edit,) + scene[i + 1:]
+        edits = [event._replace(subject=event.object, object=event.subject)]
+    elif sort == "verb":
+        verbs = HALF_SCENE if len(scene) == 2 else RELATION if event.object else SINGLE
+        actions = {e.action for e in scene}
+        edits = [event._replace(action=v) for v in verbs if not any(v == a or {v, a} in NEAR for a in actions)]
+    else:
+        role = _pick(rng, ["subject", "object"] if event.object else ["subject"])
+        kinds = {thing.kind for e in scene for thing in (e.subject, e.object) if thing}
+        edits = [event._replace(**{role: getattr(event, role)._replace(kind=k)}) for k in KINDS if k not in kinds]
+    for j in rng.permutation(len(edits)):
+        yield scene[:i] + (edits[j],) + scene[i + 1:]
 
 
 def question(scene: Scene, rng: np.random.Generator) -> dict:
