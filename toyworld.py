@@ -53,7 +53,7 @@ from tqdm import tqdm
 import cli
 from cli import UserError
 
-VERSION = 3  # of the world: a change of any pixel or word that `generate` writes raises it
+VERSION = 4  # of the world: a change of any pixel or word that `generate` writes raises it
 SIDE, FRAMES, FPS = 64, 16, 8
 SPLITS = ("train", "val", "test")
 
@@ -276,7 +276,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
 def _places(count: int, radius: float, spread_down: bool) -> np.ndarray:
     """Offsets [count, 2] of the members of a group from its centre."""
     if count == 2:
-        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.2 * radius
+        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.35 * radius
     return np.array([(0, 0)] if count == 1 else [(-1.2, 1), (1.2, 1), (0, -1)]) * radius
 
 
