@@ -13,12 +13,16 @@ Every script declares its options once, as a dataclass whose trailing comments a
 `int`, `float`, `str`, `bool`, `X | None` and `Literal[...]` (choices) are all that is needed. The alternative, one argparse
 call per option, says everything twice and lets the help drift away from the default.
 
+`run` also tells the C library to keep freed memory: a training step frees and asks again for the same megabytes some hundred
+times, and giving them back to the kernel each time made a toy step several times slower (page faults; LOG.md).
+
 A mistake of the person at the keyboard (path, flag, broken file) is raised as `UserError` with one line that holds the
 value, what is wrong and the remedy; `run` prints it to stderr and exits with status 2. A mistake of the programmer is an
 `assert`, and keeps its traceback.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -80,12 +84,21 @@ def parse_config(config_class, argv: list[str] | None = None, positional: str | 
 
 def run(main) -> None:
     """Call `main()`; a UserError ends the process with its one line and status 2, Ctrl-C with status 130."""
+    _keep_freed_memory()
     try:
         main()
     except UserError as error:
         sys.exit(_print_error(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_print_error("interrupted", 130))
+
+
+def _keep_freed_memory() -> None:
+    """glibc only: serve large blocks from the heap (no mmap), never trim it, grow it by 64 MiB. See mallopt(3)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+            libc.mallopt(parameter, value)
 
 
 def _print_error(line: str, status: int) -> int:

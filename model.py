@@ -1,0 +1,265 @@
+"""Two towers that meet in one space: a space-time ViT for the video, a causal transformer for the caption.
+
+    video  [B, T, C, H, W] ── VideoEncoder ──> video_emb [B, E] ─┐  unit vectors: their dot product is the cosine
+    tokens [B, L]          ── TextEncoder  ──> text_emb  [B, E] ─┘  and exp(logit_scale) its sharpness
+
+Where does time enter a ViT? Attention over all T·P patches of a video at once would cost (T·P)². Each block here divides it
+(TimeSformer, arXiv 2102.05095): first every patch looks along time at *its own place* in the other frames, then, frame by
+frame, every patch looks at the other patches of its frame. The products that dominate grow linearly with T, and any T works.
+
+    x ── + time_attn(x)  T tokens, for each of the P + 1 places     <- output projection starts at zero
+      ── + attn(x)       P + 1 tokens, for each frame               <- CLIP's own block from here on
+      ── + mlp(x)
+
+Because the temporal projection and the time embedding start at zero, a fresh model *is* the image ViT applied to each frame,
+and the video embedding is the mean over frames of its class tokens: pretrained image weights stay intact at initialisation
+(the idea of Frozen in Time, arXiv 2104.00650). The towers are CLIP's to the letter (arXiv 2103.00020: pre-norm, class
+token, learned positions, text pooled at the end-of-text token), so that CLIP's weights fit; `quick_gelu` is its activation.
+
+Small models trained from scratch on a CPU use two liberties that CLIP does not: `frames_per_patch` = 2 makes a patch a
+little cuboid of two frames (a *tubelet*, ViViT, arXiv 2103.15691), which halves the tokens and lets the very first layer see motion; and the
+exact GELU, which PyTorch fuses on a CPU.
+
+Simplified: no dropout (contrastive batches regularise, and ranks stay reproducible), no relative positions.
+
+    python model.py          # the presets, their sizes, and a forward pass
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch.utils.checkpoint import checkpoint
+
+from cli import run
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp: logits beyond 100 only make the softmax overflow
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of both towers. The default is CLIP ViT-B/16."""
+
+    image_size: int = 224        # H = W of a frame, pixels
+    patch_size: int = 16         # pixels
+    frames_per_patch: int = 1    # frames that one patch covers (2 = tubelets)
+    num_frames: int = 8          # T that the time embedding is sized for; any other T is interpolated
+    video_width: int = 768
+    video_layers: int = 12
+    video_heads: int = 12
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int = 8
+    text_length: int = 77        # L at most, both special tokens included
+    vocab_size: int = 49408
+    embed_dim: int = 512         # E
+    num_concepts: int = 0        # K of the SKP head; 0 = no head
+    quick_gelu: bool = False     # x·sigmoid(1.702 x), as OpenAI's weights were trained with
+
+
+PRESETS = {
+    "toy": dict(image_size=32, patch_size=8, frames_per_patch=2, video_width=128, video_layers=4, video_heads=4,
+                text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=128),
+    "small": dict(image_size=112, patch_size=16, video_width=384, video_layers=8, video_heads=6,
+                  text_width=256, text_layers=6, text_heads=4, text_length=48, vocab_size=8192, embed_dim=256),
+    "base": dict(),  # ViT-B/16 and CLIP's 12-layer text transformer, 224 px
+}
+
+
+def build_config(preset: str, **overrides) -> ModelConfig:
+    """The sizes of `preset` ("toy", "small", "base"), with single fields replaced."""
+    assert preset in PRESETS, f"no preset {preset!r}; there are {sorted(PRESETS)}"
+    return ModelConfig(**PRESETS[preset] | overrides)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the last but one axis: [N, S, D] -> [N, S, D]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, causal: bool = False):
+        q, k, v = rearrange(self.qkv(x), "n s (qkv h d) -> qkv n h s d", qkv=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out(rearrange(x, "n h s d -> n s (h d)"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, CLIP's: attention, then an MLP four times as wide."""
+
+    def __init__(self, width: int, heads: int, quick_gelu: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU() if quick_gelu else nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, causal: bool = False):
+        x = x + self.attn(self.norm1(x), causal)
+        return x + self.mlp(self.norm2(x))
+
+
+class SpaceTimeBlock(Block):
+    """Attention along time at each place, then the image block in each frame: [B, T, S, D] -> [B, T, S, D]."""
+
+    def __init__(self, width: int, heads: int, quick_gelu: bool):
+        super().__init__(width, heads, quick_gelu)
+        self.time_norm = nn.LayerNorm(width)
+        self.time_attn = Attention(width, heads)
+
+    def forward(self, x):
+        B, T = x.shape[:2]
+        along_time = self.time_attn(rearrange(self.time_norm(x), "b t s d -> (b s) t d"))
+        x = x + rearrange(along_time, "(b s) t d -> b t s d", b=B)
+        x = super().forward(rearrange(x, "b t s d -> (b t) s d"))
+        return rearrange(x, "(b t) s d -> b t s d", t=T)
+
+
+class VideoEncoder(nn.Module):
+    """video [B, T, C, H, W], normalised -> [B, E], not yet of unit length. Any T ≥ 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.patch_size, self.frames_per_patch = config.patch_size, config.frames_per_patch
+        width, places = config.video_width, (config.image_size // config.patch_size) ** 2 + 1
+        self.patch_embed = nn.Linear(3 * self.frames_per_patch * self.patch_size**2, width, bias=False)
+        self.class_embed = nn.Parameter(torch.empty(width))
+        self.place_embed = nn.Parameter(torch.empty(places, width))
+        self.time_embed = nn.Parameter(torch.zeros(math.ceil(config.num_frames / self.frames_per_patch), width))
+        self.norm_in = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(SpaceTimeBlock(width, config.video_heads, config.quick_gelu) for _ in range(config.video_layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.project = nn.Linear(width, config.embed_dim, bias=False)
+        self.checkpointing = False
+
+    def patches(self, video):
+        """[B, T, C, H, W] -> [B, T', P, f·C·p·p]: cut into patches of p×p pixels and f frames (the last frame repeats to fill)."""
+        short = -video.shape[1] % self.frames_per_patch
+        if short:
+            video = torch.cat([video, video[:, -1:].expand(-1, short, -1, -1, -1)], dim=1)
+        return rearrange(video, "b (t f) c (h p1) (w p2) -> b t (h w) (f c p1 p2)",
+                         f=self.frames_per_patch, p1=self.patch_size, p2=self.patch_size)
+
+    def forward(self, video):
+        x = self.patch_embed(self.patches(video))                               # [B, T', P, D]
+        B, T = x.shape[:2]
+        x = torch.cat([repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T), x], dim=2) + self.place_embed
+        x = self.norm_in(x) + self.time_embedding(T)[:, None]                   # [B, T', P + 1, D]
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return self.project(self.norm_out(x[:, :, 0]).mean(dim=1))              # class tokens, mean over time: [B, E]
+
+    def time_embedding(self, T: int):
+        """[T, D]: the learned table, stretched or shrunk linearly to T steps."""
+        if T == len(self.time_embed):
+            return self.time_embed
+        return F.interpolate(self.time_embed.T[None], size=T, mode="linear", align_corners=False)[0].T
+
+
+class TextEncoder(nn.Module):
+    """tokens [B, L], text_mask [B, L] (1 = real token) -> [B, E], not yet of unit length."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.text_width
+        self.token_embed = nn.Embedding(config.vocab_size, width)
+        self.position_embed = nn.Parameter(torch.empty(config.text_length, width))
+        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.quick_gelu) for _ in range(config.text_layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.project = nn.Linear(width, config.embed_dim, bias=False)
+        self.checkpointing = False
+
+    def forward(self, tokens, text_mask):
+        B, L = tokens.shape
+        assert L <= len(self.position_embed), f"{L} tokens, but the model holds {len(self.position_embed)}"
+        x = self.token_embed(tokens) + self.position_embed[:L]                  # [B, L, D]
+        for block in self.blocks:
+            x = checkpoint(block, x, True, use_reentrant=False) if self.checkpointing and self.training else block(x, causal=True)
+        last = text_mask.sum(dim=1).long() - 1                                  # the end-of-text token has seen the whole caption
+        return self.project(self.norm_out(x[torch.arange(B, device=x.device), last]))
+
+
+class CLOP(nn.Module):
+    """Both towers, the learned `logit_scale`, and the SKP head that reads concepts off the video embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.video = VideoEncoder(config)
+        self.text = TextEncoder(config)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # Paper: SKP "pulls together the latent representations of similar videos". We predict from the very vector that retrieval
+        # compares, not from a layer before it, so that the pull acts where it is wanted.
+        self.concept_head = nn.Linear(config.embed_dim, config.num_concepts) if config.num_concepts else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """CLIP's initialisation: residual branches shrink with depth; the time path starts at zero."""
+        for tower, width, layers in ((self.video, self.config.video_width, self.config.video_layers),
+                                     (self.text, self.config.text_width, self.config.text_layers)):
+            for block in tower.blocks:
+                for attn in (block.attn, getattr(block, "time_attn", block.attn)):
+                    nn.init.normal_(attn.qkv.weight, std=width**-0.5)
+                    nn.init.normal_(attn.out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+                    nn.init.zeros_(attn.qkv.bias)
+                    nn.init.zeros_(attn.out.bias)
+                nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp[2].weight, std=width**-0.5 * (2 * layers) ** -0.5)
+                nn.init.zeros_(block.mlp[0].bias)
+                nn.init.zeros_(block.mlp[2].bias)
+                if isinstance(block, SpaceTimeBlock):
+                    nn.init.zeros_(block.time_attn.out.weight)
+            nn.init.normal_(tower.project.weight, std=width**-0.5)
+        video, text = self.video, self.text
+        nn.init.normal_(video.patch_embed.weight, std=0.02)
+        nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
+        nn.init.normal_(video.place_embed, std=self.config.video_width**-0.5)
+        nn.init.normal_(text.token_embed.weight, std=0.02)
+        nn.init.normal_(text.position_embed, std=0.01)
+
+    def use_checkpointing(self, on: bool = True):
+        """Recompute activations in the backward pass: about a third more time, memory of one block instead of all."""
+        self.video.checkpointing = self.text.checkpointing = on
+
+    def encode_video(self, video):
+        """[B, T, C, H, W] float, normalised -> video_emb [B, E] fp32, unit norm."""
+        return F.normalize(self.video(video).float(), dim=-1)
+
+    def encode_text(self, tokens, text_mask):
+        """[B, L] int64, [B, L] bool -> text_emb [B, E] fp32, unit norm."""
+        return F.normalize(self.text(tokens, text_mask).float(), dim=-1)
+
+    def predict_concepts(self, video_emb):
+        """SKP: unit vectors [B, E] -> concept logits [B, K]. The factor √E gives the coordinates unit variance, as a linear layer expects."""
+        assert self.concept_head is not None, "the model was built with num_concepts=0: it has no SKP head"
+        return self.concept_head(video_emb * self.config.embed_dim**0.5)
+
+    def forward(self, video, tokens, text_mask):
+        """-> video_emb [B, E], text_emb [B, E], concept logits [B, K] (None without an SKP head): all that the losses need."""
+        video_emb, text_emb = self.encode_video(video), self.encode_text(tokens, text_mask)
+        return video_emb, text_emb, self.predict_concepts(video_emb) if self.concept_head is not None else None
+
+
+def main():
+    for preset in PRESETS:
+        model = CLOP(build_config(preset, num_concepts=1000))
+        millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+        print(f"{preset:6s}", " ".join(f"{name} {m:.1f} M" for name, m in millions.items()))
+    model = CLOP(build_config("toy"))
+    for T in (1, 3, 8):
+        print(f"T = {T}: video_emb", tuple(model.encode_video(torch.randn(2, T, 3, 32, 32)).shape))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,337 @@
+"""Train CLOP: one loop, top to bottom, on a laptop or on many GPUs.
+
+    python train.py                                        # embedded toy world, no data and no GPU needed: minutes on two cores
+    python train.py --dataset csv --data train.csv --val-data val.csv --preset small --out runs/mine
+    python train.py --gpus 8 …                             # eight processes, one a GPU (torchrun train.py … works as well)
+
+1. data         captions → knowledge → concept vocabulary, tokenizer; videos → frame cache (decoded once)
+2. model        preset, optimizer; a run that was interrupted goes on from the newest checkpoint in --out
+3. loop         batch → embeddings → loss → step, a line every --log-every steps, validation and checkpoint every --eval-every
+4. the end      curves.png; for the toy world also the test gallery, metrics.json and report.html
+
+Everything that is drawn at random (batch order, frames) is a pure function of (seed, epoch, sample): a resumed run sees what it would
+have seen. The same command starts and resumes; a folder that holds a run with other settings is refused, never overwritten.
+
+Output in --out: log.jsonl (first line: settings, versions, commit, hardware; then a line a logged step), step-*.safetensors, curves.png.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import toyworld
+from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cli import UserError, parse_config, run
+from data import KnowledgeBatchSampler, PairDataset, load_split, prefetch, prepare_video
+from eval import EvalConfig, evaluate, evaluate_retrieval
+from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids
+from losses import LossConfig, clop_loss
+from model import CLOP, PRESETS, build_config
+from tokenizer import Tokenizer
+
+
+@dataclass
+class TrainConfig:
+    """Train CLOP on videos with captions. Without any flag: the embedded toy world, on whatever this machine has."""
+
+    dataset: Literal["toy", "csv"] = "toy"   # toy: rendered by toyworld.py; csv: your own (--data)
+    data: str | None = None                  # csv or jsonl with columns video, caption
+    val_data: str | None = None              # the same for validation; without it there is none
+    out: str = "runs/toy"                    # log, checkpoints, plots
+    cache: str = "cache"                     # decoded frames, extracted knowledge, toy world
+    preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
+    seed: int = 0                            # of weights, batch order, frames, toy world
+    # optimisation
+    steps: int = 900                         # optimizer steps
+    batch_size: int = 128                    # pairs in the global batch, over all processes
+    accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
+    lr: float = 1e-3                         # peak learning rate
+    warmup: int = 60                         # steps of linear warm-up; then cosine to zero
+    weight_decay: float = 0.1                # of matrices only
+    grad_clip: float = 1.0                   # largest gradient norm
+    num_frames: int = 8                      # T, frames of a video that the model sees
+    # CLOP
+    skp_weight: float = 0.3                  # SKP: weight of the concept prediction
+    beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
+    hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
+    hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
+    guided_share: float = 0.5                # KCL: share of a batch that is sampled by knowledge
+    guided_from: float = 0.3                 # … after this share of the steps (from the start it slows early learning, LOG.md)
+    mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
+    # machine
+    gpus: int = 0                            # start this many processes, one a GPU; 0 = this process alone
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    compile: bool = False                    # torch.compile the model
+    checkpointing: bool = False              # recompute activations in the backward pass
+    workers: int = 2                         # processes that decode and tag before training
+    # rhythm
+    log_every: int = 20                      # steps
+    eval_every: int = 300                    # steps between validations, each with a checkpoint
+    max_broken: float = 0.05                 # share of unreadable videos that stops the run
+    test: bool = True                        # toy: at the end, evaluate on the test gallery
+
+
+def main():
+    config = parse_config(TrainConfig)
+    if config.gpus and "LOCAL_RANK" not in os.environ:
+        launch(config.gpus)
+    train(config)
+
+
+def launch(processes: int):
+    """Replace this process by `processes` copies of the command, started by torch.distributed.run."""
+    if processes > torch.cuda.device_count():
+        raise UserError(f"--gpus {processes}: this machine has {torch.cuda.device_count()} GPU(s); lower it, or leave it out for a CPU")
+    arguments = ["--standalone", f"--nproc-per-node={processes}", *sys.argv]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments])
+
+
+def train(config: TrainConfig):
+    rank, world_size, device = set_up_process()
+    main_process, out = rank == 0, Path(config.out)
+    say = print if main_process else (lambda *args, **kwargs: None)
+    bf16 = device.type == "cuda" if config.precision == "auto" else config.precision == "bf16"
+    if config.batch_size % world_size:
+        raise UserError(f"--batch-size {config.batch_size}: not divisible by {world_size} processes; choose a multiple")
+
+    # ---- 1. data: captions -> knowledge and tokens, videos -> frames ------------------------------------------------------
+    started = time.perf_counter()
+    train_split, val_split = load_data(config)
+    sizes = build_config(config.preset, num_frames=config.num_frames)
+    frames = dict(size=sizes.image_size, num_frames=2 * config.num_frames, folder=Path(config.cache) / "frames", workers=config.workers,
+                  max_broken=config.max_broken)
+    resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
+    knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge")
+    if resumed:
+        check_same_run(resumed, config, out)
+        tokenizer, vocab = resumed.tokenizer, resumed.concept_vocab
+    else:
+        tokenizer = Tokenizer.train(train_split.captions, sizes.vocab_size)
+        vocab = ConceptVocab.build(knowledge)
+    say(f"data: {len(train_split.captions)} captions of {len(train_split.video_paths)} videos; {len(vocab)} concepts, {tokenizer.vocab_size} tokens")
+    dataset = PairDataset(train_split, tokenizer, vocab, knowledge, length=sizes.text_length, **frames)
+    validation = val_split and PairDataset(val_split, tokenizer, vocab, None, length=sizes.text_length, **frames)
+    sampler = KnowledgeBatchSampler(dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
+                                    seed=config.seed, rank=rank, world_size=world_size)
+    idf = torch.from_numpy(vocab.idf).to(device)
+    say(f"data ready in {time.perf_counter() - started:.0f} s")
+
+    # ---- 2. model and optimizer --------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    model = CLOP(build_config(config.preset, num_frames=config.num_frames, vocab_size=tokenizer.vocab_size,
+                              num_concepts=len(vocab) if config.skp_weight else 0)).to(device)
+    model.use_checkpointing(config.checkpointing)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # biases, norms, logit_scale: decay would only pull them off their scale
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
+                                  betas=(0.9, 0.98), eps=1e-6, fused=True)
+    step = 0
+    if resumed:
+        step = resumed.step
+        model.load_state_dict(resumed.model.state_dict())
+        restore_optimizer(optimizer, model, resumed.training)
+        say(f"{resumed.path}: goes on from step {step} of {config.steps}")
+    towers = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    towers = torch.compile(towers) if config.compile else towers
+    losses = LossConfig(skp_weight=config.skp_weight, beta=config.beta, hard_k=config.hard_k, hard_weight=config.hard_weight,
+                        mask_false_negatives=config.mask_false_negatives)
+
+    # ---- 3. the loop --------------------------------------------------------------------------------------------------------
+    log = Log(out / "log.jsonl") if main_process else None
+    if main_process:
+        log.write(run_facts(config, model, world_size, device) | (dict(resumed_at=step) if step else {}))
+    saved = resumed.path if resumed else None
+    batches = prefetch(endless_batches(dataset, sampler, config, start=step * config.accumulate))
+    data_time, logged_step, clock = 0.0, step, time.perf_counter()
+    while step < config.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        sums: dict[str, float] = {}
+        for micro in range(config.accumulate):
+            waited = time.perf_counter()
+            batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+            data_time += time.perf_counter() - waited
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                video_emb, text_emb, concept_logits = towers(prepare_video(batch["video"]), batch["tokens"], batch["text_mask"])
+            loss, parts = clop_loss(
+                video_emb, text_emb, model.logit_scale, losses, concept_logits=concept_logits, concepts=batch["concepts"],
+                knowledge=concept_vectors(batch["concepts"], idf) if config.beta else None,
+                signature=torch.stack([batch["video_id"], batch["meaning_id"]], dim=1))
+            (loss / config.accumulate).backward()
+            for name, value in {"loss": loss, **parts}.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        if not math.isfinite(sums["loss"] + grad_norm):
+            raise UserError(f"step {step + 1}: loss {sums['loss']} with gradient norm {grad_norm} is not finite; the last good checkpoint is "
+                            f"{saved or 'none, this run saved none yet'}; lower --lr or raise --warmup")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        if main_process and (step % config.log_every == 0 or step == config.steps):
+            seconds = (time.perf_counter() - clock) / (step - logged_step)
+            log.step(step, config, sums, scale=model.logit_scale.exp().item(), grad_norm=grad_norm, lr=learning_rate(step - 1, config),
+                     step_s=seconds, data_s=data_time / (step - logged_step))
+            data_time, logged_step, clock = 0.0, step, time.perf_counter()
+        if step % config.eval_every == 0 or step == config.steps:
+            paused = time.perf_counter()
+            if main_process:
+                if validation:
+                    log.validation(step, evaluate_retrieval(model, validation, device))
+                saved = out / f"step-{step:06d}.safetensors"
+                save_checkpoint(saved, model, tokenizer, vocab, config=asdict(config), step=step, training=optimizer_tensors(optimizer, model))
+                for old in list_checkpoints(out)[:-2]:
+                    old.unlink()
+            clock += time.perf_counter() - paused
+
+    # ---- 4. the end ---------------------------------------------------------------------------------------------------------
+    if main_process:
+        plot_curves(out / "log.jsonl", out / "curves.png")
+        say(f"{saved}, {out / 'log.jsonl'}, {out / 'curves.png'}")
+        if dataset.broken:
+            say(f"{len(dataset.broken)} unreadable videos were left out:", *(f"  {reason}" for reason in dataset.broken.values()), sep="\n")
+        if config.dataset == "toy" and config.test:
+            evaluate(EvalConfig(checkpoint=str(saved), task="toy", out=str(out), cache=config.cache))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_up_process() -> tuple[int, int, torch.device]:
+    """(rank, world_size, device); joins the process group if torchrun started us."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def load_data(config: TrainConfig):
+    """(training split, validation split or None)."""
+    if config.dataset == "toy":
+        folder = toyworld.generate(Path(config.cache) / "toy", seed=config.seed, workers=config.workers)
+        return load_split("toy", folder, "train"), load_split("toy", folder, "val")
+    if not config.data:
+        raise UserError("--dataset csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
+    return load_split("csv", config.data), config.val_data and load_split("csv", config.val_data)
+
+
+def check_same_run(resumed, config: TrainConfig, out: Path):
+    """A folder holds one run: raise UserError if its checkpoint was made with settings that change the result."""
+    free = {"out", "cache", "gpus", "workers", "log_every", "eval_every", "checkpointing", "compile", "max_broken", "test"}
+    changed = [f"--{name.replace('_', '-')} {old} → {getattr(config, name)}" for name, old in resumed.config.items()
+               if name not in free and getattr(config, name) != old]
+    if changed:
+        raise UserError(f"{out}: holds a run with other settings ({', '.join(changed)}); choose another --out, or delete the folder")
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def endless_batches(dataset, sampler, config: TrainConfig, start: int):
+    """Batches number `start`, `start` + 1, … of the run, epoch after epoch. Pure in (seed, number): resuming skips, and replays nothing."""
+    per_epoch = sampler.batches_per_epoch
+    for epoch in range(start // per_epoch, 2**31):
+        guided = epoch * per_epoch >= config.guided_from * config.steps * config.accumulate
+        for indices in sampler.batches(epoch, start=start % per_epoch, guided_share=config.guided_share if guided else 0.0):
+            yield dataset.batch(indices, epoch=epoch)
+        start = 0
+
+
+def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:
+    """{"<moment>.<parameter>": tensor}: AdamW's state under the parameters' names, so that order does not matter."""
+    return {f"{moment}.{name}": value for name, p in model.named_parameters() for moment, value in optimizer.state[p].items()}
+
+
+def restore_optimizer(optimizer, model, tensors):
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {moment: tensors[f"{moment}.{name}"].to(p.device if moment != "step" else "cpu")
+                              for moment in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def run_facts(config: TrainConfig, model, world_size: int, device) -> dict:
+    """First line of the log: all that one needs to compare two runs."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}"
+    return dict(config=asdict(config), commit=commit or "not a git checkout", python=platform.python_version(), torch=torch.__version__,
+                hardware=f"{hardware} × {world_size} processes, {torch.get_num_threads()} threads each", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                parameters=sum(p.numel() for p in model.parameters()))
+
+
+class Log:
+    """log.jsonl: one JSON object a line, and the same for people on stdout."""
+
+    def __init__(self, path: Path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot write there ({error.strerror}); choose another --out") from error
+
+    def write(self, entry: dict):
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def step(self, step, config: TrainConfig, sums, *, scale, grad_norm, lr, step_s, data_s):
+        pairs_per_s = config.batch_size * config.accumulate / step_s
+        self.write(dict(step=step, **sums, logit_scale=scale, grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_per_s, step_s=step_s, data_s=data_s))
+        parts = " ".join(f"{name} {value:.3f}" for name, value in sums.items())
+        left = (config.steps - step) * step_s
+        print(f"step {step}/{config.steps}  {parts}  scale {scale:.1f}  grad {grad_norm:.2f}  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s  "
+              f"step {1000 * step_s:.0f} ms (data {1000 * data_s:.0f})  {left / 60:.1f} min left", flush=True)
+
+    def validation(self, step: int, metrics: dict):
+        self.write(dict(step=step, validation=metrics))
+        print(f"step {step}  validation: " + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()), flush=True)
+
+
+def plot_curves(log_path: Path, picture: Path):
+    """Loss parts, logit scale, speed and validation recall over steps -> a PNG."""
+    import matplotlib  # here, not above: it takes a second to import, and only the end of a run draws
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in open(log_path, encoding="utf-8")]
+    steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "validation" in x]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+
+    def draw(axis, title, entries, names, value):
+        for name in names:
+            points = [(x["step"], value(x)[name]) for x in entries if name in value(x)]
+            if points:
+                axis.plot(*zip(*points), label=name, linewidth=1.2)
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+
+    draw(axes[0, 0], "loss and its parts", steps, ("loss", "nce", "hard", "skp"), lambda x: x)
+    draw(axes[0, 1], "validation recall, %", checks, ("t2v_R@1", "t2v_R@5", "v2t_R@1"), lambda x: x["validation"])
+    draw(axes[1, 0], "logit scale and gradient norm", steps, ("logit_scale", "grad_norm"), lambda x: x)
+    draw(axes[1, 1], "seconds a step, and of them waiting for data", steps, ("step_s", "data_s"), lambda x: x)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
