@@ -1,0 +1,307 @@
+"""Video file → frames, and a cache so that every video is decoded once.
+
+A model takes T frames of a video, whatever its length: the clip is cut into T equal segments, and each gives one frame,
+
+    frame of segment i = floor((i + u_i) · count / T)      u_i = ½: its centre ("uniform", for evaluation)
+                                                           u_i ~ U[0, 1): a random one ("segment", for training)
+
+so all of the clip is covered, training sees other frames in each epoch, and a clip shorter than T (an image has one frame)
+repeats frames. Frames leave as uint8 [T, H, W, 3], RGB, H = W = size: the central square, resized. That is "resize the short
+side, then crop", without ever resizing the part that is thrown away.
+
+**Decoding.** A compressed frame is a difference to its neighbours, so a seek means: jump to the key frame before it and decode
+from there. One seek a frame decodes the same stretch again and again, and lands off by one on some containers. We open the
+file once, `grab()` every frame in order (decoding without colour conversion) and `retrieve()` only the wanted ones: the n-th
+grabbed frame is frame n by construction. The header's frame count is a claim, not a fact: where the frames end early, the
+segments are cut again for what is really there, or, below half of the claim, the file is called truncated. Seconds become
+frames by the average rate, which is approximate on videos of variable rate.
+
+**The cache.** Decoding is dear and repeats every epoch; `FrameCache` keeps `num_frames` uniform frames of each video (at least
+the T of the model, which are then drawn from them by the same rule) in one small file a video:
+
+    folder/3f/3f09…e1.frames = magic, N, H, W, crc32 (20 bytes) + N·H·W·3 bytes of pixels
+
+The name is a hash of all that the pixels depend on: the path, time and size of the source file, the window in seconds, and the
+cache's own settings; so an edited video gets a new entry, and nothing is ever invalidated. An entry is written to a temporary
+name and moved into place in one step: an interrupted fill or two runs at once leave whole entries only. The checksum finds bits
+that the disk lost; such an entry is decoded again. The alternative, one large archive, reads a little faster from spinning
+disks, but needs locks and repair. Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224 px: a 10,000-video set of 12
+frames at 224 px takes 18 GB, and reads without any decoder.
+
+    python video.py FILE        frames of FILE; without FILE, of a small video of its own
+"""
+
+import collections.abc
+import concurrent.futures
+import hashlib
+import os
+import secrets
+import struct
+import sys
+import tempfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read by OpenCV: our one line a broken file, not FFmpeg's ten
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from cli import UserError, run
+
+cv2.setNumThreads(1)  # frames are small: processes decode in parallel, and a thread pool would not survive their fork
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+TRUNCATED_BELOW = 0.5  # of the frames that the header claims
+
+
+class VideoError(UserError):
+    """A video that gives no frames: the path and why, in one line."""
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------------
+
+
+def frame_indices(count: int, num_frames: int, sampling: str = "uniform", rng=None) -> np.ndarray:
+    """Which of `count` frames to take: int64 [T], not decreasing, one from each of T equal segments.
+
+    `sampling` "uniform" takes the centre of each segment, "segment" a random frame of each, drawn from the
+    `np.random.Generator` `rng`. (Segment sampling: Temporal Segment Networks, https://arxiv.org/abs/1608.00859.)
+    """
+    assert count > 0 and num_frames > 0, f"{count=}, {num_frames=}: both must be positive"
+    assert sampling in ("uniform", "segment"), f"{sampling=}: uniform or segment"
+    assert sampling == "uniform" or rng is not None, "segment sampling draws from a np.random.Generator: give rng"
+    within = 0.5 if sampling == "uniform" else rng.random(num_frames)
+    return ((np.arange(num_frames) + within) * count / num_frames).astype(np.int64)  # [T]
+
+
+def read_frames(path: str | Path, num_frames: int, *, size: int, sampling: str = "uniform", rng=None,
+                start: float = 0.0, end: float | None = None) -> np.ndarray:
+    """T frames of a video or image file: uint8 [T, H, W, 3], RGB, H = W = `size`, in the order of time.
+
+    Only the seconds `start` … `end` (None: to the end) are sampled; `sampling` and `rng` as in `frame_indices`.
+    Raises VideoError (one line) where the file is missing, empty, truncated, not a video, or ends before `start`.
+    """
+    path = str(path)
+    if not os.path.isfile(path):
+        raise VideoError(f"{path}: no such video file")
+    if os.path.getsize(path) == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes); fetch it again")
+    seed = rng.integers(2**63) if sampling == "segment" else None  # drawn once: a file whose header lies is picked from twice
+
+    def pick(count):
+        return frame_indices(count, num_frames, sampling, np.random.default_rng(seed))
+
+    try:
+        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+            image = cv2.imread(path, cv2.IMREAD_COLOR)
+            if image is None:
+                raise VideoError(f"{path}: not an image that OpenCV can decode; fetch it again or remove it")
+            frames, wanted = {0: _square(image, size)}, pick(1)
+        else:
+            frames, wanted = _decode(path, pick, size, start, end)
+    except cv2.error as error:
+        raise VideoError(f"{path}: OpenCV cannot decode it ({error.err}); fetch it again or remove it") from error
+    return np.stack([frames[index] for index in wanted])  # [T, H, W, 3]
+
+
+def _decode(path: str, pick, size: int, start: float, end: float | None) -> tuple[dict, np.ndarray]:
+    """({frame number: pixels}, the T wanted frame numbers) of a video file, where pick(count) chooses T of count frames."""
+    capture = _open(path)
+    claimed, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+    if not rate > 0:
+        if start > 0 or end is not None:
+            raise VideoError(f"{path}: its header has no frame rate, so seconds {start} to {end} cannot be found")
+        rate = 1.0
+    wanted = _window(path, claimed, rate, start, end, pick) if claimed > 0 else None
+    frames, seen = _grab(capture, wanted, size)
+    if wanted is None or seen <= wanted[-1]:  # no claim, or a false one: `seen` is the true count
+        if seen < max(1, TRUNCATED_BELOW * claimed):
+            raise VideoError(f"{path}: truncated or damaged: {seen} of {claimed} frames decode; fetch it again or remove it")
+        wanted = _window(path, seen, rate, start, end, pick)
+        frames, _ = _grab(_open(path), wanted, size)
+    return frames, wanted
+
+
+def _open(path: str) -> cv2.VideoCapture:
+    # FFmpeg by name: other back ends read "video7010.mp4" as a pattern of numbered pictures. One thread: see the top.
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    if not capture.isOpened():
+        raise VideoError(f"{path}: not a video that OpenCV can open (truncated, or another kind of file); fetch it again")
+    return capture
+
+
+def _window(path: str, count: int, rate: float, start: float, end: float | None, pick) -> np.ndarray:
+    """The T wanted frame numbers among those of seconds start … end."""
+    first = int(start * rate)
+    last = count if end is None else min(count, max(first + 1, round(end * rate)))
+    if first >= last:
+        raise VideoError(f"{path}: lasts {count / rate:.1f} s, so nothing is left from second {start} on")
+    return first + pick(last - first)
+
+
+def _grab(capture: cv2.VideoCapture, wanted: np.ndarray | None, size: int) -> tuple[dict, int]:
+    """({n: frame n, [H, W, 3]} for each n wanted, frames seen). Stops at the last wanted one; wanted None: counts them all."""
+    frames, keep, seen = {}, set() if wanted is None else set(wanted.tolist()), 0
+    while (wanted is None or len(frames) < len(keep)) and capture.grab():
+        if seen in keep:
+            decoded, image = capture.retrieve()
+            if not decoded:
+                break
+            frames[seen] = _square(image, size)
+        seen += 1
+    return frames, seen
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    """[h, w, 3] BGR of any size → its central square as [size, size, 3] RGB."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top:top + side, left:left + side]
+    # INTER_AREA averages all the pixels that shrink into one: no aliasing, so no flicker from frame to frame
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------------
+
+
+class FrameCache:
+    """Frames of videos on disk: `num_frames` uniform frames of size × size pixels each, decoded when first asked for.
+
+    Safe for threads and processes. `damaged` counts entries that had to be decoded again.
+    """
+
+    HEADER = struct.Struct("<4s4I")  # magic, N, H, W, crc32 of the pixels
+    MAGIC = b"FRM1"
+
+    def __init__(self, folder: str | Path, *, size: int, num_frames: int):
+        self.folder, self.size, self.num_frames = Path(folder), size, num_frames
+        self.entry_bytes = self.HEADER.size + num_frames * size * size * 3
+        self.damaged = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made for the frame cache ({error.strerror}); choose another") from error
+
+    def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """The video's frames, uint8 [N, H, W, 3], RGB; decoded and stored if they are not there. Raises VideoError."""
+        entry = self._entry(path, start, end)
+        try:
+            frames = self._load(entry)
+        except FileNotFoundError:
+            frames = None
+        else:
+            if frames is None:
+                if not self.damaged:
+                    print(f"{entry}: damaged, so {path} is decoded again (further ones: only counted)", file=sys.stderr)
+                self.damaged += 1
+        return self._store(path, entry, start, end) if frames is None else frames
+
+    def fill(self, paths: collections.abc.Sequence[str], *, start: float = 0.0, end: float | None = None,
+             workers: int | None = None, progress: bool = True) -> dict[str, str]:
+        """Decode what is not there yet, on `workers` processes (None: one a core), and print the size of the whole.
+
+        Returns {path: reason} of the videos that cannot be decoded. Interrupted, it goes on from there the next time.
+        """
+        workers = workers or os.cpu_count()
+        todo = [path for path in paths if not self._has(path, start, end)]
+        try_store = partial(self._try_store, start=start, end=end)
+        bar = partial(tqdm, total=len(todo), desc="decode videos", unit="video", disable=not progress or not todo)
+        if min(workers, len(todo)) <= 1:
+            reasons = list(bar(map(try_store, todo)))
+        else:
+            with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+                try:
+                    reasons = list(bar(pool.map(try_store, todo, chunksize=8)))
+                except concurrent.futures.process.BrokenProcessPool as error:
+                    raise UserError(f"{self.folder}: a decoding process died (out of memory?); run the same command again: "
+                                    "what is decoded is kept") from error
+        broken = {path: reason for path, reason in zip(todo, reasons) if reason}
+        if progress:
+            print(f"frame cache {self.folder}: {len(paths) - len(broken)} videos × {self.num_frames} frames of "
+                  f"{self.size} px, {(len(paths) - len(broken)) * self.entry_bytes / 1e6:.1f} MB "
+                  f"({len(todo) - len(broken)} new)" + (f", {len(broken)} broken" if broken else ""))
+        return broken
+
+    def _entry(self, path, start, end) -> Path:
+        """Where this video's frames lie. Raises VideoError if the video is missing."""
+        resolved = os.path.realpath(path)
+        try:
+            stat = os.stat(resolved)
+        except OSError as error:
+            raise VideoError(f"{path}: no such video file") from error
+        recipe = (resolved, stat.st_mtime_ns, stat.st_size, float(start), end if end is None else float(end), self.size,
+                  self.num_frames, self.MAGIC)
+        name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.frames"
+
+    def _has(self, path, start, end) -> bool:
+        """Is there an entry of the right size? (Its checksum is looked at when it is read.)"""
+        try:
+            return os.stat(self._entry(path, start, end)).st_size == self.entry_bytes
+        except (OSError, VideoError):
+            return False
+
+    def _load(self, entry: Path) -> np.ndarray | None:
+        """The pixels of an entry, None if it is damaged."""
+        data = entry.read_bytes()
+        shape = (self.num_frames, self.size, self.size)
+        if len(data) != self.entry_bytes or self.HEADER.unpack_from(data) != (
+                self.MAGIC, *shape, zlib.crc32(memoryview(data)[self.HEADER.size:])):
+            return None
+        return np.frombuffer(data, np.uint8, offset=self.HEADER.size).reshape(*shape, 3)  # [N, H, W, 3]
+
+    def _store(self, path, entry: Path, start, end) -> np.ndarray:
+        frames = read_frames(path, self.num_frames, size=self.size, start=start, end=end)
+        header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
+        try:
+            entry.parent.mkdir(exist_ok=True)
+            unfinished = entry.with_suffix(f".{secrets.token_hex(8)}.tmp")  # another name for each writer
+            try:
+                unfinished.write_bytes(header + frames.data)
+                os.replace(unfinished, entry)
+            finally:  # also after Ctrl-C or on a full disk: leave nothing half written
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot write the frame cache ({error.strerror}); make room or choose another "
+                            "folder") from error
+        return frames
+
+    def _try_store(self, path, start, end) -> str | None:
+        """Store one video (in a worker process); the reason if it is broken."""
+        try:
+            self._store(path, self._entry(path, start, end), start, end)
+        except VideoError as error:
+            return str(error)
+        return None
+
+
+def write_video(path: str | Path, frames: np.ndarray, rate: float = 25.0) -> None:
+    """Write uint8 [T, H, W, 3] RGB frames as an mp4 file (codec mp4v, lossy), by OpenCV."""
+    height, width = frames.shape[1:3]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+    assert writer.isOpened(), f"{path}: OpenCV cannot write mp4 here"
+    for frame in frames:
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/grey.mp4"
+        if len(sys.argv) == 1:  # 100 frames that grow brighter: its mean tells a frame's number, roughly
+            write_video(path, np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 64, 96, 3)))
+        cache = FrameCache(f"{folder}/cache", size=32, num_frames=8)
+        cache.fill([path], workers=1)
+        print("uniform  ", frame_indices(100, 8), "of 100 frames")
+        print("segment  ", frame_indices(100, 8, "segment", np.random.default_rng(0)))
+        frames = cache.get(path)
+        print("frames   ", frames.shape, frames.dtype, "mean brightness", frames.mean(axis=(1, 2, 3)).round().astype(int))
+
+
+if __name__ == "__main__":
+    run(main)
