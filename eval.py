@@ -21,12 +21,37 @@ Half the ties make one formula of it, since (1 + sign(x)) / 2 is 1 above, ½ at 
     rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
 
 A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 videos need no 80 GB matrix.
+
+Multiple choice asks which of five captions fits a video; tied options share the point, so that a constant model gets chance.
+
+    python eval.py --checkpoint runs/toy --task toy                      # the newest checkpoint of a run, on the toy test gallery
+    python eval.py --checkpoint runs/mine --task csv --data FILE.csv     # your own videos and captions
+
+writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out. What is
+incomplete says so: each result on a set with missing or broken videos carries "N of M videos: not comparable".
 """
 
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import cv2
 import numpy as np
 import torch
 
-from cli import UserError
+import toyworld
+from checkpoint import Checkpoint, load_checkpoint
+from cli import UserError, parse_config, run
+from data import Question, Split, keep_decodable, load_questions, load_split, load_videos, prefetch, prepare_video
+from knowledge import extract_many
+from report import Results, write_report
+from video import FrameCache
 
 # ---------------------------------------------------------------- ranks
 
@@ -132,3 +157,206 @@ def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
 def retrieval_metrics_from_embeddings(text_emb, video_emb, video_of_text, *, chunk: int = 1024) -> dict[str, float]:
     """`retrieval_metrics(similarity(text_emb, video_emb), video_of_text)`, exactly, without ever holding sim (see `retrieval_ranks`)."""
     return summarize_ranks(*retrieval_ranks(text_emb, video_emb, video_of_text, chunk=chunk))
+
+
+def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] | None = None) -> dict[str, float]:
+    """{"mc_accuracy": percent, "mc_accuracy_<kind>": …} of scores [n, options], answers [n] (the right option), kinds [n].
+
+    The highest score answers; options that tie for it share the point.
+    """
+    scores, answers = np.asarray(scores, np.float64), np.asarray(answers)
+    assert scores.ndim == 2 and answers.shape == (len(scores),), f"{scores.shape} scores for {answers.shape} answers"
+    if not np.isfinite(scores).all():
+        raise UserError("multiple choice: a score is NaN or infinite; the model has diverged or its checkpoint is damaged")
+    chosen = scores == scores.max(axis=1, keepdims=True)                                 # [n, options]
+    points = 100 * chosen[np.arange(len(scores)), answers] / chosen.sum(axis=1)          # [n]
+    metrics = {"mc_accuracy": float(points.mean())}
+    for kind in dict.fromkeys(kinds if kinds is not None else ()):
+        metrics[f"mc_accuracy_{kind}"] = float(points[np.array(kinds) == kind].mean())
+    return metrics
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+@torch.inference_mode()
+def embed_texts(model, tokenizer, captions: Sequence[str], *, length: int, batch_size: int = 256) -> torch.Tensor:
+    """text_emb [n_text, E], float32 on the CPU. Each distinct caption is encoded once, so equal captions have equal embeddings."""
+    device = model.logit_scale.device
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # neighbours of like length need little padding
+    parts = []
+    for i in range(0, len(distinct), batch_size):
+        tokens, text_mask = tokenizer.encode_batch(distinct[i:i + batch_size], length)   # [B, L]
+        parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return torch.cat(parts)[[place[caption] for caption in captions]]
+
+
+@torch.inference_mode()
+def embed_videos(model, cache: FrameCache, paths: Sequence[str], *, num_frames: int, batch_size: int = 64) -> torch.Tensor:
+    """video_emb [n_video, E], float32 on the CPU, of `num_frames` uniform frames each. Raises VideoError where one is broken."""
+    device = model.logit_scale.device
+    batches = [list(paths[i:i + batch_size]) for i in range(0, len(paths), batch_size)]
+    frames = prefetch(lambda batch: load_videos(cache, batch, num_frames), batches)
+    return torch.cat([model.encode_video(prepare_video(video.to(device))).cpu() for video in frames])
+
+
+def embed_split(model, tokenizer, split: Split, cache: FrameCache, *, num_frames: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split, float32 on the CPU, fp32 throughout."""
+    return (embed_texts(model, tokenizer, split.captions, length=length),
+            embed_videos(model, cache, split.video_paths, num_frames=num_frames))
+
+
+def evaluate_retrieval(model, dataset) -> dict[str, float]:
+    """Retrieval metrics of a `data.PairDataset`, as a training run wants them every N steps."""
+    split = dataset.split
+    text_emb, video_emb = embed_split(model, dataset.tokenizer, split, dataset.cache, num_frames=model.config.num_frames,
+                                      length=dataset.length)
+    return retrieval_metrics_from_embeddings(text_emb, video_emb, split.video_of_caption)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@dataclass
+class EvalConfig:
+    """Evaluate a checkpoint: retrieval both ways, multiple choice where the task has it; metrics.json and report.html."""
+
+    checkpoint: str = "runs/toy"          # a checkpoint file, or the folder of a run (its newest one)
+    task: Literal["toy", "csv"] = "toy"   # toy: the embedded world; csv: your own videos (--data)
+    data: str | None = None               # csv/jsonl file with video and caption; toy: a world's folder (default: CACHE/toy, made if missing)
+    split: Literal["val", "test"] = "test"  # toy: which gallery
+    out: str | None = None                # folder for metrics.json and report.html (default: beside the checkpoint)
+    cache: str = "cache"                  # decoded frames, extracted knowledge, toy world
+    max_broken: float = 0.05              # share of unusable videos that stops the evaluation
+    seed: int = 0                         # of the examples drawn for the report
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+
+
+@dataclass
+class Task:
+    """What is asked: a gallery with its captions, perhaps questions, and the protocol in words."""
+
+    protocol: str
+    split: Split
+    questions: list[Question] = field(default_factory=list)
+
+
+def load_toy(config: EvalConfig, checkpoint: Checkpoint) -> Task:
+    """The toy world's gallery, one caption a video, and its questions; rendered first where it does not exist yet."""
+    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy", seed=checkpoint.config.get("seed", 0))
+    return Task("Toy world: compositions that training never shows, one caption a video, all videos of the split as gallery; multiple "
+                "choice among 5 captions that differ in one noun, verb or direction.",
+                load_split("toy", folder, config.split), load_questions(folder / f"{config.split}_mc.jsonl"))
+
+
+def load_csv(config: EvalConfig, checkpoint: Checkpoint) -> Task:
+    """The videos and captions of a file."""
+    if not config.data:
+        raise UserError("--task csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
+    return Task(f"Own data ({Path(config.data).name}): every caption is a query against all its videos; a video takes the best rank of its "
+                "captions.", load_split("csv", config.data, config.split))
+
+
+TASKS = {"toy": load_toy, "csv": load_csv}  # a task is one function
+
+
+def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05) -> tuple[dict[str, float], Results]:
+    """({metric: value}, what they were computed from) of a task. Unusable videos are left out and listed in the results' split.
+
+    Raises UserError where more than the share `max_broken` of the videos cannot be used.
+    """
+    sizes = model.config
+    # every video once: first those of the gallery, then those that only a question asks about
+    paths = list(dict.fromkeys([*task.split.video_paths, *(question.video for question in task.questions)]))
+    usable = keep_decodable(Split(paths, [], np.zeros(0, np.int64)), cache, max_broken=max_broken)
+    split = task.split.without(usable.broken)
+    questions = [question for question in task.questions if question.video not in usable.broken]
+    if not split.captions:
+        raise UserError(f"no caption is left whose video decodes; the first: {next(iter(usable.broken.values()))}")
+
+    texts = split.captions + [option for question in questions for option in question.options]
+    text_emb = embed_texts(model, tokenizer, texts, length=sizes.text_length)
+    video_emb = embed_videos(model, cache, usable.video_paths, num_frames=sizes.num_frames)
+    text_emb, option_emb = text_emb.tensor_split([len(split.captions)])
+    asked = torch.tensor([usable.video_paths.index(question.video) for question in questions], dtype=torch.long)
+    video_emb, asked_emb = video_emb[:len(split.video_paths)], video_emb[asked]
+
+    ranks = retrieval_ranks(text_emb, video_emb, split.video_of_caption)
+    metrics, option_scores = summarize_ranks(*ranks), np.zeros((0, 0))
+    if questions:
+        option_emb = _to_grid(option_emb).unflatten(0, (len(questions), -1))                 # [n, options, E]
+        option_scores = (option_emb * _to_grid(asked_emb)[:, None]).sum(-1).numpy()          # [n, options]
+        metrics |= multiple_choice_accuracy(option_scores, [question.answer for question in questions],
+                                            [question.kind for question in questions])
+    return metrics, Results(split, text_emb.numpy(), video_emb.numpy(), *ranks, questions, option_scores)
+
+
+def machine_facts(device: str) -> dict:
+    """{versions, commit, hardware, date}: where and with what a number was made."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git checkout"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, opencv=cv2.__version__)
+    return dict(versions=versions, commit=commit, hardware=hardware, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Evaluate as configured, write metrics.json and report.html, print a table; returns what metrics.json holds.
+
+    Raises UserError: no such checkpoint or data, too many unusable videos, unwritable --out, a model that yields NaN.
+    """
+    started = time.perf_counter()
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
+    checkpoint = load_checkpoint(config.checkpoint, device)
+    out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"
+    sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
+    print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}", flush=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
+        cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
+        metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken)
+        unusable, split = results.split.broken, results.split
+        missing = sum(not os.path.exists(path) for path in unusable)
+        expected = len(split.video_paths) + len(unusable)
+        record = dict(
+            task=config.task, split=config.split, protocol=task.protocol, **metrics,
+            note=f"{expected - len(unusable)} of {expected} videos: not comparable" if unusable else "",
+            videos=len(split.video_paths), captions=len(split.captions), questions=len(results.questions),
+            missing=missing, broken=len(unusable) - missing, unusable=unusable,
+            checkpoint=str(checkpoint.path), checkpoint_sha256=checkpoint.sha256, step=checkpoint.step, frames=sizes.num_frames,
+            image_size=sizes.image_size, logit_scale=checkpoint.model.logit_scale.exp().item(),
+            training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
+        (out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        knowledge = extract_many(split.captions, cache=Path(config.cache) / "knowledge", progress=False)
+        write_report(out / "report.html", record, results, knowledge, checkpoint.concept_vocab, seed=config.seed)
+    except OSError as error:
+        raise UserError(f"{out}: the results cannot be written ({error.strerror}); choose another --out") from error
+    print(format_table(record))
+    print(f"{out / 'metrics.json'}, {out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
+    return record
+
+
+def format_table(record: dict) -> str:
+    """The record's metrics as lines of text."""
+    lines = [f"{'':14s}" + "".join(f"{name:>8s}" for name in ("R@1", "R@5", "R@10", "MdR", "MnR"))]
+    for name, way in (("text to video", "t2v"), ("video to text", "v2t")):
+        lines.append(f"{name:14s}" + "".join(f"{record[f'{way}_{m}']:8.1f}" for m in ("R@1", "R@5", "R@10", "MdR", "MnR")))
+    choices = [f"{name.removeprefix('mc_accuracy_')} {value:.1f}" for name, value in record.items() if name.startswith("mc_accuracy_")]
+    if choices:
+        lines.append(f"multiple choice {record['mc_accuracy']:.1f} % ({', '.join(choices)}) of {record['questions']} questions")
+    lines.append(f"{record['captions']} captions, {record['videos']} videos" + (f"; {record['note']}" if record["note"] else ""))
+    return "\n".join(lines)
+
+
+def main():
+    evaluate(parse_config(EvalConfig))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -18,20 +18,38 @@ import html
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from einops import rearrange
 
-from cli import UserError, run
+from cli import run
+from data import Question, Split
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from video import VideoError, read_frames, write_video
 
 FRAME_SIZE = 104          # pixels of one moment; four make a picture
 MAX_PICTURE_BYTES = 14_000  # JPEG; about 110 pictures keep a page below 3 MB
 TOP = 5
+
+
+
+@dataclass
+class Results:
+    """What metrics summarise and the page shows."""
+
+    split: Split                 # the gallery and its captions; `broken` are the videos that had to be left out
+    text_emb: np.ndarray         # [n_text, E]
+    video_emb: np.ndarray        # [n_video, E]
+    t2v_ranks: np.ndarray        # [n_text]
+    v2t_ranks: np.ndarray        # [videos with captions]
+    questions: list[Question]
+    option_scores: np.ndarray    # [questions, options]
+
 
 # ---------------------------------------------------------------- text and pictures
 
@@ -78,26 +96,36 @@ def card(path: str, title: str, caption: str, mark: str = "") -> str:
 # ---------------------------------------------------------------- sections, each a string of HTML
 
 
-def _headline(record: dict) -> str:
-    n_video, n_text = record["videos"], record["captions"]
-    tiles, rows = [], []
-    if "t2v_R@1" in record:
-        tiles += [("text to video R@1", f"{record['t2v_R@1']:.1f} %", f"chance {100 / n_video:.2g} %"),
-                  ("video to text R@1", f"{record['v2t_R@1']:.1f} %", f"chance {100 / n_text:.2g} %"),
-                  ("text to video median rank", f"{record['t2v_MdR']:g}", f"chance {(n_video + 1) / 2:g}")]
-        columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
-        for name, way in (("text to video", "t2v"), ("video to text", "v2t")):
-            rows.append(f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{record[f'{way}_{c}']:.1f}</td>" for c in columns) + "</tr>")
-        rows.insert(0, '<tr><th scope="col">direction</th>' + "".join(f'<th scope="col">{c}</th>' for c in columns) + "</tr>")
-    if "mc_accuracy" in record:
-        tiles.append(("multiple choice", f"{record['mc_accuracy']:.1f} %", f"chance {record['mc_chance']:.0f} %"))
-    tiles = "".join(f'<div class="tile"><dt>{name}</dt><dd>{value}<small>{chance}</small></dd></div>' for name, value, chance in tiles)
-    table = f'<div class="scroll"><table><caption>R@K in percent; ranks start at 1, ties count half</caption>{"".join(rows)}</table></div>'
-    return f'<dl class="tiles">{tiles}</dl>' + (table if rows else "")
+def _headline(record: dict, results: Results) -> str:
+    n_video = record["videos"]
+    tiles = [("Text to video, R@1", f"{record['t2v_R@1']:.1f} %", f"a guess: {100 / n_video:.2g} %"),
+             ("Video to text, R@1", f"{record['v2t_R@1']:.1f} %", f"{record['captions']:,} captions"),
+             ("Text to video, median rank", f"{record['t2v_MdR']:g}", f"of {n_video:,} videos")]
+    if results.questions:
+        tiles.append(("Multiple choice", f"{record['mc_accuracy']:.1f} %", f"a guess: {100 / results.option_scores.shape[1]:.3g} %"))
+    tiles = "".join(f'<div class="tile"><dt>{name}</dt><dd>{value}<small>{below}</small></dd></div>' for name, value, below in tiles)
+    columns, rows = ("R@1", "R@5", "R@10", "MdR", "MnR"), []
+    for name, way in (("text to video", "t2v"), ("video to text", "v2t")):
+        rows.append([name, *(f"{record[f'{way}_{column}']:.1f}" for column in columns)])
+    tables = _table("R@K in percent; ranks start at 1, ties count half", ["", *columns], rows)
+    kinds = [(name.removeprefix("mc_accuracy_"), sum(question.kind == name.removeprefix("mc_accuracy_") for question in results.questions),
+              f"{value:.1f}") for name, value in record.items() if name.startswith("mc_accuracy_")]
+    if kinds:
+        tables += _table("Multiple choice, percent right", ["wrong options differ in", "questions", "accuracy"],
+                         [(visible(kind), f"{n:,}", accuracy) for kind, n, accuracy in kinds])
+    return f'<dl class="tiles">{tiles}</dl><div class="numbers"><div>{tables}</div>{_curve(results)}</div>'
 
 
-def _curve(t2v: np.ndarray, v2t: np.ndarray, n_video: int) -> str:
+def _table(title: str, columns, rows) -> str:
+    """Rows of cells that are HTML already; the first cell names its row."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = "".join(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>" for first, *rest in rows)
+    return f'<div class="scroll"><table><caption>{title}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _curve(results: Results) -> str:
     """R@K against K as an inline SVG, K on a log axis; the dotted line is a model that guesses."""
+    t2v, v2t, n_video = results.t2v_ranks, results.v2t_ranks, len(results.split.video_paths)
     width, height, left, bottom = 640, 250, 42, 30
     ks = np.unique(np.geomspace(1, min(n_video, 1000), 60).round().astype(int))
     x = left + (width - left - 110) * np.log(ks) / max(np.log(ks[-1]), 1e-9)
@@ -119,106 +147,97 @@ def _curve(t2v: np.ndarray, v2t: np.ndarray, n_video: int) -> str:
 
 
 def _facts(record: dict) -> str:
-    shown = {name: value for name, value in record.items() if not isinstance(value, float) and value not in ("", {}, [])}
-    rows = "".join(f"<div><dt>{visible(name)}</dt><dd>{quote(_readable(value))}</dd></div>" for name, value in shown.items())
-    return f'<section><h2>The run</h2><dl class="facts">{rows}</dl></section>'
+    """All of the record but metrics and what the page says elsewhere."""
+    elsewhere = {"protocol", "note", "unusable"}
+    shown = {name: value for name, value in record.items() if name not in elsewhere and not name.startswith(("t2v_", "v2t_", "mc_"))}
+    rows = "".join(f"<div><dt>{visible(name.replace('_', ' '))}</dt><dd>{quote(_readable(value))}</dd></div>" for name, value in shown.items())
+    unusable = "".join(f"<li>{quote(reason)}</li>" for reason in list(record["unusable"].values())[:50])
+    listed = f'<p class="note">Videos left out{" (the first 50)" if len(record["unusable"]) > 50 else ""}:</p><ul>{unusable}</ul>'
+    return f'<section><h2>The run</h2><dl class="facts">{rows}</dl>{listed if unusable else ""}</section>'
 
 
 def _readable(value) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_readable(part)}" for name, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _queries(title: str, intro: str, queries, embedded, ranks) -> str:
+def _title(score: float, is_right: bool, place: str = "") -> str:
+    word = '<b class="ok">✓ right</b>' if is_right else '<b class="no">✗ wrong</b>'
+    return f'<span class="place">{place}</span>{word}<span class="score">{score:.3f}</span>'
+
+
+def _queries(title: str, intro: str, queries, results: Results) -> str:
     """Captions with the videos that score highest, and the right one wherever it stands."""
-    first_caption = _first_captions(embedded)
-    articles = []
+    split, caption_of, articles = results.split, _first_texts(results.split), []
     for query in queries:
-        scores, right = embedded.video_emb @ embedded.text_emb[query], embedded.video_of_text[query]
-        order = np.argsort(-scores, kind="stable")[:TOP]
-        cards = [card(embedded.paths[j], _title(f"{place}", scores[j], j == right),
-                      embedded.captions[query] if j == right else first_caption.get(j, ""), "right" if j == right else "wrong")
-                 for place, j in enumerate(order, 1)]
-        if right not in order:
-            cards.append(card(embedded.paths[right], _title(f"{ranks[query]:g}", scores[right], True), embedded.captions[query], "right far"))
-        articles.append(f'<article><h3>“{quote(embedded.captions[query])}”</h3><p class="note">right video at rank {ranks[query]:g} of '
-                        f'{len(embedded.paths):,}</p><ol class="cards">{"".join(cards)}</ol></article>')
+        scores, right, rank = results.video_emb @ results.text_emb[query], split.video_of_caption[query], results.t2v_ranks[query]
+        best = np.argsort(-scores, kind="stable")[:TOP].tolist()
+        places = [(f"{place}", j) for place, j in enumerate(best, 1)] + [(f"{rank:g}", right)] * (right not in best)
+        cards = "".join(card(split.video_paths[j], _title(scores[j], j == right, place),
+                             split.captions[query if j == right else caption_of[j]] if j in caption_of else "",
+                             "right" if j == right else "wrong") for place, j in places)
+        articles.append(f'<article><h3>“{quote(split.captions[query])}”</h3><p class="note">right video at rank {rank:g} of '
+                        f'{len(scores):,}</p><ol class="cards">{cards}</ol></article>')
     return f"<section><h2>{title}</h2><p>{intro}</p>{''.join(articles)}</section>" if articles else ""
 
 
-def _title(place: str, score: float, is_right: bool) -> str:
-    word = '<b class="ok">✓ right</b>' if is_right else '<b class="no">✗ wrong</b>'
-    return f'<span class="place">{place}</span> {word} <span class="score">{score:.3f}</span>'
+def _first_texts(split: Split) -> dict[int, int]:
+    """{video: its first caption}, as indices."""
+    return {j: i for i, j in reversed(list(enumerate(split.video_of_caption.tolist())))}
 
 
-def _first_captions(embedded) -> dict[int, str]:
-    return {int(j): caption for j, caption in zip(embedded.video_of_text[::-1], embedded.captions[::-1])}
+def _hard_negatives(texts, results: Results, knowledge: list[dict], vocab: ConceptVocab) -> str:
+    """For some captions and their videos: the wrong captions nearest to the video, the wrong videos nearest to the caption, and κ."""
+    split, text_of, articles = results.split, _first_texts(results.split), []
+    meaning, video_of_text = meaning_ids(split.captions, knowledge), split.video_of_caption
 
+    def overlaps(text: int, others: list[int]) -> np.ndarray:
+        concepts = multi_hot([vocab.encode(knowledge[i]) for i in [text, *others]], len(vocab))
+        vectors = concept_vectors(concepts, torch.as_tensor(vocab.idf))                     # [1 + n, K]
+        return (vectors[1:] @ vectors[0]).numpy()
 
-def _hard_negatives(pairs, embedded, vocab: ConceptVocab) -> str:
-    """For some pairs the wrong captions nearest to the video and the wrong videos nearest to the caption, with their overlap κ."""
-    knowledge = extract_many(embedded.captions, progress=False)
-    meaning, video_of_text = meaning_ids(embedded.captions, knowledge), embedded.video_of_text
-    first_text = {int(j): i for i, j in reversed(list(enumerate(video_of_text)))}
-
-    def overlap(text: int, others: list[int]) -> np.ndarray:
-        ids = [vocab.encode(knowledge[i]) for i in [text, *others]]
-        vectors = concept_vectors(multi_hot(ids, len(vocab)), vocab.idf).numpy()  # [1 + n, K]
-        return vectors[1:] @ vectors[0]
-
-    articles = []
-    for text in pairs:
+    for text in texts:
         video = video_of_text[text]
-        same = np.isin(meaning, meaning[video_of_text == video])                # [n_text] captions that fit this video
-        same_videos = np.unique(video_of_text[same])                            # videos that one of them describes
-        text_scores = np.where(same | np.isin(video_of_text, same_videos), -np.inf, embedded.text_emb @ embedded.video_emb[video])
-        video_scores = embedded.video_emb @ embedded.text_emb[text]
-        own_score = video_scores[video]
+        # no negatives: captions that mean what one of the video's own does, and all that is said of videos with such a caption
+        same_videos = np.unique(video_of_text[np.isin(meaning, meaning[video_of_text == video])])
+        text_scores = np.where(np.isin(video_of_text, same_videos), -np.inf, results.text_emb @ results.video_emb[video])
+        video_scores = results.video_emb @ results.text_emb[text]
+        own_card = card(split.video_paths[video], _title(video_scores[video], True), split.captions[text], "right")
+        video_scores[[j for j in range(len(video_scores)) if j not in text_of]] = -np.inf   # nothing is known of them
         video_scores[same_videos] = -np.inf
-        texts = _distinct_best(text_scores, embedded.captions, TOP)
-        videos = [int(j) for j in np.argsort(-video_scores, kind="stable")[:TOP] if np.isfinite(video_scores[j]) and int(j) in first_text]
-        rows = "".join(f"<tr><td>{quote(embedded.captions[i])}</td><td>{text_scores[i]:.3f}</td><td>{kappa:.2f}</td></tr>"
-                       for i, kappa in zip(texts, overlap(text, texts)))
-        cards = "".join(card(embedded.paths[j], f'{video_scores[j]:.3f} <span class="score">κ {kappa:.2f}</span>',
-                             embedded.captions[first_text[j]], "wrong")
-                        for j, kappa in zip(videos, overlap(text, [first_text[j] for j in videos])))
-        own = card(embedded.paths[video], _title("", own_score, True), embedded.captions[text], "right")
-        articles.append(f'<article><h3>“{quote(embedded.captions[text])}”</h3><div class="pair"><ul class="cards">{own}</ul>'
-                        f'<div class="scroll"><table class="texts"><caption>Hardest wrong captions of this video</caption>'
-                        f'<tr><th scope="col">caption</th><th scope="col">score</th><th scope="col">κ</th></tr>{rows}</table></div></div>'
+        wrong_texts = [i for i in np.argsort(-text_scores, kind="stable")[:TOP].tolist() if np.isfinite(text_scores[i])]
+        wrong_videos = [j for j in np.argsort(-video_scores, kind="stable")[:TOP].tolist() if np.isfinite(video_scores[j])]
+        rows = [(quote(split.captions[i]), f"{text_scores[i]:.3f}", f"{kappa:.2f}")
+                for i, kappa in zip(wrong_texts, overlaps(text, wrong_texts))]
+        cards = "".join(card(split.video_paths[j], f'<b class="no">✗ wrong</b><span class="score">{video_scores[j]:.3f} · κ {kappa:.2f}</span>',
+                             split.captions[text_of[j]], "wrong")
+                        for j, kappa in zip(wrong_videos, overlaps(text, [text_of[j] for j in wrong_videos])))
+        articles.append(f'<article><h3>“{quote(split.captions[text])}”</h3><div class="pair"><ul class="cards">{own_card}</ul>'
+                        f'{_table("Hardest wrong captions of this video", ["caption", "score", "κ"], rows)}</div>'
                         f'<h4>Hardest wrong videos of this caption</h4><ul class="cards">{cards}</ul></article>')
-    intro = ("What the model confuses. κ is the knowledge that two captions share (0 nothing, 1 all). Captions that mean the same are no "
-             "negatives and are left out, as in training.")
+    intro = ("What the model confuses, whatever the rank. κ is the knowledge that two captions share, from 0 (nothing) to 1 (all). As in "
+             "training, captions that mean the same are no negatives of each other and are left out.")
     return f"<section><h2>Hard negatives</h2><p>{intro}</p>{''.join(articles)}</section>" if articles else ""
 
 
-def _distinct_best(scores: np.ndarray, captions: list[str], count: int) -> list[int]:
-    """Indices of the highest scores, each caption's text once."""
-    best = {}
-    for i in np.argsort(-scores, kind="stable"):
-        if len(best) == count or not np.isfinite(scores[i]):
-            break
-        best.setdefault(captions[i], int(i))
-    return list(best.values())
-
-
-def _choices(chosen, choices: list[dict], scores: np.ndarray, scale: float) -> str:
+def _choices(chosen, results: Results, scale: float) -> str:
     """Questions with the options' probabilities (soft-max of scale · score)."""
     articles = []
     for index in chosen:
-        item, logits = choices[index], scale * scores[index]
+        question, logits = results.questions[index], scale * results.option_scores[index]
         probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         picked, options = int(np.argmax(logits)), []
-        for k, (option, probability) in enumerate(zip(item["options"], probabilities)):
-            marks = ('<b class="ok">✓ right</b> ' if k == item["answer"] else "") + ("<b>◀ chosen</b>" if k == picked else "")
-            state = ("right" if k == item["answer"] else "wrong") if k in (picked, item["answer"]) else ""
-            options.append(f'<li class="{state}"><span class="bar" style="width:{100 * probability:.0f}%"></span>'
-                           f'<span class="option">{quote(option)}</span> <span class="marks">{marks} {100 * probability:.0f} %</span></li>')
-        verdict = '<b class="ok">✓ answered right</b>' if picked == item["answer"] else '<b class="no">✗ answered wrong</b>'
-        articles.append(f'<article class="choice">{picture(item["video"])}<div><p class="note">options differ in: {visible(item["kind"])} · '
-                        f'{verdict}</p><ol class="options">{"".join(options)}</ol></div></article>')
-    return f'<section><h2>Multiple choice</h2><div class="choices">{"".join(articles)}</div></section>' if articles else ""
+        for i, (option, probability) in enumerate(zip(question.options, probabilities)):
+            state = "right" if i == question.answer else "wrong" if i == picked else ""
+            marks = '<b class="ok">✓ right</b> ' * (i == question.answer) + "<b>◀ chosen</b> " * (i == picked)
+            options.append(f'<li class="{state}"><span class="bar" style="width:{100 * probability:.0f}%"></span><span class="option">'
+                           f'{quote(option)}</span><span class="marks">{marks}{100 * probability:.0f} %</span></li>')
+        verdict = '<b class="ok">✓ answered right</b>' if picked == question.answer else '<b class="no">✗ answered wrong</b>'
+        articles.append(f'<article class="choice">{picture(question.video)}<div><p class="note">wrong options differ in: '
+                        f'{visible(question.kind)} · {verdict}</p><ol class="options">{"".join(options)}</ol></div></article>')
+    intro = "Which caption fits the video? Two questions of each kind drawn at random, one answered right and one wrong where there are both."
+    return f'<section><h2>Multiple choice</h2><p>{intro}</p><div class="choices">{"".join(articles)}</div></section>' if articles else ""
 
 
 # ---------------------------------------------------------------- the page
@@ -261,39 +280,60 @@ border-radius:6px;border:1px solid transparent;display:flex;gap:8px;justify-cont
 """
 
 
-def write_report(path, record: dict, *, embedded, t2v_ranks, v2t_ranks, choices: list[dict], choice_scores, concept_vocab: ConceptVocab,
-                 queries: int = 5, seed: int = 0) -> int:
-    """Write the page to `path`; returns its size in bytes.
+def write_report(path, record: dict, results: Results, knowledge: list[dict], concept_vocab: ConceptVocab, *, queries: int = 5,
+                 seed: int = 0) -> None:
+    """Write the page to `path`. `record` is what metrics.json holds (see eval.evaluate).
 
-    record: what metrics.json holds. embedded: eval.Embedded. t2v_ranks [n_text], v2t_ranks. choices: multiple-choice items with
-    choice_scores [n, options]; empty where the task has none. `queries` right and as many wrong ones are drawn by `seed`.
-    Raises UserError where the file cannot be written.
+    knowledge: of each caption, as extract_knowledge gives it. `queries` right and as many wrong ones are drawn by `seed`.
+    Raises OSError where the file cannot be written.
     """
     rng = np.random.default_rng(seed)
-    draw = lambda candidates, n: rng.permutation(candidates)[:n].tolist()  # noqa: E731
-    right, wrong = np.flatnonzero(t2v_ranks <= 1), np.flatnonzero(t2v_ranks > 1)
-    picked = np.array([int(np.argmax(s)) == item["answer"] for s, item in zip(choice_scores, choices)], dtype=bool)
-    kinds = np.array([item["kind"] for item in choices])
-    questions = [q for kind in dict.fromkeys(kinds) for was_right in (True, False)
-                 for q in draw(np.flatnonzero((kinds == kind) & (picked == was_right)), 1)]
-    warning = f'<p class="warn" role="note"><b>Not comparable:</b> {visible(record["note"])}</p>' if record.get("note") else ""
+
+    def draw(condition, count: int) -> list[int]:
+        return rng.permutation(np.flatnonzero(condition))[:count].tolist()
+
+    first = results.t2v_ranks <= 1
+    picked_right = np.array([scores.argmax() == question.answer for scores, question in zip(results.option_scores, results.questions)], bool)
+    kind = np.array([question.kind for question in results.questions], str)
+    chosen = [index for name in dict.fromkeys(kind.tolist()) for was_right in (True, False)
+              for index in draw((kind == name) & (picked_right == was_right), 1)]
     sections = [
-        f'<section><h2>Result</h2>{_headline(record)}{_curve(t2v_ranks, v2t_ranks, len(embedded.paths))}</section>',
+        f"<section><h2>Result</h2>{_headline(record, results)}</section>",
         _facts(record),
-        _queries("Found", "Captions drawn at random among those whose right video came first. Each picture shows four moments of a "
-                 "video: left to right, then down. Below a wrong video stands one of its own captions.", draw(right, queries), embedded, t2v_ranks),
-        _queries("Missed", "Captions drawn at random among the others; the right video is added at the end if it is not among the first "
-                 f"{TOP}.", draw(wrong, queries), embedded, t2v_ranks),
-        _hard_negatives(draw(np.arange(len(t2v_ranks)), 4), embedded, concept_vocab),
-        _choices(questions, choices, choice_scores, record["logit_scale"]),
-    ]
+        _queries("Found", "Captions drawn at random among those whose right video came first. Each picture shows four moments of a video, "
+                 "left to right, then down. Below a wrong video stands one of its own captions.", draw(first, queries), results),
+        _queries("Missed", f"Captions drawn at random among all others. The right video stands at the end if it is not among the first {TOP}.",
+                 draw(~first, queries), results),
+        _hard_negatives(draw(np.ones_like(first), 4), results, knowledge, concept_vocab),
+        _choices(chosen, results, record["logit_scale"])]
     title = f"{visible(record['task'])}, {visible(record['split'])} split"
+    warning = f'<p class="warn" role="note"><b>Incomplete:</b> {visible(record["note"])}</p>' if record["note"] else ""
     page = ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
-            f"<title>CLOP on {title}</title><style>{STYLE}</style></head><body><header><h1>Video and language: {title}</h1>"
+            f"<title>CLOP on {title}</title><style>{STYLE}</style></head><body><header><h1>CLOP on {title}</h1>"
             f'<p class="soft">{visible(record["protocol"], 400)}</p>{warning}</header><main>{"".join(sections)}'
-            f"<footer>Examples were drawn at random with seed {seed}; none was picked by hand.</footer></main></body></html>")
-    try:
-        return Path(path).write_text(page, encoding="utf-8") and os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"{path}: the report cannot be written ({error.strerror}); choose another --out") from error
+            f"<footer>All examples were drawn at random (seed {seed}); none was picked by hand.</footer></main></body></html>")
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def main():
+    """A page of grey videos, with scores made up so that neighbours are confused."""
+    with tempfile.TemporaryDirectory() as folder:
+        captions = [f"a ball {verb}s a {noun}" for verb in ("push", "pass", "chase") for noun in ("cup", "star", "fish", "tree")]
+        split = Split.from_pairs((f"{folder}/{i}.mp4", caption) for i, caption in enumerate(captions))
+        for i, name in enumerate(split.video_paths):
+            write_video(name, np.full((4, 64, 64, 3), 20 * i, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None] * 9)
+        emb = np.eye(12) + 0.9 * np.eye(12, k=1)
+        ranks = np.ones(12) + (np.arange(12) % 3 == 0)
+        metrics = {f"{way}_{m}": 66.7 if "@" in m else 1.3 for way in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
+        record = dict(task="demo", split="made-up", protocol="Nothing is measured here.", note="", videos=12, captions=12, unusable={},
+                      logit_scale=10.0, mc_accuracy=100.0, **metrics)
+        results = Results(split, emb, np.eye(12), ranks, ranks, [Question(split.video_paths[0], captions[:5], 0, "noun")], emb[:1, :5])
+        knowledge = extract_many(captions, progress=False)
+        page = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/report.html"
+        write_report(page, record, results, knowledge, ConceptVocab.build(knowledge))
+        print(f"{page}: {os.path.getsize(page) / 1000:.0f} kB" + (" (removed again; give a FILE to keep it)" if len(sys.argv) == 1 else ""))
+
+
+if __name__ == "__main__":
+    run(main)
