@@ -1,0 +1,460 @@
+"""Videos with captions → batches of tensors, and which pairs share a batch.
+
+A split is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is one (video, caption)
+pair, so a video with twenty captions is twenty samples, seen twenty times an epoch with other frames each time:
+
+    load_split → Split → keep_decodable (fills the frame cache, drops broken videos) → PairDataset.batch(indices) → dict
+        video       uint8   [B, T, H, W, 3]    prepare_video → float32 [B, T, C, H, W], on the model's device: bytes travel, not floats
+        tokens      int64   [B, L]             text_mask bool [B, L], True = real token
+        concepts    float32 [B, K]             multi-hot
+        video_id, meaning_id int64 [B]         equal ids = false negatives of each other
+
+**Batch composition decides the negatives.** The contrastive loss shows each video its own caption and B − 1 wrong ones, and
+these are whatever the other samples of the batch say. In a batch drawn at random "a dog chases a cat" meets "a man plays the
+guitar": told apart by any single word, a lesson that is soon learned. Whether the model can tell who chases whom is asked only
+when "a cat chases a dog" is in the same batch, and among thousands of captions chance almost never puts it there.
+`KnowledgeBatchSampler` does: part of each batch are groups of samples that share much knowledge (Paper: "knowledge-guided
+sampling"; how the paper samples is not known, this is our own way), the rest stays random, so that easy distinctions are not
+forgotten.
+
+Everything random is a pure function of (seed, epoch, sample): a resumed run, or one on another number of processes, sees the
+same batches and the same frames. Batches are read ahead by threads (`prefetch`): reading, checksums and copies release the
+interpreter lock, so worker processes, with their start-up time, shared memory and ways to die, would buy nothing here.
+No picture is flipped or turned: captions say "left" and "upside down".
+
+    python data.py train.csv        a random and a guided batch of its captions (without a file: of some made-up ones)
+"""
+
+import collections
+import concurrent.futures
+import csv
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from cli import UserError, run
+from knowledge import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
+from tokenizer import Tokenizer
+from video import FrameCache, frame_indices
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# ---- splits: what the files say --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """Videos, captions, and which video each caption is of."""
+
+    video_paths: list[str]
+    captions: list[str]
+    video_of_caption: np.ndarray  # int64 [number of captions], index into video_paths
+    broken: dict[str, str] = field(default_factory=dict)  # {path: why} of videos that belong here but cannot be used
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
+        """From (video path, caption) pairs; the same path is the same video."""
+        number, captions, video_of_caption = {}, [], []
+        for path, caption in pairs:
+            captions.append(caption)
+            video_of_caption.append(number.setdefault(path, len(number)))
+        return cls(list(number), captions, np.array(video_of_caption, np.int64))
+
+    def without(self, broken: dict[str, str]) -> "Split":
+        """This split without some videos ({path: why}) and their captions."""
+        kept = np.array([path not in broken for path in self.video_paths], bool)
+        keep_caption = kept[self.video_of_caption]
+        return Split([path for path in self.video_paths if path not in broken],
+                     list(itertools.compress(self.captions, keep_caption)),
+                     (np.cumsum(kept) - 1)[self.video_of_caption[keep_caption]], self.broken | broken)
+
+    def describe_broken(self, at_most: int = 20) -> str:
+        """Lines for the user: which videos are not used, and why; "" if there are none."""
+        total = len(self.video_paths) + len(self.broken)
+        lines = [f"{len(self.broken)} of {total} videos cannot be used:"] + list(self.broken.values())[:at_most]
+        if len(self.broken) > at_most:
+            lines.append(f"… and {len(self.broken) - at_most} more")
+        return "\n    ".join(lines) if self.broken else ""
+
+
+@dataclass
+class Question:
+    """Which of these captions is the video's?"""
+
+    video: str
+    options: list[str]
+    answer: int   # index of the right option
+    kind: str     # what the wrong ones differ in
+
+
+def load_split(dataset: str, data: str | Path, role: str = "train") -> Split:
+    """The "train", "val" or "test" split of a data set (one of LOADERS) at the path `data`.
+
+    Raises UserError, with file, line and what was expected, where a file is missing, empty or malformed. Videos are not
+    looked at: `keep_decodable` finds the missing and the broken ones.
+    """
+    assert role in ("train", "val", "test"), f"{role=}: train, val or test"
+    if dataset not in LOADERS:
+        raise UserError(f"{dataset}: no such data set; one of {', '.join(LOADERS)}")
+    return LOADERS[dataset](Path(data), role)
+
+
+def load_pairs(path: Path, role: str) -> Split:
+    """A csv (with header) or jsonl file with `video` and `caption`; or a folder that holds train.csv, val.csv, test.csv."""
+    path = path / f"{role}.csv" if path.is_dir() else path
+    pairs = ((str(path.parent / row["video"]), row["caption"]) for _, row in _rows(path, ("video", "caption")))
+    split = Split.from_pairs(pairs)
+    if not split.captions:
+        raise UserError(f"{path}: no samples in it; expected a line with video and caption for each")
+    return split
+
+
+LOADERS: dict[str, Callable[[Path, str], Split]] = {"toy": load_pairs, "csv": load_pairs}  # a data set is one function
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Multiple choice from a jsonl file: {"video", "options": [caption, …], "answer": index, "kind"} a line."""
+    path, questions = Path(path), []
+    for line, row in _rows(path, ("video", "kind"), others=("options", "answer")):
+        options, answer = row["options"], row["answer"]
+        if not (isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) for option in options)):
+            raise UserError(f"{path}, line {line}: options must be a list of two or more captions")
+        if type(answer) is not int or not 0 <= answer < len(options):
+            raise UserError(f"{path}, line {line}: answer is {answer!r}, expected 0 … {len(options) - 1}")
+        questions.append(Question(str(path.parent / row["video"]), options, answer, row["kind"]))
+    if not questions:
+        raise UserError(f"{path}: no questions in it; expected one JSON object a line")
+    return questions
+
+
+def _rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a csv file with header or a jsonl file; `texts` and `others` are there, `texts` are strings."""
+    expected = f"expected {', '.join(texts + others)}"
+    rows = _jsonl_rows if path.suffix.lower() in (".jsonl", ".json") else _csv_rows
+    for line, row in rows(path, _read_text(path), texts + others, expected):
+        for name in texts:
+            if not isinstance(row[name], str):
+                raise UserError(f"{path}, line {line}: {name} is {str(row[name])[:40]}, not a text; {expected}")
+        if not row["video"].strip():
+            raise UserError(f"{path}, line {line}: video is empty; expected a path relative to the folder of this file")
+        yield line, row
+
+
+def _csv_rows(path, text, names, expected):
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if missing := [name for name in names if name not in header]:
+            raise UserError(f"{path}, line 1: the header {','.join(header)[:80]!r} has no {' or '.join(missing)}; {expected}")
+        for row in reader:
+            if row and len(row) != len(header):
+                raise UserError(f"{path}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}; {expected} "
+                                "(a caption with a comma stands in double quotes)")
+            if row:
+                yield reader.line_num, dict(zip(header, row))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid csv ({error}); {expected}") from error
+
+
+def _jsonl_rows(path, text, names, expected):
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                row = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {line}: not valid JSON; {expected} in an object on each line") from error
+            if not isinstance(row, dict) or (missing := [name for name in names if name not in row]):
+                what = f"has no {' or '.join(missing)}" if isinstance(row, dict) else "is not an object"
+                raise UserError(f"{path}, line {line}: the row {what}; {expected} in an object on each line")
+            yield line, row
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a csv or jsonl file") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty; expected a csv or jsonl file with video and caption")
+    return text
+
+
+# ---- samples: what the model sees -------------------------------------------------------------------------------------------
+
+
+def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05, workers: int | None = None,
+                   progress: bool = True) -> Split:
+    """Fill the cache with the split's videos; the split without those that are missing or broken (see its `broken`).
+
+    Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be used, or none is left.
+    """
+    kept = split.without(cache.fill(split.video_paths, workers=workers, progress=progress))
+    total = len(kept.video_paths) + len(kept.broken)
+    if len(kept.broken) > max_broken * total or not kept.video_paths:
+        raise UserError(f"{len(kept.broken)} of {total} videos cannot be used, more than the {max_broken:.0%} that may be broken; the "
+                        f"first: {next(iter(kept.broken.values()))}")
+    if progress and kept.broken:
+        print(kept.describe_broken())
+    return kept
+
+
+def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None) -> torch.Tensor:
+    """T of the cached frames of each video: uint8 [B, T, H, W, 3]. Uniform, or by segments with one np Generator a video."""
+    video = np.empty((len(paths), num_frames, cache.size, cache.size, 3), np.uint8)
+    for i, path in enumerate(paths):
+        chosen = frame_indices(cache.num_frames, num_frames, "segment" if rngs else "uniform", rngs[i] if rngs else None)
+        video[i] = cache.get(path)[chosen]
+    return torch.from_numpy(video)
+
+
+def prepare_video(video: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] → float32 [B, T, C, H, W], each channel with CLIP's mean and deviation taken out; on video's device."""
+    assert video.dtype == torch.uint8 and video.shape[-1] == 3, f"{video.dtype} {tuple(video.shape)}: expected uint8 [..., 3]"
+    mean, std = (torch.tensor(values, device=video.device) for values in (PIXEL_MEAN, PIXEL_STD))
+    return rearrange((video.float() / 255 - mean) / std, "b t h w c -> b t c h w").contiguous()
+
+
+class PairDataset:
+    """The samples of a split, fetched a whole batch at a time."""
+
+    def __init__(self, split: Split, cache: FrameCache, tokenizer: Tokenizer, concept_vocab: ConceptVocab,
+                 knowledge: list[dict], *, length: int):
+        """`knowledge[i]` is what `extract_knowledge` says of caption i; texts have at most `length` tokens."""
+        assert len(knowledge) == len(split.captions), f"{len(knowledge)} of {len(split.captions)} captions have knowledge"
+        self.split, self.cache, self.tokenizer, self.length = split, cache, tokenizer, length
+        self.num_concepts = len(concept_vocab)
+        self.concept_sets = concept_vocab.encode_many(knowledge)
+        self.video_of_sample = split.video_of_caption                  # int64 [N]
+        self.meaning_id = meaning_ids(split.captions, knowledge)       # int64 [N]
+
+    def __len__(self) -> int:
+        return len(self.split.captions)
+
+    def batch(self, indices: Iterable[int], *, num_frames: int, seed: int | None = None, epoch: int = 0) -> dict:
+        """The batch of these samples, as at the top of this file. Frames: random by (seed, epoch, sample); without seed, uniform."""
+        indices = np.asarray(indices, np.int64)
+        rngs = None if seed is None else [np.random.default_rng((seed, epoch, index)) for index in indices.tolist()]
+        video_id = self.video_of_sample[indices]
+        tokens, text_mask = self.tokenizer.encode_batch([self.split.captions[i] for i in indices], self.length)
+        return dict(
+            video=load_videos(self.cache, [self.split.video_paths[i] for i in video_id], num_frames, rngs),
+            tokens=tokens, text_mask=text_mask,
+            concepts=multi_hot([self.concept_sets[i] for i in indices], self.num_concepts),
+            video_id=torch.from_numpy(video_id), meaning_id=torch.from_numpy(self.meaning_id[indices]))
+
+
+def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:
+    """load(job) for each job, in order, read ahead by `workers` threads. An error in a thread is raised where it was awaited."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        ahead = collections.deque()
+        try:
+            for job in jobs:
+                ahead.append(pool.submit(load, job))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # the consumer stopped early: what has not begun need not
+            for future in ahead:
+                future.cancel()
+
+
+# ---- batches: which pairs meet ----------------------------------------------------------------------------------------------
+
+
+class KnowledgeBatchSampler:
+    """Batches in which groups of samples share knowledge; every sample exactly once per epoch.
+
+    An epoch is planned as a whole, by sorting; nothing of size N × N or concepts × samples is ever made:
+
+    1. **A dictionary of captions.** Put the concepts into a random order, rare ones tending to the front: each draws a
+       number from the exponential distribution of rate idf and they line up by it. That order is this epoch's alphabet. Spell
+       each caption as its concepts in the order of the alphabet and sort the captions as in a dictionary. Neighbours now share
+       their first "letters". The first letter is concept c with probability w_c / Σ w over the caption's concepts, and two
+       captions have the same one with probability Σ_common w / Σ_either w: this is weighted min-wise hashing (Broder 1997;
+       Ioffe 2010), and the sorted list is an inverted index, concept → samples, in which each sample stands once an epoch,
+       under one of its concepts. A new epoch has a new alphabet, so other neighbours.
+    2. **Groups.** Cut the dictionary into windows of neighbours. In each window the first free sample is the anchor of a group,
+       and the `group_size` − 1 free samples of the highest overlap κ > 0 with it join, one by one, each only if it is not of
+       the same video or meaning as any member (a false negative). So that twenty captions of one video do not fill the
+       window, the dictionary has volumes: the first holds one caption of each video, the second another one, and so on.
+       Samples without a full group go into a new dictionary, a few times, until there are enough groups.
+    3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill the rest.
+
+    A schedule may come from `guided_share` as a function of the epoch. The epoch's last batch holds what is left, fewer than
+    `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all ranks; it is planned first and
+    then cut into `world_size` parts in order, equal to within one sample, so another number of ranks sees the same batches,
+    and each rank the same number of them. (A last batch of fewer samples than ranks leaves some ranks an empty part.)
+    """
+
+    WINDOW = 64    # neighbours that a group is chosen from: more find higher overlaps, and cost in proportion
+    LETTERS = 12   # concepts of a caption that planning looks at, the rarest first: longer captions are paragraphs
+    ROUNDS = 6     # dictionaries per epoch; each groups most of what the last one left
+
+    def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray, *,
+                 batch_size: int, seed: int = 0, guided_share: float | Callable[[int], float] = 0.5, group_size: int = 8,
+                 drop_last: bool = False, rank: int = 0, world_size: int = 1):
+        """Sets and ids of the N samples; `guided_share` of a batch, or guided_share(epoch), in 0 … 1, is made of groups.
+
+        Raises UserError where batch_size is not a multiple of world_size, or larger than N with drop_last.
+        """
+        size = len(concept_sets)
+        assert len(video_of_sample) == len(meaning_id) == size, f"{size} sets, {len(video_of_sample)}, {len(meaning_id)} ids"
+        assert 0 <= rank < world_size, f"{rank=} of {world_size=}"
+        assert group_size >= 2, f"{group_size=}: a group is an anchor and at least one more"
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f"batch size {batch_size}: must be a positive multiple of the {world_size} processes")
+        if drop_last and size < batch_size:
+            raise UserError(f"batch size {batch_size}: larger than the data set of {size} samples; choose a smaller one")
+        self.size, self.batch_size, self.seed, self.guided_share = size, batch_size, seed, guided_share
+        self.group_size, self.drop_last, self.rank, self.world_size = group_size, drop_last, rank, world_size
+        self.video, self.meaning = np.asarray(video_of_sample), np.asarray(meaning_id)
+        self.idf = np.append(idf, 0).astype(np.float32)  # one more, of weight 0, pads the rows of `ids`
+        self.ids, self.inverse_norm = self._spell(concept_sets.offsets, concept_sets.ids)
+
+    def _spell(self, offsets: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """CSR → (ids int32 [N, P], each row its rarest concepts first, padded by K; 1 / norm of the full vector [N])."""
+        K, counts = len(self.idf) - 1, np.diff(offsets)
+        by_rarity = np.argsort(-self.idf[:K], kind="stable")
+        rarity = np.empty(K, np.int64)
+        rarity[by_rarity] = np.arange(K)
+        sample = np.repeat(np.arange(self.size), counts)                              # [total]
+        norm = np.sqrt(np.bincount(sample, self.idf[flat] ** 2, minlength=self.size)).astype(np.float32)
+        sample *= K
+        sample += rarity[flat]
+        sample.sort()                                                                 # (sample, rarity) in one number
+        flat = by_rarity[sample % K]
+        sample //= K
+        place = np.arange(len(flat)) - np.repeat(offsets[:-1], counts)                # 0, 1, … within each sample
+        ids = np.full((self.size, min(self.LETTERS, max(1, counts.max(initial=0)))), K, np.int32)
+        fits = place < ids.shape[1]
+        ids[sample[fits], place[fits]] = flat[fits]
+        return ids, np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same on all ranks."""
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """This rank's part, int64 [b], of each batch of the epoch from number `start` on."""
+        order = self.plan(epoch)
+        for number in range(start, len(self)):
+            batch = order[number * self.batch_size:(number + 1) * self.batch_size]
+            yield np.array_split(batch, self.world_size)[self.rank]
+
+    def plan(self, epoch: int) -> np.ndarray:
+        """All samples in the order of the epoch, int64 [N]: the batches of all ranks are consecutive pieces of it."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.size)
+        share = self.guided_share(epoch) if callable(self.guided_share) else self.guided_share
+        assert 0 <= share <= 1, f"guided_share is {share} in epoch {epoch}: expected 0 … 1"
+        full, per_batch = self.size // self.batch_size, int(share * self.batch_size) // self.group_size
+        if full * per_batch == 0:
+            return order
+        groups = self._find_groups(order, full * per_batch, rng)                      # [G, group_size]
+        per_batch = min(per_batch, len(groups) // full)                               # rare knowledge: what there is, evenly
+        groups = groups[:full * per_batch]
+        is_free = np.ones(self.size, bool)
+        is_free[groups] = False
+        rest = order[is_free[order]]
+        loose = full * (self.batch_size - per_batch * self.group_size)
+        batches = np.concatenate([groups.reshape(full, -1), rest[:loose].reshape(full, -1)], axis=1)
+        return np.concatenate([batches.ravel(), rest[loose:]])
+
+    def _find_groups(self, order: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
+        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` is a permutation of the samples."""
+        pool, found, is_free = order[self.inverse_norm[order] > 0], [], np.ones(self.size, bool)
+        for _ in range(self.ROUNDS):
+            missing = wanted - sum(map(len, found))
+            if missing == 0 or len(pool) < self.group_size:
+                break
+            groups = self._group_neighbours(self._sort_as_dictionary(pool, rng), missing)
+            groups = rng.permutation(groups)[:missing]  # shuffled, or one batch would get all groups of a concept
+            found.append(groups)
+            is_free[groups] = False
+            pool = pool[is_free[pool]]
+        return np.concatenate(found) if found else np.empty((0, self.group_size), np.int64)
+
+    def _sort_as_dictionary(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The samples of `pool` by volume, then by their concepts in this round's alphabet; equal ones stay as they were."""
+        K = len(self.idf) - 1
+        letter = np.full(K + 1, K)
+        letter[np.argsort(rng.exponential(size=K) / np.maximum(self.idf[:K], 1e-6))] = np.arange(K)
+        spelling = np.sort(letter[self.ids[pool]].astype(np.int32), axis=1)           # [n, P]
+        by_video = np.argsort(self.video[pool], kind="stable")
+        is_first = np.diff(self.video[pool[by_video]], prepend=-1) != 0
+        volume = np.empty(len(pool), np.int64)                                        # how many captions of its video come before
+        volume[by_video] = np.arange(len(pool)) - np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+        key, bits = volume, K.bit_length()
+        for column in spelling.T[:(63 - int(volume.max()).bit_length()) // bits]:     # as many letters as 63 bits hold
+            key = (key << bits) | column
+        return pool[np.argsort(key, kind="stable")]
+
+    def _group_neighbours(self, dictionary: np.ndarray, wanted: int) -> np.ndarray:
+        """Groups from windows of neighbours, [G, group_size]: about `wanted` or as many as there are."""
+        width = min(self.WINDOW, len(dictionary))
+        windows = dictionary[:len(dictionary) // width * width].reshape(-1, width)
+        per_window = min(width // self.group_size, -(-wanted // len(windows)))
+        at_once = max(1, 2**22 // len(self.idf))                                      # windows whose tables take 16 MB
+        groups = [self._group_windows(windows[i:i + at_once], per_window) for i in range(0, len(windows), at_once)]
+        return np.concatenate(groups)
+
+    def _group_windows(self, windows: np.ndarray, per_window: int) -> np.ndarray:
+        """Up to `per_window` groups of each window [M, W]: [G, group_size]. All windows move in step."""
+        row = np.arange(len(windows))
+        ids, video, meaning = self.ids[windows], self.video[windows], self.meaning[windows]  # [M, W, P], [M, W], [M, W]
+        weight = self.idf[ids] * self.inverse_norm[windows][..., None]
+        of_anchor = np.zeros((len(windows), len(self.idf)), np.float32)               # each anchor's concept vector, [M, K + 1]
+        free, may_lead, groups = np.ones(windows.shape, bool), np.ones(windows.shape, bool), []
+        for _ in range(per_window):
+            pick = np.argmax(free & may_lead, axis=1)                                 # the first free one
+            complete = free[row, pick] & may_lead[row, pick]
+            may_lead[row, pick] = False
+            of_anchor[row[:, None], ids[row, pick]] = weight[row, pick]
+            overlap = np.einsum("mwp,mwp->mw", of_anchor[row[:, None, None], ids], weight) * free  # κ with the anchor
+            of_anchor[row[:, None], ids[row, pick]] = 0
+            members = [pick]
+            for _ in range(self.group_size - 1):
+                overlap[(video == video[row, pick][:, None]) | (meaning == meaning[row, pick][:, None])] = 0
+                pick = np.argmax(overlap, axis=1)
+                complete &= overlap[row, pick] > 0
+                members.append(pick)
+            members = np.stack(members, axis=1)[complete]                             # [complete windows, group_size]
+            free[row[complete][:, None], members] = False
+            groups.append(windows[row[complete][:, None], members])
+        return np.concatenate(groups)
+
+
+def main():
+    if len(sys.argv) > 1:
+        split = load_split("csv", sys.argv[1])
+        captions, video_of_caption = split.captions, split.video_of_caption
+        print(f"{len(captions)} captions of {len(split.video_paths)} videos")
+    else:
+        who, does = "dog cat girl boy robot horse".split(), "chases pushes follows lifts paints watches".split()
+        captions = [f"a {a} {verb} a {b}" for a, verb, b in itertools.product(who, does, who) if a != b]
+        video_of_caption = np.arange(len(captions))
+    knowledge = extract_many(captions, progress=False)
+    vocab = ConceptVocab.build(knowledge, min_count=1)
+    for share in (0.0, 0.5):
+        sampler = KnowledgeBatchSampler(vocab.encode_many(knowledge), vocab.idf, video_of_caption, meaning_ids(captions, knowledge),
+                                        batch_size=12, guided_share=share, group_size=6)
+        print(f"a batch with guided share {share}:", *[captions[i] for i in next(sampler.batches(epoch=0))], sep="\n    ")
+
+
+if __name__ == "__main__":
+    run(main)
