@@ -1,0 +1,362 @@
+"""How good is a model? Ranks, ties, R@K; multiple choice; one JSON and one page that say it all.
+
+Retrieval asks one question many times: among all videos, at which place does the right one stand? With sim [n_text, n_video]
+(row = caption, column = video) each caption ranks its row, text to video (t2v), and each video ranks its column (v2t):
+
+    rank = 1 + (wrong candidates that score strictly better) + ½ (wrong candidates that tie)
+    R@K  = percent of queries with rank ≤ K          MdR, MnR = median and mean rank (1 is best)
+
+Three details make or break the number:
+- *Ties.* A tie counts half, so a model that scores everything alike gets the middle rank: chance, as it should. (Counting only
+  the strictly better ones would give it R@1 = 100.) A rank may thus be 1.5, which is no hit for R@1.
+- *Several captions a video.* Each caption is a t2v query of its own. In v2t a video takes the best rank that any of its
+  captions reaches; its other captions never compete. A video without captions asks nothing but stays in the gallery.
+- *What equal means.* Floating-point sums depend on their order, so one pair may score differently in two tiles of the same
+  product. `similarity` rounds embeddings to 26 binary places and multiplies in fp64, where such sums have no rounding error at
+  all: a score is then a number, not an accident of tile, thread or machine, and equal embeddings tie exactly. It is also nearer to
+  the true product than fp32 would be, for about twice the time.
+
+Half the ties make one formula of it, since (1 + sign(x)) / 2 is 1 above, ½ at and 0 below zero:
+
+    rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
+
+A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 videos need no 80 GB matrix.
+
+Multiple choice asks which of five captions fits a video; tied options share the point, so that a constant model gets chance.
+
+    python eval.py --checkpoint runs/toy --task toy                      # the newest checkpoint of a run, on the toy test gallery
+    python eval.py --checkpoint runs/mine --task csv --data FILE.csv     # your own videos and captions
+
+writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out. What is
+incomplete says so: each result on a set with missing or broken videos carries "N of M videos: not comparable".
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+
+import toyworld
+from checkpoint import Checkpoint, load_checkpoint
+from cli import UserError, parse_config, run
+from data import Question, Split, keep_decodable, load_questions, load_split, load_videos, prefetch, prepare_video
+from knowledge import extract_many
+from report import Results, write_report
+from video import FrameCache
+
+# ---------------------------------------------------------------- ranks
+
+
+def _to_grid(emb):
+    """[N, E] -> float64 on a grid so coarse (2^-26 of the longest row) that fp64 sums of products are exact, in any order.
+
+    Products are multiples of 2^-52 and every partial sum stays below 2 (Cauchy-Schwarz): 53 bits hold them all.
+    """
+    emb = torch.as_tensor(emb).detach().double()
+    longest = emb.norm(dim=1).max().clamp(min=1e-30)
+    unit = 2.0 ** torch.floor(torch.log2(longest) + 0.6)  # a power of two: dividing by it loses nothing
+    return torch.round(emb / unit * 2**26) / 2**26 * unit
+
+
+def _check_finite(scores, what: str):
+    if not torch.isfinite(scores).all():
+        raise UserError(f"{what}: NaN or infinity inside; the model has diverged or its checkpoint is damaged")
+
+
+def similarity(text_emb, video_emb) -> torch.Tensor:
+    """sim [n_text, n_video], float64: exact dot products of embeddings [n, E] rounded to 26 binary places (see above)."""
+    return _to_grid(text_emb) @ _to_grid(video_emb).T
+
+
+def _ranks(scores, positive, video_of_text, n_video: int, chunk: int):
+    """(t2v [n_text], v2t [videos with captions]) from `scores(rows, columns)`, a function that yields one float64 tile of sim.
+
+    positive [n_text] are the scores of the right pairs. Float64 arrays come back; a rank may end in .5.
+    """
+    n_text, device = len(positive), positive.device
+    # a video is as good as its best caption
+    best = torch.full((n_video,), -torch.inf, dtype=torch.float64, device=device)
+    best.scatter_reduce_(0, video_of_text, positive, "amax")
+    above = torch.zeros(n_text, dtype=torch.float64, device=device)  # Σ sign over all candidates, right ones too
+    below = torch.zeros(n_video, dtype=torch.float64, device=device)
+    for i in range(0, n_text, chunk):
+        for j in range(0, n_video, chunk):
+            rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+            tile = scores(rows, columns)                              # [≤ chunk, ≤ chunk]
+            above[rows] += (tile - positive[rows, None]).sign_().sum(1)
+            below[columns] += (tile - best[columns]).sign_().sum(0)
+    # take the right candidates out again: one a caption, and all captions of a video
+    own = torch.zeros_like(best).index_add_(0, video_of_text, (1 + (positive - best[video_of_text]).sign()) / 2)
+    t2v = 1 + (n_video + above) / 2 - 0.5
+    v2t = 1 + (n_text + below) / 2 - own
+    return t2v.cpu().numpy(), v2t[best > -torch.inf].cpu().numpy()
+
+
+def _check_pairs(video_of_text, n_text: int, n_video: int, device) -> torch.Tensor:
+    video_of_text = torch.as_tensor(video_of_text, device=device).long()
+    assert video_of_text.shape == (n_text,) and n_text, f"{tuple(video_of_text.shape)} indices for {n_text} captions"
+    lowest, highest = int(video_of_text.min()), int(video_of_text.max())
+    assert 0 <= lowest and highest < n_video, f"video_of_text runs from {lowest} to {highest}, but there are {n_video} videos"
+    return video_of_text
+
+
+def retrieval_ranks(text_emb, video_emb, video_of_text, *, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks (t2v [n_text], v2t [videos with captions]), 1-based, ties half, of embeddings [n_text, E] and [n_video, E].
+
+    Equals the ranks of `similarity(text_emb, video_emb)` for every `chunk`, in memory that grows with n, not n².
+    1,024² tiles stay in a CPU's cache: larger ones are slower. Raises UserError where an embedding is not finite.
+    """
+    text, video = _to_grid(text_emb), _to_grid(video_emb)
+    _check_finite(text, "text embeddings")
+    _check_finite(video, "video embeddings")
+    video_of_text = _check_pairs(video_of_text, len(text), len(video), text.device)
+    positive = torch.cat([(text[i:i + chunk] * video[video_of_text[i:i + chunk]]).sum(1) for i in range(0, len(text), chunk)])
+    return _ranks(lambda rows, columns: text[rows] @ video[columns].T, positive, video_of_text, len(video), chunk)
+
+
+def summarize_ranks(t2v: np.ndarray, v2t: np.ndarray) -> dict[str, float]:
+    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, and the same for v2t}."""
+    metrics = {}
+    for direction, ranks in (("t2v", t2v), ("v2t", v2t)):
+        for k in (1, 5, 10):
+            metrics[f"{direction}_R@{k}"] = 100 * float(np.mean(ranks <= k))
+        metrics[f"{direction}_MdR"] = float(np.median(ranks))
+        metrics[f"{direction}_MnR"] = float(np.mean(ranks))
+    return metrics
+
+
+def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
+    """Retrieval metrics of sim [n_text, n_video] (array or tensor; row = caption, column = video).
+
+    video_of_text [n_text] holds the column of each caption's video. R@K in percent counts ranks ≤ K; MdR and MnR are 1-based.
+    Raises UserError where sim is not finite. Protocol: MSVD's for several captions a video, 1k-A's for one.
+    """
+    sim = sim.detach() if isinstance(sim, torch.Tensor) else torch.from_numpy(np.require(sim, requirements=["C", "W"]))
+    assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
+    n_text, n_video = sim.shape
+    video_of_text = _check_pairs(video_of_text, n_text, n_video, sim.device)
+
+    def scores(rows, columns):
+        tile = sim[rows, columns].double()
+        _check_finite(tile, "sim")
+        return tile
+
+    positive = sim[torch.arange(n_text, device=sim.device), video_of_text].double()
+    return summarize_ranks(*_ranks(scores, positive, video_of_text, n_video, chunk=1024))
+
+
+def retrieval_metrics_from_embeddings(text_emb, video_emb, video_of_text, *, chunk: int = 1024) -> dict[str, float]:
+    """`retrieval_metrics(similarity(text_emb, video_emb), video_of_text)`, exactly, without ever holding sim (see `retrieval_ranks`)."""
+    return summarize_ranks(*retrieval_ranks(text_emb, video_emb, video_of_text, chunk=chunk))
+
+
+def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] | None = None) -> dict[str, float]:
+    """{"mc_accuracy": percent, "mc_accuracy_<kind>": …} of scores [n, options], answers [n] (the right option), kinds [n].
+
+    The highest score answers; options that tie for it share the point.
+    """
+    scores, answers = np.asarray(scores, np.float64), np.asarray(answers)
+    assert scores.ndim == 2 and answers.shape == (len(scores),), f"{scores.shape} scores for {answers.shape} answers"
+    if not np.isfinite(scores).all():
+        raise UserError("multiple choice: a score is NaN or infinite; the model has diverged or its checkpoint is damaged")
+    chosen = scores == scores.max(axis=1, keepdims=True)                                 # [n, options]
+    points = 100 * chosen[np.arange(len(scores)), answers] / chosen.sum(axis=1)          # [n]
+    metrics = {"mc_accuracy": float(points.mean())}
+    for kind in dict.fromkeys(kinds if kinds is not None else ()):
+        metrics[f"mc_accuracy_{kind}"] = float(points[np.array(kinds) == kind].mean())
+    return metrics
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+@torch.inference_mode()
+def embed_texts(model, tokenizer, captions: Sequence[str], *, length: int, batch_size: int = 256) -> torch.Tensor:
+    """text_emb [n_text, E], float32 on the CPU. Each distinct caption is encoded once, so equal captions have equal embeddings."""
+    device = model.logit_scale.device
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # neighbours of like length need little padding
+    parts = []
+    for i in range(0, len(distinct), batch_size):
+        tokens, text_mask = tokenizer.encode_batch(distinct[i:i + batch_size], length)   # [B, L]
+        parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return torch.cat(parts)[[place[caption] for caption in captions]]
+
+
+@torch.inference_mode()
+def embed_videos(model, cache: FrameCache, paths: Sequence[str], *, num_frames: int, batch_size: int = 64) -> torch.Tensor:
+    """video_emb [n_video, E], float32 on the CPU, of `num_frames` uniform frames each. Raises VideoError where one is broken."""
+    device = model.logit_scale.device
+    batches = [list(paths[i:i + batch_size]) for i in range(0, len(paths), batch_size)]
+    frames = prefetch(lambda batch: load_videos(cache, batch, num_frames), batches)
+    return torch.cat([model.encode_video(prepare_video(video.to(device))).cpu() for video in frames])
+
+
+def embed_split(model, tokenizer, split: Split, cache: FrameCache, *, num_frames: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split, float32 on the CPU, fp32 throughout."""
+    return (embed_texts(model, tokenizer, split.captions, length=length),
+            embed_videos(model, cache, split.video_paths, num_frames=num_frames))
+
+
+def evaluate_retrieval(model, dataset) -> dict[str, float]:
+    """Retrieval metrics of a `data.PairDataset`, as a training run wants them every N steps."""
+    split = dataset.split
+    text_emb, video_emb = embed_split(model, dataset.tokenizer, split, dataset.cache, num_frames=model.config.num_frames,
+                                      length=dataset.length)
+    return retrieval_metrics_from_embeddings(text_emb, video_emb, split.video_of_caption)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@dataclass
+class EvalConfig:
+    """Evaluate a checkpoint: retrieval both ways, multiple choice where the task has it; metrics.json and report.html."""
+
+    checkpoint: str = "runs/toy"          # a checkpoint file, or the folder of a run (its newest one)
+    task: Literal["toy", "csv"] = "toy"   # toy: the embedded world; csv: your own videos (--data)
+    data: str | None = None               # csv/jsonl file with video and caption; toy: a world's folder (default: CACHE/toy, made if missing)
+    split: Literal["val", "test"] = "test"  # toy: which gallery
+    out: str | None = None                # folder for metrics.json and report.html (default: beside the checkpoint)
+    cache: str = "cache"                  # decoded frames, extracted knowledge, toy world
+    max_broken: float = 0.05              # share of unusable videos that stops the evaluation
+    seed: int = 0                         # of the examples drawn for the report
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+
+
+@dataclass
+class Task:
+    """What is asked: a gallery with its captions, perhaps questions, and the protocol in words."""
+
+    protocol: str
+    split: Split
+    questions: list[Question] = field(default_factory=list)
+
+
+def load_toy(config: EvalConfig, checkpoint: Checkpoint) -> Task:
+    """The toy world's gallery, one caption a video, and its questions; rendered first where it does not exist yet."""
+    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy", seed=checkpoint.config.get("seed", 0))
+    return Task("Toy world: compositions that training never shows, one caption a video, all videos of the split as gallery; multiple "
+                "choice among 5 captions that differ in one noun, verb or direction.",
+                load_split("toy", folder, config.split), load_questions(folder / f"{config.split}_mc.jsonl"))
+
+
+def load_csv(config: EvalConfig, checkpoint: Checkpoint) -> Task:
+    """The videos and captions of a file."""
+    if not config.data:
+        raise UserError("--task csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
+    return Task(f"Own data ({Path(config.data).name}): every caption is a query against all its videos; a video takes the best rank of its "
+                "captions.", load_split("csv", config.data, config.split))
+
+
+TASKS = {"toy": load_toy, "csv": load_csv}  # a task is one function
+
+
+def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05) -> tuple[dict[str, float], Results]:
+    """({metric: value}, what they were computed from) of a task. Unusable videos are left out and listed in the results' split.
+
+    Raises UserError where more than the share `max_broken` of the videos cannot be used.
+    """
+    sizes = model.config
+    # every video once: first those of the gallery, then those that only a question asks about
+    paths = list(dict.fromkeys([*task.split.video_paths, *(question.video for question in task.questions)]))
+    usable = keep_decodable(Split(paths, [], np.zeros(0, np.int64)), cache, max_broken=max_broken)
+    split = task.split.without(usable.broken)
+    questions = [question for question in task.questions if question.video not in usable.broken]
+    if not split.captions:
+        raise UserError(f"no caption is left whose video decodes; the first: {next(iter(usable.broken.values()))}")
+
+    texts = split.captions + [option for question in questions for option in question.options]
+    text_emb = embed_texts(model, tokenizer, texts, length=sizes.text_length)
+    video_emb = embed_videos(model, cache, usable.video_paths, num_frames=sizes.num_frames)
+    text_emb, option_emb = text_emb.tensor_split([len(split.captions)])
+    asked = torch.tensor([usable.video_paths.index(question.video) for question in questions], dtype=torch.long)
+    video_emb, asked_emb = video_emb[:len(split.video_paths)], video_emb[asked]
+
+    ranks = retrieval_ranks(text_emb, video_emb, split.video_of_caption)
+    metrics, option_scores = summarize_ranks(*ranks), np.zeros((0, 0))
+    if questions:
+        option_emb = _to_grid(option_emb).unflatten(0, (len(questions), -1))                 # [n, options, E]
+        option_scores = (option_emb * _to_grid(asked_emb)[:, None]).sum(-1).numpy()          # [n, options]
+        metrics |= multiple_choice_accuracy(option_scores, [question.answer for question in questions],
+                                            [question.kind for question in questions])
+    return metrics, Results(split, text_emb.numpy(), video_emb.numpy(), *ranks, questions, option_scores)
+
+
+def machine_facts(device: str) -> dict:
+    """{versions, commit, hardware, date}: where and with what a number was made."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git checkout"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, opencv=cv2.__version__)
+    return dict(versions=versions, commit=commit, hardware=hardware, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def evaluate(config: EvalConfig) -> dict:
+    """Evaluate as configured, write metrics.json and report.html, print a table; returns what metrics.json holds.
+
+    Raises UserError: no such checkpoint or data, too many unusable videos, unwritable --out, a model that yields NaN.
+    """
+    started = time.perf_counter()
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
+    checkpoint = load_checkpoint(config.checkpoint, device)
+    out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"
+    sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
+    print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}", flush=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
+        cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
+        metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken)
+        unusable, split = results.split.broken, results.split
+        missing = sum(not os.path.exists(path) for path in unusable)
+        expected = len(split.video_paths) + len(unusable)
+        record = dict(
+            task=config.task, split=config.split, protocol=task.protocol, **metrics,
+            note=f"{expected - len(unusable)} of {expected} videos: not comparable" if unusable else "",
+            videos=len(split.video_paths), captions=len(split.captions), questions=len(results.questions),
+            missing=missing, broken=len(unusable) - missing, unusable=unusable,
+            checkpoint=str(checkpoint.path), checkpoint_sha256=checkpoint.sha256, step=checkpoint.step, frames=sizes.num_frames,
+            image_size=sizes.image_size, logit_scale=checkpoint.model.logit_scale.exp().item(),
+            training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
+        (out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        knowledge = extract_many(split.captions, cache=Path(config.cache) / "knowledge", progress=False)
+        write_report(out / "report.html", record, results, knowledge, checkpoint.concept_vocab, seed=config.seed)
+    except OSError as error:
+        raise UserError(f"{out}: the results cannot be written ({error.strerror}); choose another --out") from error
+    print(format_table(record))
+    print(f"{out / 'metrics.json'}, {out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
+    return record
+
+
+def format_table(record: dict) -> str:
+    """The record's metrics as lines of text."""
+    lines = [f"{'':14s}" + "".join(f"{name:>8s}" for name in ("R@1", "R@5", "R@10", "MdR", "MnR"))]
+    for name, way in (("text to video", "t2v"), ("video to text", "v2t")):
+        lines.append(f"{name:14s}" + "".join(f"{record[f'{way}_{m}']:8.1f}" for m in ("R@1", "R@5", "R@10", "MdR", "MnR")))
+    choices = [f"{name.removeprefix('mc_accuracy_')} {value:.1f}" for name, value in record.items() if name.startswith("mc_accuracy_")]
+    if choices:
+        lines.append(f"multiple choice {record['mc_accuracy']:.1f} % ({', '.join(choices)}) of {record['questions']} questions")
+    lines.append(f"{record['captions']} captions, {record['videos']} videos" + (f"; {record['note']}" if record["note"] else ""))
+    return "\n".join(lines)
+
+
+def main():
+    evaluate(parse_config(EvalConfig))
+
+
+if __name__ == "__main__":
+    run(main)
