@@ -111,7 +111,7 @@ def _chunk(s: Sentence) -> list[tuple[str, int]]:
     chunks, open_phrase = [("end", -1)], False
     for i, (word, tag) in enumerate(zip(s.words, s.tags)):
         if tag in _IN_NOUN_PHRASE:
-            starts = tag in ("DT", "PDT", "PRP$") and chunks[-1][0] == "noun"  # "gives the dog | a bone"
+            starts = tag in ("DT", "PDT", "PRP$", "CD") and chunks[-1][0] == "noun"  # "gives the dog | a bone"
             if not open_phrase or starts:
                 chunks.append(("pronoun", i))  # until its noun comes: "this", "both"
             if tag[0] == "N":
@@ -120,8 +120,7 @@ def _chunk(s: Sentence) -> list[tuple[str, int]]:
             continue
         open_phrase = False
         kind = "verb" if tag[:2] == "VB" else _KIND.get(tag, "clause")
-        if kind == "prep":
-            kind = "that" if word == "that" else "clause" if word in SUBORDINATORS else kind
+        kind = "that" if word == "that" else "clause" if word in SUBORDINATORS else kind
         chunks.append((kind, i))
     return chunks + [("end", -1)] * 3
 
@@ -157,7 +156,9 @@ def _coordinated(s: Sentence, chunks: list, c: int) -> tuple[list[int], int]:
             c += 2  # "a piece of paper" is paper
         heads.append(chunks[c][1])
         following = _skip(chunks, c + 1, "and")
-        is_subject = chunks[_skip(chunks, following + 1, "adv")][0] == "verb"  # "pets a dog and a cat runs away"
+        kind, verb = chunks[_skip(chunks, following + 1, "adv")]
+        # "pets a dog and a cat runs away"; but in "wears a shirt and jeans is dancing" the jeans do not dance
+        is_subject = kind == "verb" and (s.tags[chunks[following][1]], s.tags[verb]) != ("NNS", "VBZ")
         if following == c + 1 or chunks[following][0] != "noun" or is_subject:
             return heads, c
         c = following

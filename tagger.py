@@ -135,13 +135,17 @@ def _bias_scores(tagger) -> dict[str, float]:
 
 # Dictionary ----------------------------------------------------------------------------------------------------------
 
+_OVERRIDES = {
+    "people": {"NOUN": ("person",)}, "persons": {"NOUN": ("person",)},  # or "a person cooks", "people cook" would share less
+    "video": {"NOUN": ("video",)}, "videos": {"NOUN": ("video",)},  # nobody videos anything in a caption
+}
+
+
 @functools.lru_cache(maxsize=200_000)
 def readings(word: str) -> dict[str, tuple[str, ...]]:
     """The dictionary's readings of a word form: "sings" → {"NOUN": ("sing",), "VERB": ("sing",)}; empty where unknown."""
     from lemminflect import getAllLemmas
-    if word in ("people", "persons"):
-        return {"NOUN": ("person",)}  # or "a person cooks" and "people cook" would share less than "a man", "men"
-    return getAllLemmas(word)
+    return _OVERRIDES.get(word) or getAllLemmas(word)
 
 
 @functools.lru_cache(maxsize=200_000)
@@ -166,7 +170,9 @@ _PARTICLES = frozenset("""up down out off over on in away back about around alon
     open""".split())
 _COLOURS = frozenset("red orange yellow green blue purple violet pink brown black white grey gray gold silver".split())
 _NEVER_HEADS = _COLOURS | frozenset("other many such same more most less few several own full".split())
-SUBORDINATORS = frozenset("while as because if whether although though when until".split())
+_BE = frozenset("is are was were be been being 's 're".split())
+_BEFORE_INFINITIVE = frozenset("do does did let lets letting help helps helped helping go goes make makes made making".split())
+SUBORDINATORS = frozenset("while as because if whether although though when until then meanwhile".split())
 _FINITE = frozenset(["VBZ", "VBP", "VBD", "MD"])
 _BOUNDARY = frozenset(["CC", ",", ".", ":", "WDT", "WP", "WRB"])
 _CLAUSE = 40  # words each way in which a clause is looked for; keeps a 10,000-word caption linear
@@ -191,41 +197,76 @@ def repair(words: list[str], tags: list[str]) -> list[str]:
 
 
 def _repair_word(words: list[str], tags: list[str], i: int) -> str:
-    word, tag = words[i], tags[i]
-    following = tags[i + 1] if i + 1 < len(tags) else "."
-    known = readings(word.rpartition("-")[2])
+    """The tag of word i, if the dictionary or its neighbours exclude the one that it has."""
+    word, tag, known = words[i], tags[i], readings(words[i].rpartition("-")[2])
+    previous, following = tags[i - 1] if i else "", tags[i + 1] if i + 1 < len(tags) else "."
     if word in ("front", "top") and words[i - 1:i] in (["in"], ["on"]) and words[i + 1:i + 2] == ["of"]:
         return "IN"
     if tag[0] == "N":
-        if word in _COLOURS and following[0] == "N":  # "the orange fish"
+        if following[0] == "N" and (word in _COLOURS or ("ADJ" in known and "NOUN" not in known)):  # "the orange fish"
             return "JJ"
+        if word.endswith("ing") and words[i - 1:i] and words[i - 1] in _BE:
+            return "VBG"
         if known.keys() == {"VERB"} and word not in known["VERB"]:  # "threw", "speaks": forms that no noun has
             if word.endswith("ing"):
-                return tag if following[0] == "N" or tags[i - 1:i] == ["DT"] else "VBG"  # "a boxing match", "the making of"
+                return tag if following[0] == "N" or previous == "DT" else "VBG"  # "a boxing match", "the making of"
             if not word.endswith("s"):
                 return "VBD"
-            return "VBZ" if i > 0 and (tags[i - 1][0] == "N" or tags[i - 1] in ("PRP", "CC", "RB")) else tag
-    elif tag in ("RP", "FW", "UH") and word not in _PARTICLES:
-        return "NN"
+            return "VBZ" if previous[:1] == "N" or previous in ("PRP", "CC", "RB") else tag
+    elif tag in ("RP", "FW", "UH"):
+        return tag if word in _PARTICLES else "NN"
+    elif tag == "RB":
+        return "NN" if "NOUN" in known and not known.keys() & {"ADV", "ADJ"} else tag
     elif tag == "JJ" and word not in _NEVER_HEADS:
-        ends_phrase = (following in ("IN", "TO", ".") or following in _FINITE) and i > 0 \
-            and tags[i - 1] in ("DT", "PRP$", "JJ", "NN", "VBG")
+        is_last = following[0] not in "NJ" and following not in ("CC", "VBN")
+        ends_phrase = is_last and (following in ("IN", "TO", ".") or following in _FINITE) \
+            and previous in ("DT", "PRP$", "JJ", "NN", "VBG")
         if known.keys() == {"NOUN"} or (ends_phrase and (not known or "NOUN" in known)):  # "a lady", "a musician plays"
             return "NN"
-    elif tag[:2] == "VB" and "VERB" not in known and "AUX" not in known:
-        if word in _COLOURS or ("ADJ" in known and "NOUN" not in known):  # "striped", "haired"
-            return "JJ"
-        if "NOUN" in known:
-            return "NNS" if tag == "VBZ" else "NN"
-        if tag in ("VB", "VBP") or (tag in ("VBD", "VBN") and not word.endswith("ed")):  # names
+        if "NOUN" in known and "ADJ" not in known and is_last:  # "in uniforms"
             return "NN"
+        if "NOUN" in known and following == "NNS" and _is_third_person(words[i + 1]) \
+                and words[_phrase_start(tags, i + 1)] in ("a", "an", "one"):  # "a small key pushes", "a major speaks"
+            return "NN"
+    elif tag[:2] == "VB":
+        if "VERB" not in known and "AUX" not in known:
+            return _without_verb_reading(word, tag, known, previous)
+        if tag == "VB" and previous in ("VBZ", "VBD", "VBG") and "NOUN" in known and words[i - 1] not in _BEFORE_INFINITIVE:
+            return "NN"  # "loses control"
     return tag
+
+
+def _without_verb_reading(word: str, tag: str, known: dict, previous: str) -> str:
+    """What a word is that was tagged as a verb, but which the dictionary does not know as one."""
+    if word in _COLOURS or ("ADJ" in known and "NOUN" not in known):  # "striped", "haired"
+        return "JJ"
+    if "NOUN" in known:
+        return "NNS" if tag == "VBZ" else "NN"
+    if tag in ("VB", "VBP") or (tag in ("VBD", "VBN") and not word.endswith("ed")):  # names
+        return "NN"
+    if tag == "VBZ" and (not word.endswith("s") or previous in ("VBG", "VBN", "JJ", "DT", "IN", "PRP$")):  # "sunglasses"
+        return "NNS"
+    return tag
+
+
+def _is_third_person(word: str) -> bool:
+    """Whether a word may be a verb in the third person: "laughs", "pushes", not "bus"."""
+    known = readings(word)
+    return "VERB" in known and word.endswith("s") and word not in known.get("NOUN", ())
+
+
+def _phrase_start(tags: list[str], i: int) -> int:
+    """Index of the first word (a determiner or number, or what stands before the phrase) of the noun phrase before word i."""
+    start = i - 1
+    while start > 0 and i - start < _CLAUSE and (tags[start][0] == "N" or tags[start] in ("JJ", "POS")):
+        start -= 1
+    return start
 
 
 def _is_modifier(words: list[str], tags: list[str], i: int) -> bool:
     """Whether the participle at i belongs to the noun behind it: "a frying pan", "some chopped onions"."""
     before = i - 1
-    while before > 0 and tags[before] == "JJ" and words[before] not in _NEVER_HEADS:
+    while before > 0 and (tags[before] == "JJ" and words[before] != "other" or tags[before] == "RB" and tags[i] != "VBG"):
         before -= 1
     if tags[i] == "VBG":  # "the other playing guitar", "people eating food" are none
         return words[before] in ("a", "an", "the") or tags[before] == "PRP$"
@@ -238,7 +279,7 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     `verbless`: the tagger found no verb in the whole caption, which is nearly always an error.
     """
     previous, following = tags[i - 1] if i else "", tags[i + 1] if i + 1 < len(tags) else "."
-    third_person = words[i].endswith("s") and words[i] not in readings(words[i]).get("NOUN", ())  # "laughs", not "bus"
+    third_person = _is_third_person(words[i])
     if previous == "CC" and i > 1 and tags[i - 2] in ("VBZ", "VBP", "VB"):  # "talks and laughs"
         return tags[i - 2]
     if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):  # "cut the onion", "draws a sword and fights a man"
@@ -248,10 +289,8 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     if words[i].endswith("ing"):  # "a man playing on the ground"
         return "VBG" if verbless and following[0] != "N" else None
 
-    start = i - 1  # of the noun phrase in front of the word
-    while start > 0 and i - start < _CLAUSE and (tags[start][0] == "N" or tags[start] in ("JJ", "CD", "POS")):
-        start -= 1
-    determined = tags[start] in ("DT", "PRP$")
+    start = _phrase_start(tags, i)
+    determined = tags[start] in ("DT", "PRP$", "CD")
     joint = start - 1 if determined else start  # what joins the phrase to the words before it, if any
     if joint >= 0 and tags[joint] == "IN":  # "shots of a soccer video game" is one long noun phrase, but
         in_front = words[joint] in ("in", "with", "on", "at", "by", "near") and following in ("IN", "TO", "RB", "RP", "DT", "PRP$")
@@ -260,8 +299,9 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     if third_person:  # "a baby laughs", as "a" cannot belong to a plural; "obama meets" if nothing else is a verb
         is_singular = previous == "NN" and (verbless or words[start] in ("a", "an", "one"))
         return "VBZ" if is_singular and _lacks_verb(words, tags, i) else None
-    if previous == "NNS" and following[0] != "N" and words[start] not in ("a", "an") and _lacks_verb(words, tags, i):
-        return "VBP"  # "two girls dance"
+    is_plural = previous == "NNS" or (tags[start] == "CD" and words[start] != "one")
+    if is_plural and following[0] != "N" and words[start] not in ("a", "an") and _lacks_verb(words, tags, i):
+        return "VBP"  # "two girls dance", "two fish swim"
     are_two = joint > 0 and tags[joint] == "CC" and tags[joint - 1][0] == "N"
     if verbless and (following in ("DT", "PRP$") or (are_two and following[0] != "N")):
         return "VBP"  # "a man and a woman sing", also "a boy play the guitar"
