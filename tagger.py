@@ -2,15 +2,16 @@
 
     "two dogs chase a ball" → two/CD  dogs/NNS/dog  chase/VBP/chase  a/DT  ball/NN/ball        (Penn Treebank tags)
 
-Four steps: `tokenize` (words), `tag_words` (NLTK's averaged perceptron: for each word, left to right, the tag whose weights
-for 14 features of the word, its neighbours and the two tags before sum highest), `repair` (what that tagger, which learned
-from newspapers, gets wrong in captions: "a baby laughs" as two nouns), and `lemmatize` (lemminflect's dictionary).
+Four steps: `tokenize` (words), `tag_words` (NLTK's averaged perceptron: for each word, left to right, the tag whose
+weights for 14 features of the word, its neighbours and the two tags before sum highest), `repair` (what that tagger,
+which learned from newspapers, gets wrong in captions: "a baby laughs" as two nouns), and `lemmatize` (lemminflect's
+dictionary).
 
-NLTK's own weights need a download at run time. The same tagger's first weights are in the package textblob-aptagger (MIT),
-which no longer imports on Python 3; only its data file is read, after its checksum, by an unpickler that can build nothing but
-dicts, strings, numbers and sets. Everybody who installs requirements.txt has the same tags; where a piece is missing, one line
-says what to install, never a silent, worse tagger. The alternative, spaCy, tags as well at a fifth of the speed and has no
-model in the package registry.
+NLTK's own weights need a download at run time. The same tagger's first weights are in the package textblob-aptagger
+(MIT), which no longer imports on Python 3; only its data file is read, after its checksum, by an unpickler that can
+build nothing but dicts, strings, numbers and sets. Everybody who installs requirements.txt has the same tags; where a
+piece is missing, one line says what to install, never a silent, worse tagger. The alternative, spaCy, tags
+better but slower, and its models are in no package registry.
 
     python tagger.py a baby laughs
 """
@@ -59,9 +60,8 @@ _CLITICS = frozenset(["'s", "'re", "'ve", "'ll", "n't"])
 def tokenize(caption: str) -> list[str]:
     """Lower-case words and punctuation, split as the tagger's training text was: "dog's" is dog 's, "don't" is do n't.
 
-    MSR-VTT writes apostrophes as blanks ("the dog s tail", "they don t"): the same split. Case is dropped, because captions
-    use it for titles as often as for names.
-    """
+    MSR-VTT writes apostrophes as blanks ("the dog s tail", "they don t"): the same split. Case is dropped, because
+    captions use it for titles as often as for names. """
     text = unicodedata.normalize("NFKC", caption).lower().replace("\u2019", "'")
     text = _CLITIC.sub(r" '\1", _NOT.sub(r"\1 n't", text))
     return [word for part in text.split() for word in ([part] if part in _CLITICS else _WORD.findall(part))]
@@ -80,8 +80,8 @@ class _DataOnlyUnpickler(pickle.Unpickler):
 
 @functools.cache
 def load_tagger():
-    """NLTK's `PerceptronTagger` with the weights of textblob-aptagger. Raises UserError where a package or file is missing,
-    or where the file is not the one that these numbers were made with."""
+    """NLTK's `PerceptronTagger` with the weights of textblob-aptagger. Raises UserError where a package or file is
+    missing, or where the file is not the one that these numbers were made with."""
     try:
         import lemminflect  # noqa: F401  (both here, not above: a missing package is one line, and imports stay quick)
         from nltk.tag.perceptron import PerceptronTagger
@@ -100,11 +100,10 @@ def load_tagger():
 
 
 def tag_words(tagger, words: Sequence[str]) -> list[str]:
-    """The tag of each word: `tagger.tag(words)` to the last bit, in half its time.
+    """The tag of each word: exactly `tagger.tag(words)`, in about half its time (bench/knowledge.py).
 
-    The same features, summed in the same order. Scores start as a copy of the bias row, whose keys run from the last label
-    to the first, so that the first maximum is the one that NLTK's alphabetic tie-break picks.
-    """
+    The same features, summed in the same order. Scores start as a copy of the bias row, whose keys run from the last
+    label to the first, so that the first maximum is the one that NLTK's alphabetic tie-break picks. """
     weights, bias = tagger.model.weights, _bias_scores(tagger)
     context = ["-START-", "-START2-", *map(tagger.normalize, words), "-END-", "-END2-"]
     previous, before = "-START-", "-START2-"  # the tags at i-1 and i-2
@@ -136,21 +135,22 @@ def _bias_scores(tagger) -> dict[str, float]:
 # Dictionary ----------------------------------------------------------------------------------------------------------
 
 _OVERRIDES = {
-    "people": {"NOUN": ("person",)}, "persons": {"NOUN": ("person",)},  # or "a person cooks", "people cook" would share less
+    "people": {"NOUN": ("person",)}, "persons": {"NOUN": ("person",)},  # one concept, as "man" and "men" are
+    "leaves": {"NOUN": ("leaf",), "VERB": ("leave",)},  # the dictionary's first noun is "leave"
     "video": {"NOUN": ("video",)}, "videos": {"NOUN": ("video",)},  # nobody videos anything in a caption
 }
 
 
 @functools.lru_cache(maxsize=200_000)
 def readings(word: str) -> dict[str, tuple[str, ...]]:
-    """The dictionary's readings of a word form: "sings" → {"NOUN": ("sing",), "VERB": ("sing",)}; empty where unknown."""
+    """The dictionary's readings of a word: "sings" → {"NOUN": ("sing",), "VERB": ("sing",)}; {} where it is unknown."""
     from lemminflect import getAllLemmas
     return _OVERRIDES.get(word) or getAllLemmas(word)
 
 
 @functools.lru_cache(maxsize=200_000)
 def lemmatize(word: str, tag: str) -> str:
-    """The dictionary form of `word` as a noun (NN*) or verb (VB*), by rule where it is unknown; other words as they are."""
+    """The dictionary form of a noun (NN*) or verb (VB*), by rule where it is unknown; other words as they are."""
     if tag[:2] not in ("NN", "VB"):
         return word
     head, hyphen, last = word.rpartition("-")  # of "back-flips", "self-narrates" the last part is inflected
@@ -171,7 +171,7 @@ _PARTICLES = frozenset("""up down out off over on in away back about around alon
 _COLOURS = frozenset("red orange yellow green blue purple violet pink brown black white grey gray gold silver".split())
 _NEVER_HEADS = _COLOURS | frozenset("other many such same more most less few several own full".split())
 _BE = frozenset("is are was were be been being 's 're".split())
-_BEFORE_INFINITIVE = frozenset("do does did let lets letting help helps helped helping go goes make makes made making".split())
+_BEFORE_INFINITIVE = frozenset("do does did let lets letting help helps helped helping go goes make makes made".split())
 SUBORDINATORS = frozenset("while as because if whether although though when until then meanwhile".split())
 _FINITE = frozenset(["VBZ", "VBP", "VBD", "MD"])
 _BOUNDARY = frozenset(["CC", ",", ".", ":", "WDT", "WP", "WRB"])
@@ -181,10 +181,9 @@ _CLAUSE = 40  # words each way in which a clause is looked for; keeps a 10,000-w
 def repair(words: list[str], tags: list[str]) -> list[str]:
     """Tags with the errors undone that a tagger of newspapers typically makes on captions.
 
-    Word by word: what the dictionary excludes ("elvis" is no verb, "threw" no noun). Then participles that belong to the
-    noun behind them ("a talking dog" names no action). Then, in captions the commonest error, verbs taken for nouns: "a baby
-    laughs", "two girls dance", "talks and laughs", "cut the onion".
-    """
+    Word by word: what the dictionary excludes ("elvis" is no verb, "threw" no noun). Then participles that belong to
+    the noun behind them ("a talking dog" names no action). Then, in captions the commonest error, verbs taken for
+    nouns: "a baby laughs", "two girls dance", "talks and laughs", "cut the onion". """
     tags = [_repair_word(words, tags, i) for i in range(len(words))]
     for i in range(1, len(words) - 1):
         if tags[i] in ("VBG", "VBN", "VBD") and tags[i + 1][0] == "N" and _is_modifier(words, tags, i):
@@ -225,14 +224,15 @@ def _repair_word(words: list[str], tags: list[str], i: int) -> str:
             return "NN"
         if "NOUN" in known and "ADJ" not in known and is_last:  # "in uniforms"
             return "NN"
-        if "NOUN" in known and following == "NNS" and _is_third_person(words[i + 1]) \
+        if (not known or "NOUN" in known) and following == "NNS" and _is_third_person(words[i + 1]) \
                 and words[_phrase_start(tags, i + 1)] in ("a", "an", "one"):  # "a small key pushes", "a major speaks"
             return "NN"
     elif tag[:2] == "VB":
         if "VERB" not in known and "AUX" not in known:
             return _without_verb_reading(word, tag, known, previous)
-        if tag == "VB" and previous in ("VBZ", "VBD", "VBG") and "NOUN" in known and words[i - 1] not in _BEFORE_INFINITIVE:
-            return "NN"  # "loses control"
+        after_verb = previous in ("VBZ", "VBD", "VBG") and words[i - 1] not in _BEFORE_INFINITIVE
+        if tag == "VB" and after_verb and "NOUN" in known:  # "loses control"
+            return "NN"
     return tag
 
 
@@ -244,8 +244,8 @@ def _without_verb_reading(word: str, tag: str, known: dict, previous: str) -> st
         return "NNS" if tag == "VBZ" else "NN"
     if tag in ("VB", "VBP") or (tag in ("VBD", "VBN") and not word.endswith("ed")):  # names
         return "NN"
-    if tag == "VBZ" and (not word.endswith("s") or previous in ("VBG", "VBN", "JJ", "DT", "IN", "PRP$")):  # "sunglasses"
-        return "NNS"
+    if tag == "VBZ" and (not word.endswith("s") or previous in ("VBG", "VBN", "JJ", "DT", "IN", "PRP$")):
+        return "NNS"  # "wearing sunglasses"
     return tag
 
 
@@ -256,7 +256,7 @@ def _is_third_person(word: str) -> bool:
 
 
 def _phrase_start(tags: list[str], i: int) -> int:
-    """Index of the first word (a determiner or number, or what stands before the phrase) of the noun phrase before word i."""
+    """Index of the determiner or number that opens the noun phrase before word i, or of the word before the phrase."""
     start = i - 1
     while start > 0 and i - start < _CLAUSE and (tags[start][0] == "N" or tags[start] in ("JJ", "POS")):
         start -= 1
@@ -266,7 +266,8 @@ def _phrase_start(tags: list[str], i: int) -> int:
 def _is_modifier(words: list[str], tags: list[str], i: int) -> bool:
     """Whether the participle at i belongs to the noun behind it: "a frying pan", "some chopped onions"."""
     before = i - 1
-    while before > 0 and (tags[before] == "JJ" and words[before] != "other" or tags[before] == "RB" and tags[i] != "VBG"):
+    skipped = ("JJ",) if tags[i] == "VBG" else ("JJ", "RB")  # "poorly dressed people"
+    while before > 0 and tags[before] in skipped and words[before] != "other":
         before -= 1
     if tags[i] == "VBG":  # "the other playing guitar", "people eating food" are none
         return words[before] in ("a", "an", "the") or tags[before] == "PRP$"
@@ -274,7 +275,8 @@ def _is_modifier(words: list[str], tags: list[str], i: int) -> bool:
 
 
 def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> str | None:
-    """The verb tag of a word that is tagged as a noun, may be a verb, and stands where a clause lacks its verb; else None.
+    """The verb tag of a word that is tagged as a noun, may be a verb, and stands where a clause lacks its verb; else
+    None.
 
     `verbless`: the tagger found no verb in the whole caption, which is nearly always an error.
     """
@@ -282,8 +284,8 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     third_person = _is_third_person(words[i])
     if previous == "CC" and i > 1 and tags[i - 2] in ("VBZ", "VBP", "VB"):  # "talks and laughs"
         return tags[i - 2]
-    if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):  # "cut the onion", "draws a sword and fights a man"
-        return "VBZ" if third_person else "VB"
+    if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):
+        return "VBZ" if third_person else "VB"  # "cut the onion", "draws a sword and fights a man"
     if previous[:1] != "N":
         return None
     if words[i].endswith("ing"):  # "a man playing on the ground"
@@ -292,10 +294,12 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     start = _phrase_start(tags, i)
     determined = tags[start] in ("DT", "PRP$", "CD")
     joint = start - 1 if determined else start  # what joins the phrase to the words before it, if any
+    if joint > 0 and words[joint] in ("that", "which") and tags[joint - 1][0] == "N" and (third_person or previous == "NNS"):
+        return "VBZ" if third_person else "VBP"  # "the ball that the dog chases"
     if joint >= 0 and tags[joint] == "IN":  # "shots of a soccer video game" is one long noun phrase, but
-        in_front = words[joint] in ("in", "with", "on", "at", "by", "near") and following in ("IN", "TO", "RB", "RP", "DT", "PRP$")
-        if not (verbless and third_person and in_front):  # "a man in snorkel gear swims in a pool"
-            return None
+        is_place = words[joint] in ("in", "with", "on", "at", "by", "near")
+        if not (is_place and verbless and third_person and following in ("IN", "TO", "RB", "RP", "DT", "PRP$")):
+            return None  # "a man in snorkel gear swims in a pool"
     if third_person:  # "a baby laughs", as "a" cannot belong to a plural; "obama meets" if nothing else is a verb
         is_singular = previous == "NN" and (verbless or words[start] in ("a", "an", "one"))
         return "VBZ" if is_singular and _lacks_verb(words, tags, i) else None
