@@ -54,8 +54,8 @@ from tqdm import tqdm
 from cli import UserError, parse_config, run
 from tagger import SUBORDINATORS, WEIGHTS_SHA256, Sentence, load_tagger, parse
 
-# Words that say "this is a caption", only count, or stand for others: no concepts. Relations look through the nouns among
-# them: "folds a piece of paper" is "fold paper".
+# Words that say "this is a caption", only count, or stand for others: no concepts. Relations look through the nouns
+# among them: "folds a piece of paper" is "fold paper".
 STOP_NOUNS = frozenset("""video clip footage lot kind type sort bunch piece group pair way thing stuff something someone
     somebody anyone anything everyone everybody everything nothing nobody one other""".split())
 STOP_VERBS = frozenset("be have do can will".split())

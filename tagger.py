@@ -294,7 +294,8 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     start = _phrase_start(tags, i)
     determined = tags[start] in ("DT", "PRP$", "CD")
     joint = start - 1 if determined else start  # what joins the phrase to the words before it, if any
-    if joint > 0 and words[joint] in ("that", "which") and tags[joint - 1][0] == "N" and (third_person or previous == "NNS"):
+    is_relative = joint > 0 and words[joint] in ("that", "which") and tags[joint - 1][0] == "N"
+    if is_relative and (third_person or previous == "NNS"):
         return "VBZ" if third_person else "VBP"  # "the ball that the dog chases"
     if joint >= 0 and tags[joint] == "IN":  # "shots of a soccer video game" is one long noun phrase, but
         is_place = words[joint] in ("in", "with", "on", "at", "by", "near")
