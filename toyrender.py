@@ -198,7 +198,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
                 _track(0.58 + 0.38 * after, y - rng.choice([-1, 1]) * 0.3 * after, angle=4 * after))
     if action == "eat":
         x1 = 0.08 + 0.57 * np.minimum(u / 0.8, 1)
-        return _track(x1, y), _track(0.65, y, scale=np.clip((0.65 + 0.1 - x1) / (touch + 0.1), 0, 1))
+        return _track(x1, y), _track(0.65, y, scale=np.clip((0.65 - x1) / touch, 0, 1))
     x = 0.5 + rng.uniform(-0.1, 0.1)
     if action == "raise":
         y1 = 0.9 - (0.9 - 0.12 - r2 - touch) * u
