@@ -11,7 +11,8 @@ import pytest
 
 import toyrender
 from cli import UserError
-from toyrender import FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, Event, Thing, relation_tracks, render, single_track
+from toyrender import (FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, Event, Thing, relation_tracks, render,
+                       single_track)
 
 ROOT = Path(__file__).parent.parent
 STAR, FISH = Thing(1, "big", "red", "star"), Thing(1, "small", "blue", "fish")
@@ -119,7 +120,8 @@ def test_count_is_the_number_of_things_drawn():
 
 def test_demo(tmp_path):
     sheet = tmp_path / "chase.png"
-    subprocess.run([sys.executable, "toyrender.py", "chase", "--sheet", sheet], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "toyrender.py", "chase", "--sheet", sheet]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert cv2.imread(str(sheet)).shape == (16 * (18 + 98), 8 * 98, 3)
     wrong = subprocess.run([sys.executable, "toyrender.py", "fly"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "fly" in wrong.stderr and "chase" in wrong.stderr and wrong.stderr.count("\n") == 1
