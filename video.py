@@ -233,11 +233,11 @@ class FrameCache:
 
     def _entry(self, path, start, end) -> Path:
         """Where this video's frames lie. Raises VideoError if the video is missing."""
-        resolved = os.path.realpath(path)
         try:
+            resolved = os.path.realpath(path)
             stat = os.stat(resolved)
-        except OSError as error:
-            raise VideoError(f"{path}: no such video file") from error
+        except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
+            raise VideoError(f"{str(path)[:200]!r}: no such video file") from error
         recipe = (resolved, stat.st_mtime_ns, stat.st_size, float(start), end if end is None else float(end), self.size,
                   self.num_frames, self.MAGIC)
         name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]
