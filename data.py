@@ -418,7 +418,7 @@ class KnowledgeBatchSampler:
         free, may_lead, groups = np.ones(windows.shape, bool), np.ones(windows.shape, bool), []
         for _ in range(per_window):
             pick = np.argmax(free & may_lead, axis=1)                                 # the first free one
-            complete = free[row, pick] & may_lead[row, pick]
+            complete = free[row, pick]
             may_lead[row, pick] = False
             of_anchor[row[:, None], ids[row, pick]] = weight[row, pick]
             overlap = np.einsum("mwp,mwp->mw", of_anchor[row[:, None, None], ids], weight) * free  # κ with the anchor

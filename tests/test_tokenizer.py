@@ -37,8 +37,7 @@ def learn_naively(word_counts, size):
         if not frequency or max(frequency.values()) < 2:
             break
         best = min(frequency, key=lambda token: (-frequency[token], token))
-        if best not in tokens:
-            tokens.append(best)
+        tokens.append(best)
         for pieces in words.values():
             i = 0
             while i + 1 < len(pieces):
