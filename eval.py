@@ -333,7 +333,7 @@ def evaluate(config: EvalConfig) -> dict:
             image_size=sizes.image_size, logit_scale=checkpoint.model.logit_scale.exp().item(),
             training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
         (out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        knowledge = extract_many(split.captions, cache=Path(config.cache) / "knowledge", progress=False)
+        knowledge = extract_many(split.captions, progress=False)
         write_report(out / "report.html", record, results, knowledge, checkpoint.concept_vocab, seed=config.seed)
     except OSError as error:
         raise UserError(f"{out}: the results cannot be written ({error.strerror}); choose another --out") from error
