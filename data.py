@@ -289,10 +289,10 @@ class KnowledgeBatchSampler:
        Ioffe 2010), and the sorted list is an inverted index, concept → samples, in which each sample stands once an epoch,
        under one of its concepts. A new epoch has a new alphabet, so other neighbours.
     2. **Groups.** Cut the dictionary into windows of neighbours. In each window the first free sample is the anchor of a group,
-       and the `group_size` − 1 free samples of the highest overlap κ > 0 with it join, one by one, each only if it is not of
-       the same video or meaning as any member (a false negative). So that twenty captions of one video do not fill the
-       window, the dictionary has volumes: the first holds one caption of each video, the second another one, and so on.
-       Samples without a full group go into a new dictionary, a few times, until there are enough groups.
+       and the `group_size` − 1 free samples of the highest overlap κ with it join, one by one, each only if it is not of the
+       same video or meaning as any member (a false negative). The group counts if every κ is above a floor. Samples without a
+       group go into a new dictionary, and the floor sinks from dictionary to dictionary, so that the closest captions meet
+       first, until there are enough groups. (Captions like no other never are in one: they have no hard negatives.)
     3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill the rest.
 
     A schedule may come from `guided_share` as a function of the epoch. The epoch's last batch holds what is left, fewer than
@@ -303,7 +303,7 @@ class KnowledgeBatchSampler:
 
     WINDOW = 64    # neighbours that a group is chosen from: more find higher overlaps, and cost in proportion
     LETTERS = 12   # concepts of a caption that planning looks at, the rarest first: longer captions are paragraphs
-    ROUNDS = 6     # dictionaries per epoch; each groups most of what the last one left
+    FLOORS = (0.4,) * 4 + (0.3,) * 4 + (0.2,) * 3 + (0.1,) * 2 + (0.0,) * 2  # of κ, one for each dictionary of an epoch
 
     def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray, *,
                  batch_size: int, seed: int = 0, guided_share: float | Callable[[int], float] = 0.5, group_size: int = 8,
@@ -378,11 +378,11 @@ class KnowledgeBatchSampler:
     def _find_groups(self, order: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
         """At most `wanted` disjoint groups in random order, [G, group_size]; `order` is a permutation of the samples."""
         pool, found, is_free = order[self.inverse_norm[order] > 0], [], np.ones(self.size, bool)
-        for _ in range(self.ROUNDS):
+        for floor in self.FLOORS:
             missing = wanted - sum(map(len, found))
             if missing == 0 or len(pool) < self.group_size:
                 break
-            groups = self._group_neighbours(self._sort_as_dictionary(pool, rng), missing)
+            groups = self._group_neighbours(self._sort_as_dictionary(pool, rng), missing, floor)
             groups = rng.permutation(groups)[:missing]  # shuffled, or one batch would get all groups of a concept
             found.append(groups)
             is_free[groups] = False
@@ -390,30 +390,26 @@ class KnowledgeBatchSampler:
         return np.concatenate(found) if found else np.empty((0, self.group_size), np.int64)
 
     def _sort_as_dictionary(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The samples of `pool` by volume, then by their concepts in this round's alphabet; equal ones stay as they were."""
+        """The samples of `pool` in the order of their concepts in a new alphabet; equal ones stay as they were."""
         K = len(self.idf) - 1
         letter = np.full(K + 1, K)
         letter[np.argsort(rng.exponential(size=K) / np.maximum(self.idf[:K], 1e-6))] = np.arange(K)
         spelling = np.sort(letter[self.ids[pool]].astype(np.int32), axis=1)           # [n, P]
-        by_video = np.argsort(self.video[pool], kind="stable")
-        is_first = np.diff(self.video[pool[by_video]], prepend=-1) != 0
-        volume = np.empty(len(pool), np.int64)                                        # how many captions of its video come before
-        volume[by_video] = np.arange(len(pool)) - np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
-        key, bits = volume, K.bit_length()
-        for column in spelling.T[:(63 - int(volume.max()).bit_length()) // bits]:     # as many letters as 63 bits hold
+        key, bits = np.zeros(len(pool), np.int64), K.bit_length()
+        for column in spelling.T[:63 // bits]:                                        # as many letters as 63 bits hold
             key = (key << bits) | column
         return pool[np.argsort(key, kind="stable")]
 
-    def _group_neighbours(self, dictionary: np.ndarray, wanted: int) -> np.ndarray:
+    def _group_neighbours(self, dictionary: np.ndarray, wanted: int, floor: float) -> np.ndarray:
         """Groups from windows of neighbours, [G, group_size]: about `wanted` or as many as there are."""
         width = min(self.WINDOW, len(dictionary))
         windows = dictionary[:len(dictionary) // width * width].reshape(-1, width)
         per_window = min(width // self.group_size, -(-wanted // len(windows)))
         at_once = max(1, 2**22 // len(self.idf))                                      # windows whose tables take 16 MB
-        groups = [self._group_windows(windows[i:i + at_once], per_window) for i in range(0, len(windows), at_once)]
-        return np.concatenate(groups)
+        return np.concatenate([self._group_windows(windows[i:i + at_once], per_window, floor)
+                               for i in range(0, len(windows), at_once)])
 
-    def _group_windows(self, windows: np.ndarray, per_window: int) -> np.ndarray:
+    def _group_windows(self, windows: np.ndarray, per_window: int, floor: float) -> np.ndarray:
         """Up to `per_window` groups of each window [M, W]: [G, group_size]. All windows move in step."""
         row = np.arange(len(windows))
         ids, video, meaning = self.ids[windows], self.video[windows], self.meaning[windows]  # [M, W, P], [M, W], [M, W]
@@ -431,7 +427,7 @@ class KnowledgeBatchSampler:
             for _ in range(self.group_size - 1):
                 overlap[(video == video[row, pick][:, None]) | (meaning == meaning[row, pick][:, None])] = 0
                 pick = np.argmax(overlap, axis=1)
-                complete &= overlap[row, pick] > 0
+                complete &= overlap[row, pick] > floor
                 members.append(pick)
             members = np.stack(members, axis=1)[complete]                             # [complete windows, group_size]
             free[row[complete][:, None], members] = False

@@ -207,11 +207,11 @@ def embed_split(model, tokenizer, split: Split, cache: FrameCache, *, num_frames
             embed_videos(model, cache, split.video_paths, num_frames=num_frames))
 
 
-def evaluate_retrieval(model, dataset) -> dict[str, float]:
-    """Retrieval metrics of a `data.PairDataset`, as a training run wants them every N steps."""
-    split = dataset.split
-    text_emb, video_emb = embed_split(model, dataset.tokenizer, split, dataset.cache, num_frames=model.config.num_frames,
-                                      length=dataset.length)
+def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
+    """Retrieval metrics of a split whose videos all decode, as a training run wants them every N steps. Leaves the model in training mode."""
+    model.eval()
+    text_emb, video_emb = embed_split(model, tokenizer, split, cache, num_frames=model.config.num_frames, length=model.config.text_length)
+    model.train()
     return retrieval_metrics_from_embeddings(text_emb, video_emb, split.video_of_caption)
 
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from cli import run
-from kernels import knowledge_nce_stats
+from kernels import knowledge_nce_stats, merge_hardest
 from model import MAX_LOGIT_SCALE
 
 
@@ -143,12 +143,9 @@ def merge_columns(index, score, *, rows: int, rank: int):
     index, score [B, k], index local to the rank -> [rows, k], index global; ties keep the lowest index.
     """
     k, mine = index.shape[1], slice(rank * rows, (rank + 1) * rows)
-    by_rank = rearrange(gather(score), "(ranks b) k -> b ranks k", b=len(score))[mine]
-    found = rearrange(gather(index), "(ranks b) k -> b ranks k", b=len(index))[mine]
-    first_row = rows * torch.arange(found.shape[1], device=found.device)[:, None]
-    found = torch.where(found < 0, found, found + first_row).flatten(1)            # [rows, ranks · k]
-    best, order = by_rank.flatten(1).sort(dim=1, descending=True, stable=True)
-    return found.gather(1, order[:, :k]), best[:, :k]
+    index = torch.where(index < 0, index, index + rank * rows)
+    index, score = (rearrange(gather(x), "(ranks b) k -> b (ranks k)", b=len(x))[mine] for x in (index, score))
+    return merge_hardest(index, score, k)
 
 
 def main():

@@ -201,7 +201,7 @@ def _repair_word(words: list[str], tags: list[str], i: int) -> str:
             return "JJ"
         if known.keys() == {"VERB"} and word not in known["VERB"]:  # "threw", "speaks": forms that no noun has
             if word.endswith("ing"):
-                return tag if following[0] == "N" else "VBG"  # "a boxing match"
+                return tag if following[0] == "N" or tags[i - 1:i] == ["DT"] else "VBG"  # "a boxing match", "the making of"
             if not word.endswith("s"):
                 return "VBD"
             return "VBZ" if i > 0 and (tags[i - 1][0] == "N" or tags[i - 1] in ("PRP", "CC", "RB")) else tag
@@ -238,7 +238,7 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
     `verbless`: the tagger found no verb in the whole caption, which is nearly always an error.
     """
     previous, following = tags[i - 1] if i else "", tags[i + 1] if i + 1 < len(tags) else "."
-    third_person = words[i].endswith("s") and not words[i].endswith("ss")
+    third_person = words[i].endswith("s") and words[i] not in readings(words[i]).get("NOUN", ())  # "laughs", not "bus"
     if previous == "CC" and i > 1 and tags[i - 2] in ("VBZ", "VBP", "VB"):  # "talks and laughs"
         return tags[i - 2]
     if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):  # "cut the onion", "draws a sword and fights a man"
@@ -253,8 +253,10 @@ def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> 
         start -= 1
     determined = tags[start] in ("DT", "PRP$")
     joint = start - 1 if determined else start  # what joins the phrase to the words before it, if any
-    if joint >= 0 and tags[joint] == "IN":  # "shots of a soccer video game" is one long noun phrase
-        return None
+    if joint >= 0 and tags[joint] == "IN":  # "shots of a soccer video game" is one long noun phrase, but
+        in_front = words[joint] in ("in", "with", "on", "at", "by", "near") and following in ("IN", "TO", "RB", "RP", "DT", "PRP$")
+        if not (verbless and third_person and in_front):  # "a man in snorkel gear swims in a pool"
+            return None
     if third_person:  # "a baby laughs", as "a" cannot belong to a plural; "obama meets" if nothing else is a verb
         is_singular = previous == "NN" and (verbless or words[start] in ("a", "an", "one"))
         return "VBZ" if is_singular and _lacks_verb(words, tags, i) else None

@@ -1,42 +1,40 @@
-"""Toy world: the embedded data set, small videos of coloured things that act, each with captions that say what happens.
+"""Toy world: the embedded data set, small videos of coloured things that act, with captions that say what happens.
 
-A laptop has no video data set, and a method that is about *knowledge* needs one in which the knowledge is known. So this
-file renders one: real mp4 files (64×64 pixels, 16 frames, 8 frames a second), several paraphrased captions a video, and the
-ground truth of each. A video shows one of three scenes:
+A laptop has no video data set, and a method that is about *knowledge* needs one in which the knowledge is known. So
+this file renders one: real mp4 files (64×64 pixels, 16 frames, 8 frames a second), five paraphrased captions a training
+video, and the ground truth of each. A video shows one of three scenes, before a drifting background, by a shaky camera:
 
-    single     "two red stars are spinning"                        one action of one to three equal things
+    single     "two red stars are spinning"                    one action of one to three equal things
     double     "a big red cup is shaking while a small green key is falling"
-    relation   "a small blue fish chases a big yellow house"       who does it to whom is visible only in the motion
+    relation   "a small blue fish chases a big black house"    who does it to whom is visible only in the motion
 
-A *composition* is (kind, action) of a single scene and of each half of a double one, and (action, unordered pair of kinds)
-of a relation. Compositions are dealt out to train, val and test once and for all: no test composition is ever seen in training, though
-every kind and every action is. The pair is unordered so that training never shows "star chases fish" where the test
-asks for "fish chases star": it would teach a prior against the truth instead of no prior at all.
+A *composition* is (action, kind) of a single scene and of each half of a double one, and (action, unordered pair of
+kinds) of a relation. Compositions are dealt out to train, val and test once and for all: no test composition is ever
+seen in training, though every kind and every action is. The pair is unordered so that training never shows "star chases
+fish" where the test asks for "fish chases star": that would teach a prior against the truth instead of none.
 
-Retrieval on val and test is well posed: the one caption of a video names every attribute, and is true of no other video of its split.
-Training captions are drawn from more templates of the same grammar and may drop sizes and colours.
+Retrieval on val and test is well posed: the one caption of a video names every attribute, and it is true of no other
+video of its split. Training captions come from the same grammar but may drop sizes and colours.
 
-Multiple choice, one question for each val and test video: the true caption and four that differ from it by one edit each,
-each false of the video by the ground truth. All five share one template.
+Multiple choice, one question for each val and test video: the true caption and four that differ from it by one edit
+each, each of them false of the video by the ground truth. All five are written in one template.
 
     kind        the four distractors
-    noun        four times another noun in the place of one of the caption's nouns
-    verb        four times another verb in the place of one of the caption's verbs (none that could pass for true, see NEAR)
-    direction   once the two parties of the relation change roles; three times another noun or verb
-                (so a model that is blind to word order gets at most half of these right)
+    noun        four other nouns in the place of one of the caption's nouns
+    verb        four other verbs in the place of one of the caption's verbs (none that could pass for true, see NEAR)
+    direction   the two parties of the relation with their roles changed; and three other nouns or verbs, so that a
+                model that is blind to word order gets at most half of these questions right
 
-Files in `folder`: videos/*.mp4, {train,val,test}.csv (video,caption; paths relative to the file),
-{val,test}_mc.jsonl ({"video", "options", "answer", "kind"}), {train,val,test}_truth.jsonl ({"video", "events"}), and world.json,
-written last: it marks a finished world. Everything is a pure function of (VERSION, counts, seed), on any number of processes.
+Files in `folder`: videos/*.mp4; {train,val,test}.csv (video,caption; paths relative to the file); {val,test}_mc.jsonl
+({"video", "options", "answer", "kind"}); {train,val,test}_truth.jsonl ({"video", "events"}); and world.json, written
+last: it marks a finished world. All is a pure function of (VERSION, counts, seed), whatever the number of processes.
 
-    python toyworld.py --folder cache/toy --sheet sheet.png     # the default world, and a picture of some of its test videos
+    python toyworld.py --folder cache/toy --sheet sheet.png    # the default world, and a picture of some test videos
 """
 
 import concurrent.futures
-import csv
 import functools
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -53,13 +51,13 @@ from tqdm import tqdm
 import cli
 from cli import UserError
 
-VERSION = 3  # of the world: a change of any pixel or word that `generate` writes raises it
+VERSION = 5  # of the world: a change of any pixel or word that `generate` writes raises it
 SIDE, FRAMES, FPS = 64, 16, 8
 SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Vocabulary. Words that a part-of-speech tagger gets right: no "orange", "pink" or "purple" (nouns, too), and intransitive
-#    verbs only in the progressive ("a ball spins" reads as two nouns to a tagger that was trained on newspapers).
+# 1. Vocabulary. Words that a part-of-speech tagger gets right: no "orange", "pink" or "purple" (nouns, too), and
+#    intransitive verbs only in the progressive ("a ball spins" is two nouns to a tagger trained on newspapers).
 
 COLOURS = {  # name: (body, mark), RGB
     "red": ((225, 30, 30), (90, 10, 10)), "green": ((30, 190, 50), (10, 75, 20)), "blue": ((40, 70, 240), (15, 25, 95)),
@@ -87,7 +85,8 @@ RELATION = {"chase": ("chase chases chasing chased", "pursue pursues pursuing pu
             "drop": ("drop drops dropping dropped", "release releases releasing released")}
 # Verbs that a person might accept for one another: never a distractor of each other.
 NEAR = [{"roll", "spin"}, {"roll", "slide"}, {"slide", "zigzag"}, {"push", "hit"}]
-HALF_SCENE = [a for a in SINGLE if a not in ("slide", "roll", "zigzag")]  # fit into half of the frame: used in double scenes
+SIDEWAYS = ("slide", "roll", "zigzag", "chase", "push", "pull", "hit", "eat")  # groups stand one above the other
+HALF_SCENE = [a for a in SINGLE if a not in SIDEWAYS]  # these fit into half of the frame, so into a double scene
 
 TEMPLATES = {  # {s} subject, {o} object, {is_s} is/are, {ing} progressive, {verb} chases/chase, {done} participle
     "single": ["{s} {is_s} {ing}", "there {is_s} {s} that {is_s} {ing}", "in this video {s} {is_s} {ing}",
@@ -95,7 +94,7 @@ TEMPLATES = {  # {s} subject, {o} object, {is_s} is/are, {ing} progressive, {ver
     "relation": ["{s} {verb} {o}", "{s} {is_s} {ing} {o}", "{o} {is_o} {done} by {s}", "{o} {is_o} being {done} by {s}",
                  "there {is_s} {s} that {is_s} {ing} {o}", "in this video {s} {verb} {o}",
                  "a video of {o} that {is_o} {done} by {s}"],
-    "double": ["{0} while {1}", "{0} and {1}", "in this video {0} while {1}", "here {0} and {1}"],  # {0} {1}: single scenes
+    "double": ["{0} while {1}", "{0} and {1}", "in this video {0} while {1}", "here {0} and {1}"],  # two single scenes
 }
 
 
@@ -116,9 +115,10 @@ class Event(NamedTuple):
 Scene = tuple[Event, ...]  # one event, or two of them in a double scene (left, right)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Shapes: polygons in a box of about [-1, 1]², y down. A kind is a list of layers (contours, is it a mark); contours of one
-#    layer are filled even-odd, so that a contour within another is a hole. Each layer is filled with the thing's colour or with that of its mark,
-#    which shows rotation on round things.
+# 2. Shapes: polygons in a box of about [-1, 1]², y down. A kind is a list of layers (contours, BODY or MARK: which of
+#    its two colours). Contours of a layer are filled even-odd: one within another is a hole. Marks show a ball's spin.
+
+BODY, MARK = 0, 1
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 20) -> list:
@@ -136,40 +136,38 @@ def _petals(n: int, inner: float, outer: float) -> list:
     return list(zip(radius * np.cos(angle), radius * np.sin(angle)))
 
 
-BODY, MARK = 0, 1
-
-
 def _shapes() -> dict[str, list[tuple[list[np.ndarray], int]]]:
-    star = [((1.0 if i % 2 == 0 else 0.42) * np.sin(i * np.pi / 5), -(1.0 if i % 2 == 0 else 0.42) * np.cos(i * np.pi / 5))
-            for i in range(10)]
-    heart = [(x / 16, -y / 16) for x, y in ((16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t)
-                                             - np.cos(4 * t)) for t in np.linspace(0, 2 * np.pi, 32))]
+    star = [(r * np.sin(i * np.pi / 5), -r * np.cos(i * np.pi / 5)) for i, r in enumerate([1, 0.42] * 5)]
+    heart = [(np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16)
+             for t in np.linspace(0, 2 * np.pi, 32)]
     raw = {
         "ball": [([_arc(0, 0, 1, 1)], BODY), ([_arc(0, 0, 1, 1, -50, 50)], MARK)],
         "star": [([star], BODY)],
         "heart": [([heart], BODY)],
         "moon": [([_arc(0, 0, 1, 1, 50, 310) + _arc(0.45, 0, 0.8, 0.8, 285, 75)], BODY)],
         "ring": [([_arc(0, 0.2, 0.85, 0.85), _arc(0, 0.2, 0.48, 0.48)], BODY), ([_box(-0.35, -1.1, 0.35, -0.5)], MARK)],
-        "cross": [([[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1), (-0.3, 0.3),
-                     (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]], BODY)],
+        "cross": [([[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1), (-0.3, 1),
+                     (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]], BODY)],
         "tree": [([_box(-0.18, 0.5, 0.18, 1)], MARK),
-                 ([[(0, -1.1), (0.55, -0.3), (0.3, -0.3), (0.85, 0.55), (-0.85, 0.55), (-0.3, -0.3), (-0.55, -0.3)]], BODY)],
+                 ([[(0, -1.1), (0.55, -0.3), (0.3, -0.3), (0.85, 0.55), (-0.85, 0.55), (-0.3, -0.3), (-0.55, -0.3)]],
+                  BODY)],
         "house": [([[(0, -1), (1, -0.2), (0.75, -0.2), (0.75, 0.9), (-0.75, 0.9), (-0.75, -0.2), (-1, -0.2)]], BODY),
                   ([_box(-0.25, 0.2, 0.25, 0.9)], MARK)],
         "fish": [([_arc(0.25, 0, 0.85, 0.58)], BODY), ([[(-0.4, 0), (-1.1, -0.65), (-0.9, 0), (-1.1, 0.65)]], BODY),
                  ([_arc(0.7, -0.15, 0.14, 0.14)], MARK)],
-        "car": [([[(-1.1, 0.45), (-1.1, -0.05), (-0.65, -0.15), (-0.4, -0.65), (0.35, -0.65), (0.65, -0.15), (1.1, -0.0),
+        "car": [([[(-1.1, 0.45), (-1.1, -0.05), (-0.65, -0.15), (-0.4, -0.65), (0.35, -0.65), (0.65, -0.15), (1.1, 0.0),
                    (1.1, 0.45)]], BODY), ([_arc(-0.6, 0.5, 0.3, 0.3)], MARK), ([_arc(0.6, 0.5, 0.3, 0.3)], MARK)],
         "key": [([_arc(-0.65, 0, 0.55, 0.55), _arc(-0.65, 0, 0.25, 0.25)], BODY),
-                ([[(-0.15, -0.15), (1.2, -0.15), (1.2, 0.6), (0.92, 0.6), (0.92, 0.15), (0.7, 0.15), (0.7, 0.5), (0.45, 0.5),
-                   (0.45, 0.15), (-0.15, 0.15)]], BODY)],
+                ([[(-0.15, -0.15), (1.2, -0.15), (1.2, 0.6), (0.92, 0.6), (0.92, 0.15), (0.7, 0.15), (0.7, 0.5),
+                   (0.45, 0.5), (0.45, 0.15), (-0.15, 0.15)]], BODY)],
         "cup": [([[(-0.95, -0.8), (0.5, -0.8), (0.35, 0.85), (-0.8, 0.85)]], BODY),
                 ([_arc(0.55, -0.15, 0.52, 0.5, -90, 90) + _arc(0.5, -0.15, 0.27, 0.25, 90, -90)], BODY),
                 ([_arc(-0.22, -0.8, 0.72, 0.17)], MARK)],
         "flower": [([_petals(6, 0.38, 1.0)], BODY), ([_arc(0, 0, 0.34, 0.34)], MARK)],
-        "umbrella": [([_arc(0, 0.1, 1.1, 1.05, 180, 360)], BODY), ([_box(-0.09, 0.1, 0.09, 0.85), _box(-0.45, 0.78, 0.09, 0.95)], MARK)],
-        "boat": [([[(-1.1, 0.4), (1.1, 0.4), (0.7, 0.95), (-0.7, 0.95)]], BODY), ([[(0.05, -1.1), (0.95, 0.22), (0.05, 0.22)]], BODY),
-                 ([_box(-0.13, -1.1, 0.05, 0.4)], MARK)],
+        "umbrella": [([_arc(0, 0.1, 1.1, 1.05, 180, 360)], BODY),
+                     ([_box(-0.09, 0.1, 0.09, 0.85), _box(-0.45, 0.78, 0.09, 0.95)], MARK)],
+        "boat": [([[(-1.1, 0.4), (1.1, 0.4), (0.7, 0.95), (-0.7, 0.95)]], BODY),
+                 ([[(0.05, -1.1), (0.95, 0.22), (0.05, 0.22)]], BODY), ([_box(-0.13, -1.1, 0.05, 0.4)], MARK)],
         "crown": [([[(-1, 0.75), (-1.1, -0.7), (-0.5, 0.0), (0, -0.95), (0.5, 0.0), (1.1, -0.7), (1, 0.75)]], BODY),
                   ([_box(-0.98, 0.4, 0.98, 0.62)], MARK)],
     }
@@ -177,9 +175,10 @@ def _shapes() -> dict[str, list[tuple[list[np.ndarray], int]]]:
     for kind, layers in raw.items():
         points = np.concatenate([np.array(c) for contours, _ in layers for c in contours])
         low, high = points.min(0), points.max(0)
-        width, height = high - low  # equal area of the bounding box, so that "big" is the same for long things and round ones
+        width, height = high - low  # equal areas of the bounding box: "big" is the same for long and for round things
         scale = min(2 / np.sqrt(width * height), 2.4 / max(width, height))
-        shapes[kind] = [([(np.array(c) - (low + high) / 2) * scale for c in contours], part) for contours, part in layers]
+        shapes[kind] = [([(np.array(c) - (low + high) / 2) * scale for c in contours], part)
+                        for contours, part in layers]
     return shapes
 
 
@@ -187,16 +186,16 @@ SHAPES = _shapes()
 KINDS = tuple(SHAPES)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Motion: what each action looks like, as tracks [FRAMES, 5] = (x, y, scale, angle in radians, alpha), in frame sides.
-#    Everything goes from left to right; `render` mirrors half of the scenes.
+# 3. Motion: what each action looks like, as tracks [FRAMES, 5] = (x, y, scale, angle in radians, alpha); x, y in frame
+#    sides. Everything goes from left to right; `render` mirrors half of the scenes.
 
 
 def _track(x, y, scale=1.0, angle=0.0, alpha=1.0) -> np.ndarray:
-    return np.stack(np.broadcast_arrays(x, y, scale, angle, alpha, np.zeros(FRAMES))[:5], axis=1).astype(np.float64)
+    return np.stack([np.broadcast_to(column, FRAMES) for column in (x, y, scale, angle, alpha)], axis=1)
 
 
 def single_track(action: str, x: float, rng: np.random.Generator) -> np.ndarray:
-    """The track [FRAMES, 5] of an intransitive action around the column `x` of the frame (0.5, or 0.25/0.75 for a half)."""
+    """The track [FRAMES, 5] of an intransitive action around the column `x` of the frame (0.5 = the middle)."""
     u = np.linspace(0, 1, FRAMES)
     y = 0.5 + rng.uniform(-0.06, 0.06)
     turn = rng.uniform(0.8, 1.2)
@@ -276,7 +275,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
 def _places(count: int, radius: float, spread_down: bool) -> np.ndarray:
     """Offsets [count, 2] of the members of a group from its centre."""
     if count == 2:
-        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.2 * radius
+        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.35 * radius
     return np.array([(0, 0)] if count == 1 else [(-1.2, 1), (1.2, 1), (0, -1)]) * radius
 
 
@@ -284,7 +283,7 @@ def _radius(thing: Thing) -> float:
     return SIZES[thing.size] if thing.size else (0.15 if thing.count == 1 else 0.115)
 
 
-def _draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray, mirror: bool) -> None:
+def _draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray) -> None:
     """Draws one thing onto `canvas` [SIDE, SIDE, 3] uint8, anti-aliased, at state (x, y, scale, angle, alpha)."""
     x, y, scale, angle, alpha = state
     if alpha <= 0 or scale * radius < 0.01:
@@ -295,10 +294,8 @@ def _draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray, mi
     for contours, part in SHAPES[thing.kind]:
         points = []
         for contour in contours:
-            p = contour @ turn + (x, y)  # [n, 2]
-            if mirror:
-                p[:, 0] = 1 - p[:, 0]
-            points.append(np.round(p * (SIDE * 16) - 8).astype(np.int32))  # 4 fractional bits; pixel centres at .5
+            corners = (contour @ turn + (x, y)) * SIDE - 0.5  # [n, 2]; the centre of pixel 0 is at half a pixel
+            points.append(np.round(corners * 16).astype(np.int32))  # OpenCV's fixed point: 4 fractional bits
         cv2.fillPoly(target, points, COLOURS[thing.colour][part], lineType=cv2.LINE_AA, shift=4)
     if alpha < 1:
         cv2.addWeighted(target, alpha, canvas, 1 - alpha, 0, dst=canvas)
@@ -317,19 +314,18 @@ def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
         if event.object is None:
             x = 0.5 + rng.uniform(-0.05, 0.05) if len(scene) == 1 else (0.26, 0.74)[i]
             parts = [(event.subject, r1, single_track(event.action, x, rng))]
-            spread_down = event.action in ("slide", "roll", "zigzag")
         else:
             r2 = _radius(event.object)
             tracks = relation_tracks(event.action, r1, r2, rng)
             parts = [(event.object, r2, tracks[1]), (event.subject, r1, tracks[0])]
-            spread_down = event.action in ("chase", "push", "pull", "hit", "eat")
-        actors += [(thing, r, place, track) for thing, r, track in parts for place in _places(thing.count, r, spread_down)]
-    mirror = bool(rng.integers(2))
+        actors += [(thing, r, place, track) for thing, r, track in parts
+                   for place in _places(thing.count, r, event.action in SIDEWAYS)]
 
     # Background: a gradient with texture that drifts, and faint blobs that drift their own way
     margin = 24
     big = SIDE + 2 * margin
-    ramp = np.linspace(0, 1, big)[:, None, None] * (_muted(rng) - (base := _muted(rng))) + base
+    base, end = _muted(rng), _muted(rng)
+    ramp = base + np.linspace(0, 1, big)[:, None, None] * (end - base)
     if rng.integers(2):
         ramp = ramp.transpose(1, 0, 2)
     grain = cv2.resize(rng.normal(0, 9, (10, 10, 3)).astype(np.float32), (big, big), interpolation=cv2.INTER_CUBIC)
@@ -342,19 +338,19 @@ def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
 
     video = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     for t in range(FRAMES):
-        left, top = np.round(margin + drift * t + jitter[t] * SIDE).astype(int)
+        left, top = np.round(margin + drift * t - jitter[t] * SIDE).astype(int)
         frame = backdrop[top:top + SIDE, left:left + SIDE].copy()
         for centre, speed, axes, tilt, colour in blobs:
             x, y = np.round((centre + speed * t) * 16).astype(int).tolist()
             cv2.ellipse(frame, (x, y), (axes * 16).tolist(), tilt, 0, 360, colour, -1, cv2.LINE_AA, 4)
         states = [np.concatenate([track[t, :2] + place + jitter[t], track[t, 2:]]) for _, _, place, track in actors]
         if scene[0].action == "pull":  # the rope, from the last actor (the subject) to the first (the object)
-            ends = [(int((1 - s[0] if mirror else s[0]) * SIDE * 16), int(s[1] * SIDE * 16)) for s in (states[0], states[-1])]
+            ends = [np.round(state[:2] * SIDE * 16).astype(int).tolist() for state in (states[0], states[-1])]
             cv2.line(frame, *ends, (215, 200, 170), 3, cv2.LINE_AA, 4)
         for (thing, radius, _, _), state in zip(actors, states):
-            _draw(frame, thing, radius, state, mirror)
+            _draw(frame, thing, radius, state)
         video[t] = np.clip(frame * light[t] + noise[t], 0, 255)
-    return video
+    return video[:, :, ::-1] if rng.integers(2) else video  # mirrored: everything above goes from left to right
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,10 +403,10 @@ def paraphrase(scene: Scene, rng: np.random.Generator, *, full: bool = True) -> 
 
 @functools.cache
 def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
-    """{action: [(kind,), …] of a single action or [(kind, kind), …], unordered, of a relation} that `split` may show.
+    """All that `split` shows: {action: [(kind,), …]} of single actions, {action: [(kind, kind), …]}, of relations.
 
-    Fixed for ever, whatever the seed: 4/16 of the kinds of each single action and 24/120 of the pairs of each relation are test's, 2/16 and
-    12/120 val's, and each kind is held out for (nearly) equally many single actions.
+    Fixed for ever, whatever the seed: test has 4 of the 16 kinds of each single action and 24 of the 120 pairs of each
+    relation, val 2 and 12 others; the kinds are held out equally often (give or take one) over the single actions.
     """
     assert split in SPLITS, split
     rng, dealt = np.random.default_rng(0), {}
@@ -479,7 +475,7 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
 def _edits(scene: Scene, sort: str, rng: np.random.Generator) -> Iterator[Scene]:
     """Scenes that differ from `scene` in one noun, one verb, or its direction, and are false where it is true.
 
-    All edit the same place, so that the options of a noun or verb question, read without the video, say nothing about the answer.
+    All edit the same place: without the video, the options of a noun or verb question say nothing about the answer.
     """
     i = int(rng.integers(len(scene)))
     event = scene[i]
@@ -498,7 +494,7 @@ def _edits(scene: Scene, sort: str, rng: np.random.Generator) -> Iterator[Scene]
 
 
 def question(scene: Scene, rng: np.random.Generator) -> dict:
-    """{"options": five captions, "answer": index of the true one, "kind": noun|verb|direction} for a video of `scene`."""
+    """The question on a video of `scene`: {"options": five captions, "answer": index of the true one, "kind": …}."""
     sort = str(rng.choice(["noun", "verb", "direction"], p=[0.3, 0.3, 0.4] if scene[0].object else [0.5, 0.5, 0]))
     if sort == "direction":
         sources = [_edits(scene, s, rng) for s in ("direction", *rng.choice(["noun", "verb"], 3))]
@@ -530,77 +526,93 @@ def _write_video(job: tuple[Path, Scene, tuple[int, ...]]) -> None:
         return
     part = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")  # the writer picks the container by the extension
     writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIDE, SIDE))
-    if not writer.isOpened():
-        raise UserError(f"{part}: OpenCV cannot write an mp4 file here; check the permissions and the free space of the folder")
     for frame in render(scene, seed):
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()
-    if b"moov" not in part.read_bytes():  # the index, written last; the writer itself reports no failed write
-        part.unlink()
-        raise UserError(f"{path}: the video could not be written in full; is the disk full?")
+    if not part.exists() or b"moov" not in part.read_bytes():  # the index, written last; OpenCV reports no failure
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: the video could not be written; check the folder's permissions and free space")
     os.replace(part, path)
 
 
-def _plan(split: str, count: int, seed: int) -> tuple[list[Scene], str, str, str]:
-    """(scenes, csv text, truth jsonl, multiple-choice jsonl) of a split: everything but the pixels."""
+def _plan(split: str, count: int, seed: int) -> tuple[list[Scene], dict[str, str]]:
+    """Everything of a split but the pixels: its scenes, and {file name: text}."""
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     scenes = [draw_scene(split, rng) for _ in range(count)] if split == "train" else distinct_scenes(split, count, rng)
-    table, truth, choice = io.StringIO(), [], []
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["video", "caption"])
+    rows, truth, choice = [("video", "caption")], [], []
     for i, scene in enumerate(scenes):
-        video = f"videos/{split}_{i:05d}.mp4"
-        captions = {paraphrase(scene, rng): None}  # a dict keeps the order
+        video = _video_name(split, i)
+        captions = {paraphrase(scene, rng): None}  # a dict is a set that keeps the order
         while split == "train" and len(captions) < 5:
             captions[paraphrase(scene, rng, full=False)] = None
-        writer.writerows([video, caption] for caption in captions)
-        events = [{k: v._asdict() if isinstance(v, Thing) else v for k, v in e._asdict().items()} for e in scene]
-        truth.append(json.dumps({"video": video, "events": events}) + "\n")
-        choice.append(json.dumps({"video": video, **question(scene, rng)}) + "\n")
-    return scenes, table.getvalue(), "".join(truth), "".join(choice)
+        rows += [(video, caption) for caption in captions]
+        events = [{"action": e.action, "subject": e.subject._asdict(), "object": e.object and e.object._asdict()}
+                  for e in scene]
+        truth.append({"video": video, "events": events})
+        if split != "train":
+            choice.append({"video": video, **question(scene, rng)})
+    files = {f"{split}.csv": "".join(",".join(row) + "\n" for row in rows)}  # no caption holds a comma or a quote
+    for name, records in ((f"{split}_truth.jsonl", truth), (f"{split}_mc.jsonl", choice)):
+        if name != "train_mc.jsonl":
+            files[name] = "".join(json.dumps(record) + "\n" for record in records)
+    return scenes, files
+
+
+def _video_name(split: str, i: int) -> str:
+    return f"videos/{split}_{i:05d}.mp4"
 
 
 def generate(folder: str | Path, *, train: int = 4000, val: int = 500, test: int = 1000, seed: int = 0,
              workers: int | None = None, progress: bool = True) -> Path:
-    """Writes the toy world with these numbers of videos into `folder` and returns the folder as a Path.
+    """Writes the toy world with these numbers of videos into `folder`, and returns the folder as a Path.
 
-    A finished world is recognised by world.json and reused at once; an interrupted one is completed. `workers` processes (default:
-    one per core; 1 = this process). Raises UserError for a folder that cannot be written or that holds something else.
+    A finished world is recognised by its world.json and reused at once; an interrupted one is completed. `workers`
+    processes render (default: one a core; 1 = this process). Raises UserError where the folder cannot be written, holds
+    something else, or where val or test asks for more videos than there are distinct scenes.
     """
-    folder, counts = Path(folder), dict(train=train, val=val, test=test)
-    assert min(counts.values()) >= 0, counts
-    key = {"version": VERSION, "seed": seed, **counts}
+    folder, counts = Path(folder), {"train": train, "val": val, "test": test}
+    assert min(counts.values()) >= 0 and (workers is None or workers >= 1), (counts, workers)
     try:
-        (folder / "videos").mkdir(parents=True, exist_ok=True)
-        manifest, started = folder / "world.json", folder / "world.started.json"
-        for path in (manifest, started):
-            if path.exists():
-                found = json.loads(path.read_text())
-                if {k: found.get(k) for k in key} != key:
-                    raise UserError(f"{folder}: holds another toy world ({path.name}: {found}, wanted {key}); "
-                                    "delete the folder or choose another one")
-        if manifest.exists():
-            hashes = json.loads(manifest.read_text())["sha256"]
-            if hashes == {name: _sha256(folder / name) for name in hashes}:
-                return folder
-            raise UserError(f"{folder}: the files differ from what world.json says was written; delete the folder to make it anew")
-        if not started.exists() and (folder / "train.csv").exists():
-            raise UserError(f"{folder}: holds a train.csv that is not a toy world's; choose another folder")
-        _write_atomically(started, json.dumps(key))
-        jobs, files = [], {}
-        for split, count in counts.items():
-            scenes, files[f"{split}.csv"], files[f"{split}_truth.jsonl"], choice = _plan(split, count, seed)
-            if split != "train":
-                files[f"{split}_mc.jsonl"] = choice
-            jobs += [(folder / "videos" / f"{split}_{i:05d}.mp4", scene, (seed, SPLITS.index(split), i))
-                     for i, scene in enumerate(scenes)]
-        _render_all(jobs, workers or os.cpu_count() or 1, progress)
-        for name, text in files.items():
-            _write_atomically(folder / name, text)
-        _write_atomically(manifest, json.dumps({**key, "sha256": {name: _sha256(folder / name) for name in files}}, indent=1))
-        started.unlink(missing_ok=True)
+        return _generate(folder, counts, seed, workers or os.cpu_count() or 1, progress)
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}: cannot hold the toy world ({error}); choose a writable folder with free space") from error
+        raise UserError(f"{folder}: cannot hold the toy world ({error}); choose a writable folder") from error
+
+
+def _generate(folder: Path, counts: dict[str, int], seed: int, workers: int, progress: bool) -> Path:
+    finished, started = folder / "world.json", folder / "world.started.json"
+    key = {"version": VERSION, "seed": seed, **counts}
+    for mark in (finished, started):
+        if mark.exists():
+            found = json.loads(mark.read_text())
+            found = {k: found.get(k) for k in key}
+            if found != key:
+                raise UserError(f"{mark}: {found} is not the toy world asked for, {key}; "
+                                f"delete {folder} or choose another folder")
+    names = {split: [_video_name(split, i) for i in range(count)] for split, count in counts.items()}
+    if finished.exists():
+        if any(_sha256(folder / name) != sha for name, sha in json.loads(finished.read_text())["sha256"].items()):
+            raise UserError(f"{finished}: its files have been changed since; delete {folder} to write them anew")
+        if all((folder / name).exists() for split in names.values() for name in split):
+            return folder
+    elif not started.exists() and any((folder / f"{split}.csv").exists() for split in SPLITS):
+        raise UserError(f"{folder}: holds a data set that is not a toy world; choose another folder")
+
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    _write_atomically(started, json.dumps(key))
+    jobs, files = [], {}
+    for split, count in counts.items():
+        scenes, texts = _plan(split, count, seed)
+        files |= texts
+        jobs += [(folder / name, scene, (seed, SPLITS.index(split), i))
+                 for i, (name, scene) in enumerate(zip(names[split], scenes, strict=True))]
+    _write_videos(jobs, workers, progress)
+    for name, text in files.items():
+        _write_atomically(folder / name, text)
+    for orphan in (folder / "videos").glob("*.part.mp4"):  # of killed processes: every video is complete by now
+        orphan.unlink(missing_ok=True)
+    hashes = {name: _sha256(folder / name) for name in files}
+    _write_atomically(finished, json.dumps({**key, "sha256": hashes}, indent=1))
+    started.unlink(missing_ok=True)
     return folder
 
 
@@ -608,41 +620,43 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _render_all(jobs: list, workers: int, progress: bool) -> None:
-    bar = functools.partial(tqdm, total=len(jobs), desc="toy world", unit="video", disable=not progress)
-    if workers == 1:
-        for _ in bar(map(_write_video, jobs)):
-            pass
-        return
-    # Spawned, not forked: the caller may hold threads (PyTorch), and a forked thread pool can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
-        try:
-            for _ in bar(pool.map(_write_video, jobs, chunksize=32)):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _write_videos(jobs: list, workers: int, progress: bool) -> None:
+    with tqdm(total=len(jobs), desc="toy world", unit="video", disable=not progress) as bar:
+        if workers == 1:
+            for job in jobs:
+                _write_video(job)
+                bar.update()
+            return
+        # Spawned, not forked: the caller may hold threads (PyTorch's), whose locks a fork would copy in any state.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+            try:
+                for _ in pool.map(_write_video, jobs, chunksize=32):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # else the pool would render the whole rest before it raised
+                raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. A picture of it
 
 
-def contact_sheet(videos: list[Path], captions: list[str], *, frames: int = 8, size: int = 32, zoom: int = 3) -> np.ndarray:
-    """A picture, uint8 [H, W, 3] RGB: a row a video, `frames` uniformly sampled frames at `size` pixels, enlarged; its caption above."""
+def contact_sheet(videos: list[Path], captions: list[str], *, frames: int = 8, size: int = 32,
+                  zoom: int = 3) -> np.ndarray:
+    """A picture, uint8 [H, W, 3] BGR: each video's caption above `frames` of its frames at `size` pixels, enlarged."""
     rows = []
     for path, caption in zip(videos, captions, strict=True):
         capture = cv2.VideoCapture(str(path))
-        clip = [frame for _ in range(FRAMES) if (frame := capture.read()[1]) is not None]
-        assert clip, path
-        pick = [clip[int((i + 0.5) * len(clip) / frames)] for i in range(frames)]
-        pick = [cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA) for f in pick]
-        strip = np.hstack([cv2.copyMakeBorder(f.repeat(zoom, 0).repeat(zoom, 1), 1, 1, 1, 1, cv2.BORDER_CONSTANT) for f in pick])
-        title = np.full((18, strip.shape[1], 3), 255, np.uint8)
+        clip = [capture.read()[1] for _ in range(FRAMES)]
+        capture.release()
+        small = [cv2.resize(clip[(2 * i + 1) * FRAMES // (2 * frames)], (size, size), interpolation=cv2.INTER_AREA)
+                 for i in range(frames)]
+        row = np.hstack([np.pad(f.repeat(zoom, 0).repeat(zoom, 1), ((1, 1), (1, 1), (0, 0))) for f in small])
+        title = np.full((18, row.shape[1], 3), 255, np.uint8)
         cv2.putText(title, caption, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        rows += [title, strip]
-    return cv2.cvtColor(np.vstack(rows), cv2.COLOR_BGR2RGB)
+        rows += [title, row]
+    return np.vstack(rows)
 
 
 @dataclass
@@ -652,23 +666,22 @@ class ToyConfig:
     train: int = 4000           # training videos
     val: int = 500              # validation videos
     test: int = 1000            # test videos
-    seed: int = 0               # another seed is another draw of the same compositions
-    workers: int | None = None  # processes; default: one per core
+    seed: int = 0               # another seed draws other scenes from the same compositions
+    workers: int | None = None  # processes; default: one a core
     sheet: str | None = None    # PNG file for a picture of the first 12 test videos
 
 
 def main() -> None:
     config = cli.parse_config(ToyConfig)
-    folder = generate(config.folder, train=config.train, val=config.val, test=config.test, seed=config.seed, workers=config.workers)
-    with open(folder / "test.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))[:12]
-    for row in rows:
-        print(row["video"], row["caption"])
+    folder = generate(config.folder, train=config.train, val=config.val, test=config.test, seed=config.seed,
+                      workers=config.workers)
+    rows = [line.split(",") for line in (folder / "test.csv").read_text().splitlines()[1:13]]
+    for video, caption in rows:
+        print(folder / video, caption)
     if config.sheet and rows:
-        picture = contact_sheet([folder / row["video"] for row in rows], [row["caption"] for row in rows])
-        if not cv2.imwrite(config.sheet, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-            raise UserError(f"{config.sheet}: cannot write a picture there; give the path of a .png file in a writable folder")
-        print(f"wrote {config.sheet}")
+        videos, captions = zip(*rows)
+        if not cv2.imwrite(config.sheet, contact_sheet([folder / video for video in videos], captions)):
+            raise UserError(f"{config.sheet}: cannot write a picture there; name a .png file in a writable folder")
 
 
 if __name__ == "__main__":

@@ -15,30 +15,31 @@ have seen. The same command starts and resumes; a folder that holds a run with o
 Output in --out: log.jsonl (first line: settings, versions, commit, hardware; then a line a logged step), step-*.safetensors, curves.png.
 """
 
+import itertools
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import toyworld
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cli import UserError, parse_config, run
-from data import KnowledgeBatchSampler, PairDataset, load_split, prefetch, prepare_video
-from eval import EvalConfig, evaluate, evaluate_retrieval
+from data import KnowledgeBatchSampler, PairDataset, keep_decodable, load_split, prefetch, prepare_video
+from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids
 from losses import LossConfig, clop_loss
 from model import CLOP, PRESETS, build_config
 from tokenizer import Tokenizer
+from video import FrameCache
+
+CACHED_FRAMES = 2  # times T: how many frames of a video the cache keeps, so that training can draw others every epoch
 
 
 @dataclass
@@ -108,24 +109,25 @@ def train(config: TrainConfig):
     # ---- 1. data: captions -> knowledge and tokens, videos -> frames ------------------------------------------------------
     started = time.perf_counter()
     train_split, val_split = load_data(config)
-    sizes = build_config(config.preset, num_frames=config.num_frames)
-    frames = dict(size=sizes.image_size, num_frames=2 * config.num_frames, folder=Path(config.cache) / "frames", workers=config.workers,
-                  max_broken=config.max_broken)
+    sizes = build_config(config.preset)
+    cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=CACHED_FRAMES * config.num_frames)
+    usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=main_process)
+    train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
+    knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge", progress=main_process)
     resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
-    knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge")
     if resumed:
         check_same_run(resumed, config, out)
         tokenizer, vocab = resumed.tokenizer, resumed.concept_vocab
     else:
-        tokenizer = Tokenizer.train(train_split.captions, sizes.vocab_size)
-        vocab = ConceptVocab.build(knowledge)
-    say(f"data: {len(train_split.captions)} captions of {len(train_split.video_paths)} videos; {len(vocab)} concepts, {tokenizer.vocab_size} tokens")
-    dataset = PairDataset(train_split, tokenizer, vocab, knowledge, length=sizes.text_length, **frames)
-    validation = val_split and PairDataset(val_split, tokenizer, vocab, None, length=sizes.text_length, **frames)
-    sampler = KnowledgeBatchSampler(dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
-                                    seed=config.seed, rank=rank, world_size=world_size)
+        tokenizer, vocab = Tokenizer.train(train_split.captions, sizes.vocab_size), ConceptVocab.build(knowledge)
+    dataset = PairDataset(train_split, cache, tokenizer, vocab, knowledge, length=sizes.text_length)
+    sampler = KnowledgeBatchSampler(
+        dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size, seed=config.seed,
+        guided_share=lambda epoch: config.guided_share if epoch * len(sampler) >= config.guided_from * config.steps * config.accumulate else 0.0,
+        drop_last=True, rank=rank, world_size=world_size)
     idf = torch.from_numpy(vocab.idf).to(device)
-    say(f"data ready in {time.perf_counter() - started:.0f} s")
+    say(f"{len(dataset)} captions of {len(train_split.video_paths)} videos, {len(vocab)} concepts, {tokenizer.vocab_size} tokens; "
+        f"ready after {time.perf_counter() - started:.0f} s")
 
     # ---- 2. model and optimizer --------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
@@ -150,9 +152,11 @@ def train(config: TrainConfig):
     # ---- 3. the loop --------------------------------------------------------------------------------------------------------
     log = Log(out / "log.jsonl") if main_process else None
     if main_process:
-        log.write(run_facts(config, model, world_size, device) | (dict(resumed_at=step) if step else {}))
+        log.write(dict(config=asdict(config), world_size=world_size, parameters=sum(p.numel() for p in model.parameters()),
+                       **machine_facts(device.type), resumed_at=step))
     saved = resumed.path if resumed else None
-    batches = prefetch(endless_batches(dataset, sampler, config, start=step * config.accumulate))
+    batches = prefetch(lambda job: dataset.batch(job[1], num_frames=config.num_frames, seed=config.seed, epoch=job[0]),
+                       endless_batches(sampler, start=step * config.accumulate))
     data_time, logged_step, clock = 0.0, step, time.perf_counter()
     while step < config.steps:
         for group in optimizer.param_groups:
@@ -187,8 +191,8 @@ def train(config: TrainConfig):
         if step % config.eval_every == 0 or step == config.steps:
             paused = time.perf_counter()
             if main_process:
-                if validation:
-                    log.validation(step, evaluate_retrieval(model, validation, device))
+                if val_split:
+                    log.validation(step, evaluate_retrieval(model, tokenizer, val_split, cache))
                 saved = out / f"step-{step:06d}.safetensors"
                 save_checkpoint(saved, model, tokenizer, vocab, config=asdict(config), step=step, training=optimizer_tensors(optimizer, model))
                 for old in list_checkpoints(out)[:-2]:
@@ -199,8 +203,8 @@ def train(config: TrainConfig):
     if main_process:
         plot_curves(out / "log.jsonl", out / "curves.png")
         say(f"{saved}, {out / 'log.jsonl'}, {out / 'curves.png'}")
-        if dataset.broken:
-            say(f"{len(dataset.broken)} unreadable videos were left out:", *(f"  {reason}" for reason in dataset.broken.values()), sep="\n")
+        for split in filter(None, (train_split, val_split)):
+            print(split.describe_broken(), end="\n" * bool(split.broken))
         if config.dataset == "toy" and config.test:
             evaluate(EvalConfig(checkpoint=str(saved), task="toy", out=str(out), cache=config.cache))
     if dist.is_initialized():
@@ -225,7 +229,7 @@ def load_data(config: TrainConfig):
         return load_split("toy", folder, "train"), load_split("toy", folder, "val")
     if not config.data:
         raise UserError("--dataset csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
-    return load_split("csv", config.data), config.val_data and load_split("csv", config.val_data)
+    return load_split("csv", config.data), load_split("csv", config.val_data, "val") if config.val_data else None
 
 
 def check_same_run(resumed, config: TrainConfig, out: Path):
@@ -245,13 +249,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def endless_batches(dataset, sampler, config: TrainConfig, start: int):
-    """Batches number `start`, `start` + 1, … of the run, epoch after epoch. Pure in (seed, number): resuming skips, and replays nothing."""
-    per_epoch = sampler.batches_per_epoch
-    for epoch in range(start // per_epoch, 2**31):
-        guided = epoch * per_epoch >= config.guided_from * config.steps * config.accumulate
-        for indices in sampler.batches(epoch, start=start % per_epoch, guided_share=config.guided_share if guided else 0.0):
-            yield dataset.batch(indices, epoch=epoch)
+def endless_batches(sampler, start: int):
+    """(epoch, sample indices) of batch number `start`, `start` + 1, … of the run: resuming skips, and replays nothing."""
+    epoch, start = divmod(start, len(sampler))
+    for epoch in itertools.count(epoch):
+        for indices in sampler.batches(epoch, start):
+            yield epoch, indices
         start = 0
 
 
@@ -264,15 +267,6 @@ def restore_optimizer(optimizer, model, tensors):
     for name, p in model.named_parameters():
         optimizer.state[p] = {moment: tensors[f"{moment}.{name}"].to(p.device if moment != "step" else "cpu")
                               for moment in ("step", "exp_avg", "exp_avg_sq")}
-
-
-def run_facts(config: TrainConfig, model, world_size: int, device) -> dict:
-    """First line of the log: all that one needs to compare two runs."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}"
-    return dict(config=asdict(config), commit=commit or "not a git checkout", python=platform.python_version(), torch=torch.__version__,
-                hardware=f"{hardware} × {world_size} processes, {torch.get_num_threads()} threads each", started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                parameters=sum(p.numel() for p in model.parameters()))
 
 
 class Log:

@@ -1,0 +1,130 @@
+"""The definition: contrastive statistics and hard negatives over a similarity matrix that is really there.
+
+Everything that the other files do with tiles is defined here with plain PyTorch on the whole [N, M] matrix, in the order in
+which METHOD.md tells it, and differentiated by autograd. It stays for ever: the tests hold the fast versions against it,
+and it is what a reader should understand first. It costs about 7 matrices of N·M floats in a training step.
+
+For N video rows and M text columns, where row i's positive is column offset + i:
+
+    a_ij       = s · v_i·t_j + β · κ_ij          κ_ij = c_i·c_j, the overlap of the concepts (data: no gradient)
+    positive_i = s · v_i·t_(offset+i)            no β: a positive is no harder for sharing its own knowledge
+    negatives  = all pairs but positives and false negatives (pairs that share any signature id)
+    row_negatives_i = log Σ_j exp a_ij           over the negatives of row i; −inf where there are none
+    col_negatives_j = log Σ_i exp a_ij           over the negatives of column j
+
+The positive is kept *out* of the sums. InfoNCE's −log softmax is then softplus(row_negatives − positive), which keeps its
+digits when the batch is solved: at a loss of 1e-9, lse − positive would be the difference of two equal numbers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Mined(NamedTuple):
+    """The k hardest negatives of every row and column, hardest first; index −1 and score −inf where there are fewer."""
+    v2t_index: Tensor  # [N, k] int64, columns (texts) for each row (video)
+    v2t_score: Tensor  # [N, k] float32, their logits a_ij, without gradient
+    t2v_index: Tensor  # [M, k] int64, rows (videos) for each column (text)
+    t2v_score: Tensor  # [M, k] float32
+
+
+class Stats(NamedTuple):
+    """What InfoNCE needs of the matrix; the first three are differentiable, float32 (float64 for float64 embeddings)."""
+    row_negatives: Tensor  # [N] log-sum-exp of the logits over the negatives of each row; −inf where there are none
+    col_negatives: Tensor  # [M] the same for each column
+    positive: Tensor       # [N] the logits of the positives
+    mined: Mined
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums and logits are float32, or float64 where the embeddings are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_finite(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts: tuple[Tensor, Tensor] | None) -> None:
+    """Raise FloatingPointError with the name and row of the first NaN or inf. Reads the inputs once and waits for the device."""
+    row_concepts, col_concepts = concepts or (None, None)
+    named = {"video embeddings": video, "text embeddings": text, "exp(logit_scale)": scale, "beta": beta,
+             "concepts of the videos": row_concepts, "concepts of the texts": col_concepts}
+    for name, value in named.items():
+        if value is not None and not value.sum(dtype=torch.float64).isfinite():  # one pass, no matrix of flags
+            at = (~value.isfinite()).nonzero()[:1].tolist()
+            where = f" (first at {at[0]})" if at and at[0] else ""
+            raise FloatingPointError(f"contrastive op: NaN or inf in the {name}{where}; the model has diverged, or its input was bad")
+
+
+def masked_pairs(row_ids: Tensor | None, col_ids: Tensor | None, first_row: int, rows: int, cols: int, offset: int,
+                 device: torch.device) -> Tensor:
+    """bool [rows, cols]: True where a pair is no negative, because it is the positive or shares a signature id."""
+    row = torch.arange(first_row, first_row + rows, device=device)
+    masked = (row + offset)[:, None] == torch.arange(cols, device=device)
+    if row_ids is not None:
+        for r, c in zip(row_ids[first_row:first_row + rows].unbind(1), col_ids.unbind(1)):
+            masked |= r[:, None] == c
+    return masked
+
+
+def order_by_score(score: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Candidates [N, C] -> the first k, highest score first, equal scores by lowest index; −1 behind a score of −inf."""
+    index, by_index = index.sort(1)
+    score, by_score = score.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, by_score).masked_fill(score == -torch.inf, -1)
+    return index[:, :k], score[:, :k]
+
+
+def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(index [N, k] int64, score [N, k]) of the k largest of each row of `score` [N, M], ties by lowest index.
+
+    torch.topk leaves open which of equal scores it takes. One place more than asked for shows where that matters: in rows
+    whose place k equals place k + 1 the ties are taken again, from the left.
+    """
+    n, m = score.shape
+    value, index = score.topk(min(k + 1, m), dim=1)
+    if k < m:
+        cut = value[:, k - 1]
+        tied = ((value[:, k] == cut) & (cut > -torch.inf)).nonzero()[:, 0]
+        value, index = value[:, :k], index[:, :k]
+        if len(tied):
+            rows, cut = score[tied], cut[tied, None]
+            above, equal = rows > cut, rows == cut
+            take = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+            index = index.index_copy(0, tied, take.nonzero()[:, 1].view(len(tied), k))
+            value = score.gather(1, index)
+    else:  # fewer columns than places
+        value = torch.nn.functional.pad(value, (0, k - m), value=-torch.inf)
+        index = torch.nn.functional.pad(index, (0, k - m), value=-1)
+    return order_by_score(value, index, k)
+
+
+def no_negatives(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(index, score) of a mining that was not asked for: [n, 0]."""
+    return torch.empty(n, 0, dtype=torch.int64, device=device), torch.empty(n, 0, device=device)
+
+
+def _log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
+    """Log-sum-exp of what is not masked: −inf, with a gradient of zero instead of NaN, where nothing is left."""
+    empty = masked.all(dim, keepdim=True)
+    return logits.masked_fill(masked & ~empty, -torch.inf).logsumexp(dim).masked_fill(empty.squeeze(dim), -torch.inf)
+
+
+def reference_stats(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts: tuple[Tensor, Tensor] | None,
+                    signature: tuple[Tensor, Tensor] | None, offset: int, k: int) -> Stats:
+    """`Stats` of the materialised problem: video [N, E], text [M, E]; concepts ([N, K], [M, K]); signature ([N, S], [M, S])."""
+    n, m, dtype = len(video), len(text), accumulate_dtype(video.dtype)
+    video, text = video.to(dtype), text.to(dtype)
+    logits = scale * (video @ text.T)                                                    # [N, M]
+    if concepts is not None:
+        logits = logits + beta * (concepts[0].to(dtype) @ concepts[1].to(dtype).T)
+    positive = scale * (video * text[offset:offset + n]).sum(1)
+    row_ids, col_ids = signature or (None, None)
+    masked = masked_pairs(row_ids, col_ids, 0, n, m, offset, video.device)
+    v2t = t2v = ()
+    if k:
+        negatives = logits.detach().masked_fill(masked, -torch.inf)
+        v2t, t2v = exact_topk(negatives, k), exact_topk(negatives.T.contiguous(), k)
+    else:
+        v2t, t2v = no_negatives(n, video.device), no_negatives(m, video.device)
+    mined = Mined(v2t[0], v2t[1].float(), t2v[0], t2v[1].float())
+    return Stats(_log_sum_exp(logits, masked, 1), _log_sum_exp(logits, masked, 0), positive, mined)

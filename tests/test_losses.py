@@ -1,0 +1,176 @@
+"""losses.py: plain InfoNCE is the exact special case; SKP, β and mining do what their equations say; ranks sum to the whole."""
+
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from losses import LossConfig, clop_loss, info_nce, skp_loss
+
+ROOT = Path(__file__).parent.parent
+ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_false_negatives=True)
+
+
+def problem(B=12, E=16, K=9, dtype=torch.float64, scale=10.0):
+    torch.manual_seed(0)
+    video_emb, text_emb = (F.normalize(torch.randn(B, E, dtype=dtype), dim=1).requires_grad_() for _ in range(2))
+    concepts = (torch.rand(B, K) < 0.3).to(dtype)
+    concepts[2] = 0                                                    # a caption without concepts
+    return dict(video_emb=video_emb, text_emb=text_emb, logit_scale=torch.tensor(math.log(scale), dtype=dtype, requires_grad=True),
+                knowledge=F.normalize(concepts, dim=1), concepts=concepts, concept_logits=torch.randn(B, K, dtype=dtype, requires_grad=True),
+                signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]))   # 4 ~ 5 by video, 8 ~ 9 by meaning
+
+
+def by_hand(p, config: LossConfig):
+    """The objective written out pair by pair."""
+    s = p["logit_scale"].exp().clamp(max=100)
+    a = s * p["video_emb"] @ p["text_emb"].T                           # a_ij: row = video here, as in METHOD's equation
+    kappa = p["knowledge"] @ p["knowledge"].T
+    B = len(a)
+    total = hard = 0
+    for matrix in (a, a.T):
+        for i in range(B):
+            same = [bool((p["signature"][i] == p["signature"][j]).any()) for j in range(B)]
+            negatives = torch.stack([matrix[i, j] + config.beta * kappa[i, j] for j in range(B) if j != i and not (config.mask_false_negatives and same[j])])
+            total = total + torch.cat([matrix[i, i][None], negatives]).logsumexp(0) - matrix[i, i]
+            if config.hard_k:
+                hard = hard + torch.cat([matrix[i, i][None], negatives.topk(config.hard_k).values]).logsumexp(0) - matrix[i, i]
+    skp = 0
+    for i in range(B):
+        if config.skp_weight and p["concepts"][i].sum():
+            skp = skp - (p["concepts"][i] / p["concepts"][i].sum() * p["concept_logits"][i].log_softmax(0)).sum() / B
+    return total / (2 * B) + config.hard_weight * hard / (2 * B) + config.skp_weight * skp
+
+
+def gradients(loss, p):
+    wanted = [p[name] for name in ("video_emb", "text_emb", "logit_scale", "concept_logits")]
+    return torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def run_clop(p, config, **other):
+    keys = {name: p[name] for name in ("knowledge", "signature", "concept_logits", "concepts")}
+    return clop_loss(p["video_emb"], p["text_emb"], p["logit_scale"], config, **keys, **other)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(beta=2.0), LossConfig(mask_false_negatives=True),
+                                    LossConfig(hard_k=3, hard_weight=0.7), LossConfig(skp_weight=0.5), ALL_ON], ids=str)
+def test_equals_the_equations_written_out(config, impl):
+    p = problem()
+    loss, _ = run_clop(p, config, impl=impl)
+    expected = by_hand(p, config)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(gradients(loss, p), gradients(expected, p)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_all_off_is_plain_info_nce():
+    p = problem(dtype=torch.float32)
+    loss, parts = run_clop(p, LossConfig())
+    plain = info_nce(p["video_emb"], p["text_emb"], p["logit_scale"])
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-7)
+    assert set(parts) == {"nce"}
+    for ours, theirs in zip(gradients(loss, p)[:3], gradients(plain, p)[:3]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_info_nce_is_ln_b_without_knowledge():
+    emb = F.normalize(torch.ones(32, 8), dim=1)
+    assert info_nce(emb, emb, torch.tensor(2.0)).item() == pytest.approx(math.log(32), rel=1e-6)
+
+
+def test_beta_pushes_hardest_where_knowledge_is_shared():
+    p = problem()
+    p["knowledge"] = torch.zeros(12, 2, dtype=torch.float64)
+    p["knowledge"][:2, 0] = 1                                          # only pair 0, 1 shares knowledge
+    grad = [torch.autograd.grad(run_clop(p, LossConfig(beta=beta))[0], p["text_emb"], retain_graph=True)[0] for beta in (0.0, 3.0)]
+    pull = [g[1] @ p["video_emb"].detach()[0] for g in grad]           # how text 1 is pushed along video 0
+    assert pull[1] > 2 * pull[0] > 0
+
+
+def test_skp_of_a_caption_without_concepts_is_exactly_zero():
+    logits = torch.randn(2, 5, requires_grad=True)
+    concepts = torch.tensor([[0., 0, 0, 0, 0], [1, 0, 1, 0, 0]])
+    loss = skp_loss(logits, concepts)
+    loss.backward()
+    assert logits.grad[0].abs().max() == 0 and logits.grad[1].abs().max() > 0
+    assert skp_loss(logits[:1], concepts[:1]).item() == 0
+
+
+def test_skp_pulls_videos_of_the_same_concepts_together():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 6)
+    emb = torch.randn(4, 8, requires_grad=True)
+    concepts = torch.eye(6)[[0, 0, 1, 1]]
+    before = F.cosine_similarity(emb[[0, 2]], emb[[1, 3]])
+    optimizer = torch.optim.SGD([emb], lr=0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        skp_loss(head(F.normalize(emb, dim=1) * 8**0.5), concepts).backward()
+        optimizer.step()
+    after, apart = F.cosine_similarity(emb[[0, 2]], emb[[1, 3]]), F.cosine_similarity(emb[[0, 1]], emb[[2, 3]])
+    assert (after > before + 0.3).all() and (after > 0.8).all() and (apart < 0.3).all()
+
+
+def test_saturated_scale_stays_finite():
+    p = problem(dtype=torch.float32, scale=1000.0)                     # clamped to 100
+    p["text_emb"] = p["video_emb"].detach().clone().requires_grad_()
+    loss, _ = run_clop(p, ALL_ON)
+    assert all(torch.isfinite(g).all() for g in gradients(loss, p))
+    assert loss.isfinite()
+
+
+def test_fewer_negatives_than_k():
+    p = {name: value[:2] if value.ndim else value for name, value in problem().items()}
+    loss, parts = clop_loss(p["video_emb"], p["text_emb"], p["logit_scale"], LossConfig(hard_k=5, hard_weight=1.0))
+    assert loss.isfinite() and parts["hard"].item() == pytest.approx(parts["nce"].item())
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, [p["video_emb"], p["text_emb"]]))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank_loss(rank, world_size, port, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    p = problem()
+    n = len(p["video_emb"]) // world_size
+    local = {name: value[rank * n:(rank + 1) * n].detach().requires_grad_(value.requires_grad) if value.ndim else value for name, value in p.items()}
+    loss, _ = run_clop(local, ALL_ON)
+    grads = gradients(loss, local)
+    results.put((rank, loss.item(), [g.numpy() for g in grads]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gradient_of_ranks_is_the_gradient_of_the_whole(world_size):
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = mp.start_processes(_rank_loss, (world_size, free_port(), results), nprocs=world_size, join=False, start_method="spawn")
+    answers = sorted(results.get() for _ in range(world_size))
+    ranks.join()
+    p = problem()
+    whole, _ = run_clop(p, ALL_ON)
+    expected = [g.numpy() for g in gradients(whole, p)]
+    assert sum(loss for _, loss, _ in answers) / world_size == pytest.approx(whole.item(), rel=1e-12)
+    for i, whole_gradient in enumerate(expected):                      # DDP averages over ranks: rows scatter, the scale is shared
+        parts = [torch.from_numpy(grads[i]) for _, _, grads in answers]
+        merged = sum(parts) / world_size if parts[0].ndim == 0 else torch.cat(parts) / world_size
+        torch.testing.assert_close(merged, torch.from_numpy(whole_gradient))
+
+
+def test_demo_runs():
+    done = subprocess.run([sys.executable, "losses.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "ln B = 4.1589" in done.stdout, done.stderr
