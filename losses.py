@@ -33,6 +33,8 @@ from cli import run
 from kernels import knowledge_nce_stats, merge_hardest
 from model import MAX_LOGIT_SCALE
 
+NO_NEGATIVES = -1e30  # log-sum-exp of no negatives at all: −inf in effect, but with a gradient (zero) instead of NaN
+
 
 @dataclass
 class LossConfig:
@@ -102,7 +104,7 @@ def clop_loss(video_emb, text_emb, logit_scale, config: LossConfig, *, knowledge
         signature=(signature, gather(signature)) if config.mask_false_negatives else None)
     video_to_text = F.softplus(stats.row_negatives - stats.positive)                # = logsumexp − positive, exact when saturated
     by_rank = gather(stats.col_negatives).view(-1, len(stats.col_negatives))        # [world_size, B]: each rank saw only its rows
-    text_to_video = F.softplus(by_rank.logsumexp(dim=0)[mine] - stats.positive)
+    text_to_video = F.softplus(by_rank.clamp(min=NO_NEGATIVES).logsumexp(dim=0)[mine] - stats.positive)
     nce = (video_to_text.mean() + text_to_video.mean()) / 2
     parts = {"nce": nce}
     loss = nce
@@ -126,9 +128,8 @@ def hard_negative_loss(video_emb, text_emb, logit_scale, stats, rank=0):
 
     def against_hardest(anchor, others, index, score):                              # [n, E], [B, E], [n, k], [n, k] -> [n]
         logits = scale * torch.einsum("ne,nke->nk", anchor, others[index.clamp(min=0)])
-        logits = logits + (score - logits).detach()                                 # the mined value, the gradient of s·v·t
-        margin = (logits - stats.positive[:, None]).masked_fill(index < 0, -math.inf)
-        return torch.cat([torch.zeros_like(margin[:, :1]), margin], dim=1).logsumexp(dim=1)    # ln(1 + Σ e^margin)
+        logits = logits + (score - logits).detach()                                 # the mined value, with the gradient of s·v·t
+        return F.softplus(logits.masked_fill(index < 0, NO_NEGATIVES).logsumexp(dim=1) - stats.positive)
 
     mined = stats.mined
     t2v_index, t2v_score = merge_columns(mined.t2v_index, mined.t2v_score, rows=len(video_emb), rank=rank)

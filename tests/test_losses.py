@@ -128,6 +128,13 @@ def test_saturated_scale_stays_finite():
     assert loss.isfinite()
 
 
+def test_a_batch_without_any_negative_costs_nothing():
+    p = problem()
+    p["signature"] = torch.zeros(12, 1, dtype=torch.int64)
+    loss, _ = run_clop(p, LossConfig(hard_k=3, hard_weight=1.0, mask_false_negatives=True))
+    assert loss.item() == 0 and all((g == 0).all() for g in gradients(loss, p)[:3])
+
+
 def test_fewer_negatives_than_k():
     p = {name: value[:2] if value.ndim else value for name, value in problem().items()}
     loss, parts = clop_loss(p["video_emb"], p["text_emb"], p["logit_scale"], LossConfig(hard_k=5, hard_weight=1.0))

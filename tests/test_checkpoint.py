@@ -1,0 +1,92 @@
+"""checkpoint.py: what is read is what was written, and nothing damaged, foreign or half-written is ever taken."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cli import UserError
+from knowledge import ConceptVocab, extract_knowledge
+from model import CLOP, build_config
+from tokenizer import Tokenizer
+
+CAPTIONS = ["a dog chases a cat", "two red balls bounce", "a dog chases a ball"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    vocab = ConceptVocab.build([extract_knowledge(c) for c in CAPTIONS], min_count=1)
+    torch.manual_seed(0)
+    model = CLOP(build_config("toy", video_layers=1, text_layers=1, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
+    return model, tokenizer, vocab
+
+
+def save(path, parts, **other):
+    return save_checkpoint(path, *parts, config=dict(lr=0.1), step=7, **other)
+
+
+def test_round_trip(tmp_path, parts):
+    model, tokenizer, vocab = parts
+    sha256 = save(tmp_path / "x.safetensors", parts, progress=dict(best=1.5), training=dict(moment=torch.arange(3.)))
+    back = load_checkpoint(tmp_path / "x.safetensors", training=True)
+    assert (back.step, back.config, back.progress, back.sha256) == (7, dict(lr=0.1), dict(best=1.5), sha256)
+    assert back.tokenizer.encode_batch(CAPTIONS, 20)[0].equal(tokenizer.encode_batch(CAPTIONS, 20)[0])
+    assert back.concept_vocab.names == vocab.names
+    for name, value in model.state_dict().items():
+        assert back.model.state_dict()[name].equal(value), name
+    assert back.training["moment"].equal(torch.arange(3.)) and not back.model.training
+    assert load_checkpoint(tmp_path / "x.safetensors").training == {}
+
+
+def test_a_folder_means_its_newest(tmp_path, parts):
+    for step in (20, 100):
+        save(tmp_path / f"step-{step:06d}.safetensors", parts)
+    assert load_checkpoint(tmp_path).path.name == "step-000100.safetensors"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000020.safetensors", "step-000100.safetensors"]
+
+
+@pytest.mark.parametrize("position", [-5, 4000])
+def test_a_flipped_bit_is_found(tmp_path, parts, position):
+    path = tmp_path / "x.safetensors"
+    save(path, parts)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
+
+
+def test_truncated_foreign_and_missing_files(tmp_path, parts):
+    path = tmp_path / "x.safetensors"
+    save(path, parts)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a CLOP checkpoint"):
+        load_checkpoint(path)
+    path.write_text("hello")
+    with pytest.raises(UserError, match="damaged or not a safetensors file"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "y.safetensors")
+    with pytest.raises(UserError, match="no step-"):
+        load_checkpoint(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, parts, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    before = save(path, parts)
+
+    def full_disk(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        save(path, parts, training=dict(other=torch.ones(1)))
+    assert load_checkpoint(path).sha256 == before and os.listdir(tmp_path) == ["x.safetensors"]

@@ -1,0 +1,168 @@
+"""train.py: learns, resumes exactly, and answers each kind of bad input with one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint
+from cli import UserError
+from train import TrainConfig
+from video import write_video
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def settings(world, out, cache, **other):
+    """A run of seconds on the tiny world."""
+    return TrainConfig(**dict(dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"), out=str(out), cache=cache, steps=6,
+                              batch_size=16, num_frames=2, warmup=2, log_every=1, eval_every=3, workers=1, guided_from=0.0, hard_k=2,
+                              hard_weight=0.5) | other)
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
+
+
+def losses_of(out) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in log_of(out) if "loss" in line}
+
+
+def test_a_run_learns_and_writes_what_it_promises(tiny_world, tmp_path, cache):
+    train.train(settings(tiny_world, tmp_path, cache, steps=30, eval_every=15))
+    lines, losses = log_of(tmp_path), losses_of(tmp_path)
+    assert np.mean([losses[s] for s in (28, 29, 30)]) < 0.9 * np.mean([losses[s] for s in (1, 2, 3)])
+    assert {"config", "commit", "versions", "hardware", "parameters"} <= set(lines[0])
+    assert {"loss", "nce", "hard", "skp", "logit_scale", "grad_norm", "lr", "pairs_per_s", "step_s", "data_s"} <= set(lines[1])
+    assert [line["step"] for line in lines if "validation" in line] == [15, 30]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000015.safetensors", "step-000030.safetensors"]
+
+
+def test_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(tiny_world, tmp_path, cache):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.train(settings(tiny_world, whole, cache, accumulate=2))
+    halves.mkdir()
+    shutil.copy(whole / "step-000003.safetensors", halves)                  # as if killed in step 4
+    train.train(settings(tiny_world, halves, cache, accumulate=2))
+    assert losses_of(halves) == {step: loss for step, loss in losses_of(whole).items() if step > 3}
+    a, b = (load_checkpoint(out, training=True) for out in (whole, halves))
+    assert a.sha256 == b.sha256 and a.training["exp_avg.logit_scale"] == b.training["exp_avg.logit_scale"]
+
+
+def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
+    train.train(settings(tiny_world, tmp_path, cache, steps=1))
+    with pytest.raises(UserError, match=r"other settings \(--lr 0.001 → 0.5\)"):
+        train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=0.5))
+    assert log_of(tmp_path)[-1]["step"] == 1                                # nothing was lost
+
+
+def test_non_finite_loss_names_step_and_checkpoint(tiny_world, tmp_path, cache, monkeypatch):
+    calls = []
+
+    def explode(*args, **kwargs):
+        loss, parts = real(*args, **kwargs)
+        calls.append(1)
+        return loss * float("nan" if len(calls) == 5 else 1), parts
+
+    real = train.clop_loss
+    monkeypatch.setattr(train, "clop_loss", explode)
+    with pytest.raises(UserError, match=r"step 5: loss nan .*step-000003.safetensors"):
+        train.train(settings(tiny_world, tmp_path, cache))
+    assert load_checkpoint(tmp_path).step == 3
+
+
+def test_base_run_without_knowledge_trains(tiny_world, tmp_path, cache):
+    train.train(settings(tiny_world, tmp_path, cache, steps=2, skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0,
+                         mask_false_negatives=False, checkpointing=True, precision="bf16"))
+    assert "skp" not in log_of(tmp_path)[1] and load_checkpoint(tmp_path).model.concept_head is None
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = TrainConfig(steps=100, warmup=10, lr=1.0)
+    rates = [train.learning_rate(step, config) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[100] == pytest.approx(0) and rates[55] == pytest.approx(0.5)
+
+
+# ---- bad input ----
+
+
+def csv_with(folder, rows, header="video,caption"):
+    path = folder / "mine.csv"
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def good_rows(tiny_world):
+    return [f"{tiny_world / 'videos' / f'train_{i:05d}.mp4'},a red thing number {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda f: None, "needs --data FILE"),
+    (lambda f: f / "nowhere.csv", "cannot be read"),
+    (lambda f: csv_with(f, []), "no samples"),
+    (lambda f: csv_with(f, ["x.mp4,hello"], header="film,text"), "line 1.*has no video"),
+    (lambda f: csv_with(f, ["x.mp4,hello"]), "1 of 1 videos cannot be used.*no such video file")])
+def test_unusable_data_is_one_line(make, said, tmp_path, cache):
+    path = make(tmp_path)
+    with pytest.raises(UserError, match=said) as error:
+        train.train(TrainConfig(dataset="csv", data=path and str(path), out=str(tmp_path / "out"), cache=cache))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_broken_videos_are_skipped_and_listed(tmp_path, cache, good_rows, capsys):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
+    good = Path(good_rows[0].split(",")[0]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(good[:len(good) // 3])
+    rows = good_rows + [f"{name},a broken one" for name in ("empty.mp4", "text.mp4", "cut.mp4", "gone.mp4")]
+    config = settings(tmp_path, tmp_path / "out", cache, data=str(csv_with(tmp_path, rows)), val_data=None, batch_size=8, steps=2)
+    with pytest.raises(UserError, match="4 of 24 videos cannot be used, more than the 5% that may be broken"):
+        train.train(config)
+    config.max_broken = 0.2
+    train.train(config)
+    said = capsys.readouterr().out
+    assert said.rstrip().count("4 of 24 videos cannot be used") == 2      # where it happens, and again at the end
+    assert all(name in said for name in ("empty.mp4", "text.mp4", "cut.mp4", "gone.mp4"))
+
+
+def test_odd_videos_and_captions_train(tmp_path, cache, good_rows):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 37, 53, 3), np.uint8)
+    write_video(tmp_path / "one.mp4", noise[:1])                          # a single frame
+    write_video(tmp_path / "odd.mp4", noise)                              # odd width and height
+    rows = good_rows[:4] + ["one.mp4,", "odd.mp4,ein Mädchen läuft über die Straße 走る", f"odd.mp4,{'word ' * 10_000}", "one.mp4,\x07 \x1b[31m"]
+    train.train(settings(tmp_path, tmp_path / "out", cache, data=str(csv_with(tmp_path, rows)), val_data=None, batch_size=8, steps=2))
+    assert all(np.isfinite(loss) for loss in losses_of(tmp_path / "out").values())
+
+
+def test_checkpoint_of_another_preset_is_refused(tiny_world, tmp_path, cache):
+    train.train(settings(tiny_world, tmp_path, cache, steps=1))
+    with pytest.raises(UserError, match="--preset toy → small"):
+        train.train(settings(tiny_world, tmp_path, cache, steps=1, preset="small"))
+
+
+def test_command_line_mistakes(tmp_path, tiny_world):
+    def start(*flags):
+        return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+    typo = start("--learning-rate", "1")
+    assert typo.returncode == 2 and typo.stderr.count("\n") == 1 and "--learning-rate: no such flag" in typo.stderr
+    (tmp_path / "file").touch()
+    unwritable = start("--dataset", "csv", "--data", str(tiny_world / "train.csv"), "--cache", str(tmp_path / "c"), "--batch-size", "16",
+                       "--out", str(tmp_path / "file" / "out"))
+    assert unwritable.returncode == 2 and "choose another --out" in unwritable.stderr.splitlines()[-1] and "Traceback" not in unwritable.stderr
+    if not torch.cuda.is_available():
+        no_gpu = start("--gpus", "2")
+        assert no_gpu.returncode == 2 and "this machine has 0 GPU(s)" in no_gpu.stderr
