@@ -1,34 +1,35 @@
 """How good is a model? Ranks, ties, R@K; multiple choice; one JSON and one page that say it all.
 
-Retrieval asks one question many times: among all videos, at which place does the right one stand? With sim [n_text, n_video]
-(row = caption, column = video) each caption ranks its row, text to video (t2v), and each video ranks its column (v2t):
+Retrieval asks one question many times: among all videos, at which place does the right one stand? With sim
+[n_text, n_video] (row = caption, column = video) each caption ranks its row, text to video (t2v), and each video ranks
+its column (v2t):
 
     rank = 1 + (wrong candidates that score strictly better) + ½ (wrong candidates that tie)
     R@K  = percent of queries with rank ≤ K          MdR, MnR = median and mean rank (1 is best)
 
 Three details make or break the number:
-- *Ties.* A tie counts half, so a model that scores everything alike gets the middle rank: chance, as it should. (Counting only
-  the strictly better ones would give it R@1 = 100.) A rank may thus be 1.5, which is no hit for R@1.
+- *Ties.* A tie counts half, so a model that scores everything alike gets the middle rank: chance, as it should.
+  (Counting only the strictly better ones would give it R@1 = 100.) A rank may thus be 1.5, which is no hit for R@1.
 - *Several captions a video.* Each caption is a t2v query of its own. In v2t a video takes the best rank that any of its
   captions reaches; its other captions never compete. A video without captions asks nothing but stays in the gallery.
-- *What equal means.* Floating-point sums depend on their order, so one pair may score differently in two tiles of the same
-  product. `similarity` rounds embeddings to 26 binary places and multiplies in fp64, where such sums have no rounding error at
-  all: a score is then a number, not an accident of tile, thread or machine, and equal embeddings tie exactly. It is also nearer to
-  the true product than fp32 would be, for about twice the time.
+- *What equal means.* Floating-point sums depend on their order, so one pair may score differently in two tiles of the
+  same product. `similarity` rounds embeddings to 26 binary places and multiplies in fp64, where such sums have no
+  rounding error at all: a score is then a number, not an accident of tile, thread or machine, and equal embeddings tie
+  exactly. It is also nearer to the true product than fp32 would be, for about twice the time.
 
-Half the ties make one formula of it, since (1 + sign(x)) / 2 is 1 above, ½ at and 0 below zero:
+Counting half the ties makes one formula of it, since (1 + sign(x)) / 2 is 1 above zero, ½ at zero, 0 below:
 
     rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
 
-A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 videos need no 80 GB matrix.
+A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 videos need no matrix of 80 GB.
 
-Multiple choice asks which of five captions fits a video; tied options share the point, so that a constant model gets chance.
+Multiple choice asks which of five captions fits a video; tied options share the point: a constant model gets chance.
 
-    python eval.py --checkpoint runs/toy --task toy                      # the newest checkpoint of a run, on the toy test gallery
-    python eval.py --checkpoint runs/mine --task csv --data FILE.csv     # your own videos and captions
+    python eval.py --checkpoint runs/toy --task toy                     # newest checkpoint of a run, toy test gallery
+    python eval.py --checkpoint runs/mine --task csv --data FILE.csv    # your own videos and captions
 
-writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out. What is
-incomplete says so: each result on a set with missing or broken videos carries "N of M videos: not comparable".
+writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out.
+A result on a set with missing or broken videos says so itself: "N of M videos: not comparable".
 """
 
 import json
@@ -53,13 +54,13 @@ from knowledge import extract_many
 from report import Results, write_report
 from video import FrameCache
 
-# ---------------------------------------------------------------- ranks
+# ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _to_grid(emb):
-    """[N, E] -> float64 on a grid so coarse (2^-26 of the longest row) that fp64 sums of products are exact, in any order.
+def _to_grid(emb) -> torch.Tensor:
+    """[N, E] -> float64, rounded to 2^-26 of the longest row, so that fp64 sums of products are exact in any order:
 
-    Products are multiples of 2^-52 and every partial sum stays below 2 (Cauchy-Schwarz): 53 bits hold them all.
+    products are multiples of 2^-52 and every partial sum stays below 2 (Cauchy-Schwarz), which 53 bits hold.
     """
     emb = torch.as_tensor(emb).detach().double()
     longest = emb.norm(dim=1).max().clamp(min=1e-30)
@@ -73,20 +74,19 @@ def _check_finite(scores, what: str):
 
 
 def similarity(text_emb, video_emb) -> torch.Tensor:
-    """sim [n_text, n_video], float64: exact dot products of embeddings [n, E] rounded to 26 binary places (see above)."""
+    """sim [n_text, n_video], float64: dot products of embeddings [n, E], exact after rounding to 26 binary places."""
     return _to_grid(text_emb) @ _to_grid(video_emb).T
 
 
-def _ranks(scores, positive, video_of_text, n_video: int, chunk: int):
-    """(t2v [n_text], v2t [videos with captions]) from `scores(rows, columns)`, a function that yields one float64 tile of sim.
+def _ranks(scores, positive, video_of_text, n_video: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """(t2v [n_text], v2t [videos with captions]), float64: a rank may end in .5.
 
-    positive [n_text] are the scores of the right pairs. Float64 arrays come back; a rank may end in .5.
+    scores(rows, columns) yields one float64 tile of sim; positive [n_text] are the scores of the right pairs.
     """
     n_text, device = len(positive), positive.device
-    # a video is as good as its best caption
     best = torch.full((n_video,), -torch.inf, dtype=torch.float64, device=device)
-    best.scatter_reduce_(0, video_of_text, positive, "amax")
-    above = torch.zeros(n_text, dtype=torch.float64, device=device)  # Σ sign over all candidates, right ones too
+    best.scatter_reduce_(0, video_of_text, positive, "amax")          # a video is as good as its best caption
+    above = torch.zeros(n_text, dtype=torch.float64, device=device)   # Σ sign over all candidates, right ones too
     below = torch.zeros(n_video, dtype=torch.float64, device=device)
     for i in range(0, n_text, chunk):
         for j in range(0, n_video, chunk):
@@ -94,7 +94,7 @@ def _ranks(scores, positive, video_of_text, n_video: int, chunk: int):
             tile = scores(rows, columns)                              # [≤ chunk, ≤ chunk]
             above[rows] += (tile - positive[rows, None]).sign_().sum(1)
             below[columns] += (tile - best[columns]).sign_().sum(0)
-    # take the right candidates out again: one a caption, and all captions of a video
+    # take the right candidates out again: one of a caption, of a video all its captions
     own = torch.zeros_like(best).index_add_(0, video_of_text, (1 + (positive - best[video_of_text]).sign()) / 2)
     t2v = 1 + (n_video + above) / 2 - 0.5
     v2t = 1 + (n_text + below) / 2 - own
@@ -104,22 +104,23 @@ def _ranks(scores, positive, video_of_text, n_video: int, chunk: int):
 def _check_pairs(video_of_text, n_text: int, n_video: int, device) -> torch.Tensor:
     video_of_text = torch.as_tensor(video_of_text, device=device).long()
     assert video_of_text.shape == (n_text,) and n_text, f"{tuple(video_of_text.shape)} indices for {n_text} captions"
-    lowest, highest = int(video_of_text.min()), int(video_of_text.max())
-    assert 0 <= lowest and highest < n_video, f"video_of_text runs from {lowest} to {highest}, but there are {n_video} videos"
+    first, last = int(video_of_text.min()), int(video_of_text.max())
+    assert 0 <= first and last < n_video, f"video_of_text runs from {first} to {last}, but there are {n_video} videos"
     return video_of_text
 
 
 def retrieval_ranks(text_emb, video_emb, video_of_text, *, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks (t2v [n_text], v2t [videos with captions]), 1-based, ties half, of embeddings [n_text, E] and [n_video, E].
+    """Ranks (t2v [n_text], v2t [videos with captions]), 1-based, ties half, of embeddings [n_text, E], [n_video, E].
 
     Equals the ranks of `similarity(text_emb, video_emb)` for every `chunk`, in memory that grows with n, not n².
-    1,024² tiles stay in a CPU's cache: larger ones are slower. Raises UserError where an embedding is not finite.
+    Tiles of 1,024² stay in a CPU's cache: larger ones are slower. Raises UserError where an embedding is not finite.
     """
     text, video = _to_grid(text_emb), _to_grid(video_emb)
     _check_finite(text, "text embeddings")
     _check_finite(video, "video embeddings")
     video_of_text = _check_pairs(video_of_text, len(text), len(video), text.device)
-    positive = torch.cat([(text[i:i + chunk] * video[video_of_text[i:i + chunk]]).sum(1) for i in range(0, len(text), chunk)])
+    positive = torch.cat([(text[i:i + chunk] * video[video_of_text[i:i + chunk]]).sum(1)
+                          for i in range(0, len(text), chunk)])
     return _ranks(lambda rows, columns: text[rows] @ video[columns].T, positive, video_of_text, len(video), chunk)
 
 
@@ -135,10 +136,11 @@ def summarize_ranks(t2v: np.ndarray, v2t: np.ndarray) -> dict[str, float]:
 
 
 def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
-    """Retrieval metrics of sim [n_text, n_video] (array or tensor; row = caption, column = video).
+    """t2v_R@1, t2v_R@5, t2v_R@10, t2v_MdR, t2v_MnR and the same for v2t.
 
-    video_of_text [n_text] holds the column of each caption's video. R@K in percent counts ranks ≤ K; MdR and MnR are 1-based.
-    Raises UserError where sim is not finite. Protocol: MSVD's for several captions a video, 1k-A's for one.
+    sim [n_text, n_video], array or tensor: row = caption, column = video. video_of_text [n_text]: the column of each
+    caption's video. R@K in percent counts ranks ≤ K; MdR, MnR 1-based. Raises UserError where sim is not finite.
+    Protocol: with one caption a video MSR-VTT 1k-A's, with several MSVD's.
     """
     sim = sim.detach() if isinstance(sim, torch.Tensor) else torch.from_numpy(np.require(sim, requirements=["C", "W"]))
     assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
@@ -155,81 +157,87 @@ def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
 
 
 def retrieval_metrics_from_embeddings(text_emb, video_emb, video_of_text, *, chunk: int = 1024) -> dict[str, float]:
-    """`retrieval_metrics(similarity(text_emb, video_emb), video_of_text)`, exactly, without ever holding sim (see `retrieval_ranks`)."""
+    """Exactly `retrieval_metrics(similarity(text_emb, video_emb), video_of_text)`, without ever holding sim.
+
+    text_emb [n_text, E], video_emb [n_video, E]; see `retrieval_ranks`.
+    """
     return summarize_ranks(*retrieval_ranks(text_emb, video_emb, video_of_text, chunk=chunk))
 
 
 def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] | None = None) -> dict[str, float]:
-    """{"mc_accuracy": percent, "mc_accuracy_<kind>": …} of scores [n, options], answers [n] (the right option), kinds [n].
+    """{"mc_accuracy": percent, "mc_accuracy_KIND": …}: how often the right option scores highest.
 
-    The highest score answers; options that tie for it share the point.
+    scores [n, options], answers [n]: the right option, kinds [n]. Options that tie for the best share the point.
+    Raises UserError where a score is not finite.
     """
-    scores, answers = np.asarray(scores, np.float64), np.asarray(answers)
+    scores, answers = torch.as_tensor(scores).double().cpu().numpy(), np.asarray(answers)
     assert scores.ndim == 2 and answers.shape == (len(scores),), f"{scores.shape} scores for {answers.shape} answers"
-    if not np.isfinite(scores).all():
-        raise UserError("multiple choice: a score is NaN or infinite; the model has diverged or its checkpoint is damaged")
-    chosen = scores == scores.max(axis=1, keepdims=True)                                 # [n, options]
-    points = 100 * chosen[np.arange(len(scores)), answers] / chosen.sum(axis=1)          # [n]
+    _check_finite(torch.from_numpy(scores), "multiple choice")
+    chosen = scores == scores.max(axis=1, keepdims=True)                             # [n, options]
+    points = 100 * chosen[np.arange(len(scores)), answers] / chosen.sum(axis=1)      # [n]
     metrics = {"mc_accuracy": float(points.mean())}
-    for kind in dict.fromkeys(kinds if kinds is not None else ()):
+    for kind in sorted(set(() if kinds is None else kinds)):
         metrics[f"mc_accuracy_{kind}"] = float(points[np.array(kinds) == kind].mean())
     return metrics
 
 
-# ---------------------------------------------------------------- embeddings
+# ---- embeddings: fp32 on every device, so that a number does not depend on the machine -------------------------------
+
+BATCH_PIXELS = 2**21  # 256 toy videos or 5 of preset base: small batches cost more in threads that wait for each other
+BATCH_TEXTS = 256
 
 
 @torch.inference_mode()
-def embed_texts(model, tokenizer, captions: Sequence[str], *, length: int, batch_size: int = 256) -> torch.Tensor:
-    """text_emb [n_text, E], float32 on the CPU. Each distinct caption is encoded once, so equal captions have equal embeddings."""
+def embed_texts(model, tokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """text_emb [n_text, E], float32 on the CPU. Equal captions are encoded once, so that they are equal here too."""
     device = model.logit_scale.device
-    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # neighbours of like length need little padding
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # like lengths need little padding
     parts = []
-    for i in range(0, len(distinct), batch_size):
-        tokens, text_mask = tokenizer.encode_batch(distinct[i:i + batch_size], length)   # [B, L]
+    for i in range(0, len(distinct), BATCH_TEXTS):
+        tokens, text_mask = tokenizer.encode_batch(distinct[i:i + BATCH_TEXTS], model.config.text_length)     # [B, L]
         parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
     place = {caption: i for i, caption in enumerate(distinct)}
     return torch.cat(parts)[[place[caption] for caption in captions]]
 
 
 @torch.inference_mode()
-def embed_videos(model, cache: FrameCache, paths: Sequence[str], *, num_frames: int, batch_size: int = 64) -> torch.Tensor:
-    """video_emb [n_video, E], float32 on the CPU, of `num_frames` uniform frames each. Raises VideoError where one is broken."""
-    device = model.logit_scale.device
+def embed_videos(model, cache: FrameCache, paths: Sequence[str]) -> torch.Tensor:
+    """video_emb [n_video, E], float32 on the CPU, of uniform frames of each. Raises VideoError if one is broken."""
+    device, num_frames = model.logit_scale.device, model.config.num_frames
+    batch_size = max(1, BATCH_PIXELS // (num_frames * cache.size**2))
     batches = [list(paths[i:i + batch_size]) for i in range(0, len(paths), batch_size)]
     frames = prefetch(lambda batch: load_videos(cache, batch, num_frames), batches)
     return torch.cat([model.encode_video(prepare_video(video.to(device))).cpu() for video in frames])
 
 
-def embed_split(model, tokenizer, split: Split, cache: FrameCache, *, num_frames: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split, float32 on the CPU, fp32 throughout."""
-    return (embed_texts(model, tokenizer, split.captions, length=length),
-            embed_videos(model, cache, split.video_paths, num_frames=num_frames))
+def embed_split(model, tokenizer, split: Split, cache: FrameCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split, float32 on the CPU."""
+    return embed_texts(model, tokenizer, split.captions), embed_videos(model, cache, split.video_paths)
 
 
 def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
-    """Retrieval metrics of a split whose videos all decode, as a training run wants them every N steps. Leaves the model in training mode."""
-    model.eval()
-    text_emb, video_emb = embed_split(model, tokenizer, split, cache, num_frames=model.config.num_frames, length=model.config.text_length)
-    model.train()
-    return retrieval_metrics_from_embeddings(text_emb, video_emb, split.video_of_caption)
+    """Retrieval metrics of a split whose videos all decode: what a training run wants every N steps.
+
+    The model has neither dropout nor batch statistics, so that it is the same in training and evaluation mode.
+    """
+    return retrieval_metrics_from_embeddings(*embed_split(model, tokenizer, split, cache), split.video_of_caption)
 
 
-# ---------------------------------------------------------------- tasks
+# ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class EvalConfig:
-    """Evaluate a checkpoint: retrieval both ways, multiple choice where the task has it; metrics.json and report.html."""
+    """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
-    checkpoint: str = "runs/toy"          # a checkpoint file, or the folder of a run (its newest one)
-    task: Literal["toy", "csv"] = "toy"   # toy: the embedded world; csv: your own videos (--data)
-    data: str | None = None               # csv/jsonl file with video and caption; toy: a world's folder (default: CACHE/toy, made if missing)
-    split: Literal["val", "test"] = "test"  # toy: which gallery
-    out: str | None = None                # folder for metrics.json and report.html (default: beside the checkpoint)
-    cache: str = "cache"                  # decoded frames, extracted knowledge, toy world
-    max_broken: float = 0.05              # share of unusable videos that stops the evaluation
-    seed: int = 0                         # of the examples drawn for the report
+    checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
+    task: Literal["toy", "csv"] = "toy"     # toy: the embedded world; csv: your own videos (--data)
+    data: str | None = None                 # csv: file with video, caption; toy: a world's folder (default: CACHE/toy)
+    split: Literal["val", "test"] = "test"  # which gallery, where there are several
+    out: str | None = None                  # folder for the results (default: eval-TASK-SPLIT beside the checkpoint)
+    cache: str = "cache"                    # decoded frames, toy world
+    max_broken: float = 0.05                # share of unusable videos that stops the evaluation
+    seed: int = 0                           # of the examples drawn for the report
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
 
 
@@ -243,30 +251,31 @@ class Task:
 
 
 def load_toy(config: EvalConfig, checkpoint: Checkpoint) -> Task:
-    """The toy world's gallery, one caption a video, and its questions; rendered first where it does not exist yet."""
-    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy", seed=checkpoint.config.get("seed", 0))
-    return Task("Toy world: compositions that training never shows, one caption a video, all videos of the split as gallery; multiple "
-                "choice among 5 captions that differ in one noun, verb or direction.",
-                load_split("toy", folder, config.split), load_questions(folder / f"{config.split}_mc.jsonl"))
+    """The toy world's gallery and its questions; the world of the run's seed is rendered if it is not there yet."""
+    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy",
+                                                                     seed=checkpoint.config.get("seed", 0))
+    protocol = ("Toy world: compositions that training never shows; one caption a video, all videos of the split as "
+                "gallery. Multiple choice among captions that differ in one noun, one verb or the direction.")
+    return Task(protocol, load_split("toy", folder, config.split), load_questions(folder / f"{config.split}_mc.jsonl"))
 
 
 def load_csv(config: EvalConfig, checkpoint: Checkpoint) -> Task:
     """The videos and captions of a file."""
     if not config.data:
         raise UserError("--task csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
-    return Task(f"Own data ({Path(config.data).name}): every caption is a query against all its videos; a video takes the best rank of its "
-                "captions.", load_split("csv", config.data, config.split))
+    protocol = (f"Own data ({Path(config.data).name}): every caption is a query against all videos of the file; a "
+                "video takes the best rank of its captions.")
+    return Task(protocol, load_split("csv", config.data, config.split))
 
 
 TASKS = {"toy": load_toy, "csv": load_csv}  # a task is one function
 
 
-def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05) -> tuple[dict[str, float], Results]:
-    """({metric: value}, what they were computed from) of a task. Unusable videos are left out and listed in the results' split.
+def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05) -> tuple[dict, Results]:
+    """({metric: value}, what it was computed from). Unusable videos are left out and listed in the results' split.
 
     Raises UserError where more than the share `max_broken` of the videos cannot be used.
     """
-    sizes = model.config
     # every video once: first those of the gallery, then those that only a question asks about
     paths = list(dict.fromkeys([*task.split.video_paths, *(question.video for question in task.questions)]))
     usable = keep_decodable(Split(paths, [], np.zeros(0, np.int64)), cache, max_broken=max_broken)
@@ -274,13 +283,15 @@ def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: floa
     questions = [question for question in task.questions if question.video not in usable.broken]
     if not split.captions:
         raise UserError(f"no caption is left whose video decodes; the first: {next(iter(usable.broken.values()))}")
+    if len({len(question.options) for question in questions}) > 1:
+        raise UserError("the questions have different numbers of options: their accuracies cannot be averaged")
 
     texts = split.captions + [option for question in questions for option in question.options]
-    text_emb = embed_texts(model, tokenizer, texts, length=sizes.text_length)
-    video_emb = embed_videos(model, cache, usable.video_paths, num_frames=sizes.num_frames)
-    text_emb, option_emb = text_emb.tensor_split([len(split.captions)])
-    asked = torch.tensor([usable.video_paths.index(question.video) for question in questions], dtype=torch.long)
-    video_emb, asked_emb = video_emb[:len(split.video_paths)], video_emb[asked]
+    text_emb, option_emb = embed_texts(model, tokenizer, texts).tensor_split([len(split.captions)])
+    video_emb = embed_videos(model, cache, usable.video_paths)
+    place = {path: i for i, path in enumerate(usable.video_paths)}
+    asked_emb = video_emb[torch.tensor([place[question.video] for question in questions], dtype=torch.long)]
+    video_emb = video_emb[:len(split.video_paths)]                                           # [n_video, E]
 
     ranks = retrieval_ranks(text_emb, video_emb, split.video_of_caption)
     metrics, option_scores = summarize_ranks(*ranks), np.zeros((0, 0))
@@ -292,16 +303,36 @@ def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: floa
     return metrics, Results(split, text_emb.numpy(), video_emb.numpy(), *ranks, questions, option_scores)
 
 
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
 def machine_facts(device: str) -> dict:
-    """{versions, commit, hardware, date}: where and with what a number was made."""
+    """{versions, commit, hardware, date}: where, when and with what a number was made."""
+    git = ["git", "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True, check=True).stdout.strip()
+        commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a git checkout"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, opencv=cv2.__version__)
-    return dict(versions=versions, commit=commit, hardware=hardware, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                    opencv=cv2.__version__)
+    return dict(versions=versions, commit=commit, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                hardware=torch.cuda.get_device_name() if device == "cuda" else cpu)
+
+
+def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results: Results, device: str) -> dict:
+    """What metrics.json holds: every metric by its name, and all that is needed to compare it with another."""
+    split, sizes, unusable = results.split, checkpoint.model.config, results.split.broken
+    missing = sum(not os.path.exists(path) for path in unusable)
+    expected = len({*task.split.video_paths, *(question.video for question in task.questions)})
+    return dict(
+        task=config.task, split=config.split, protocol=task.protocol, **metrics,
+        note=f"{expected - len(unusable)} of {expected} videos: not comparable" if unusable else "",
+        videos=len(split.video_paths), captions=len(split.captions), questions=len(results.questions),
+        missing=missing, broken=len(unusable) - missing, unusable=unusable,
+        checkpoint=str(checkpoint.path), checkpoint_sha256=checkpoint.sha256, step=checkpoint.step,
+        frames=sizes.num_frames, image_size=sizes.image_size, logit_scale=checkpoint.model.logit_scale.exp().item(),
+        training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
 
 
 def evaluate(config: EvalConfig) -> dict:
@@ -314,29 +345,19 @@ def evaluate(config: EvalConfig) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
     checkpoint = load_checkpoint(config.checkpoint, device)
-    out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"
     sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
-    print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}", flush=True)
+    print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
+    out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"
+    cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
     try:
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
-        cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
         metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken)
-        unusable, split = results.split.broken, results.split
-        missing = sum(not os.path.exists(path) for path in unusable)
-        expected = len(split.video_paths) + len(unusable)
-        record = dict(
-            task=config.task, split=config.split, protocol=task.protocol, **metrics,
-            note=f"{expected - len(unusable)} of {expected} videos: not comparable" if unusable else "",
-            videos=len(split.video_paths), captions=len(split.captions), questions=len(results.questions),
-            missing=missing, broken=len(unusable) - missing, unusable=unusable,
-            checkpoint=str(checkpoint.path), checkpoint_sha256=checkpoint.sha256, step=checkpoint.step, frames=sizes.num_frames,
-            image_size=sizes.image_size, logit_scale=checkpoint.model.logit_scale.exp().item(),
-            training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
+        record = make_record(config, checkpoint, task, metrics, results, device)
         (out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        knowledge = extract_many(split.captions, cache=Path(config.cache) / "knowledge", progress=False)
+        knowledge = extract_many(results.split.captions)
         write_report(out / "report.html", record, results, knowledge, checkpoint.concept_vocab, seed=config.seed)
     except OSError as error:
-        raise UserError(f"{out}: the results cannot be written ({error.strerror}); choose another --out") from error
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
     print(format_table(record))
     print(f"{out / 'metrics.json'}, {out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
     return record
@@ -344,14 +365,16 @@ def evaluate(config: EvalConfig) -> dict:
 
 def format_table(record: dict) -> str:
     """The record's metrics as lines of text."""
-    lines = [f"{'':14s}" + "".join(f"{name:>8s}" for name in ("R@1", "R@5", "R@10", "MdR", "MnR"))]
+    columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
+    lines = [f"{'':14s}" + "".join(f"{column:>8s}" for column in columns)]
     for name, way in (("text to video", "t2v"), ("video to text", "v2t")):
-        lines.append(f"{name:14s}" + "".join(f"{record[f'{way}_{m}']:8.1f}" for m in ("R@1", "R@5", "R@10", "MdR", "MnR")))
-    choices = [f"{name.removeprefix('mc_accuracy_')} {value:.1f}" for name, value in record.items() if name.startswith("mc_accuracy_")]
-    if choices:
-        lines.append(f"multiple choice {record['mc_accuracy']:.1f} % ({', '.join(choices)}) of {record['questions']} questions")
-    lines.append(f"{record['captions']} captions, {record['videos']} videos" + (f"; {record['note']}" if record["note"] else ""))
-    return "\n".join(lines)
+        lines.append(f"{name:14s}" + "".join(f"{record[f'{way}_{column}']:8.1f}" for column in columns))
+    if record["questions"]:
+        kinds = ", ".join(f"{name.removeprefix('mc_accuracy_')} {value:.1f}" for name, value in record.items()
+                          if name.startswith("mc_accuracy_"))
+        lines.append(f"multiple choice {record['mc_accuracy']:.1f} % ({kinds}) of {record['questions']} questions")
+    note = f"; {record['note']}" if record["note"] else ""
+    return "\n".join([*lines, f"{record['captions']} captions, {record['videos']} videos{note}"])
 
 
 def main():
