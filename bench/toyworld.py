@@ -32,7 +32,8 @@ def _timed(call) -> float:
 def main() -> None:
     config = cli.parse_config(BenchConfig)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f} before the start; OpenCV {cv2.__version__}")
+    load = os.getloadavg()[0]  # other jobs on the machine spoil the comparison: shown, so that the reader can tell
+    print(f"{platform.machine()}, {cores} cores, load {load:.1f} before the start; OpenCV {cv2.__version__}")
     with tempfile.TemporaryDirectory() as temp:
         def world(train: int, workers: int) -> Path:
             return toyworld.generate(Path(temp) / str(workers), train=train, val=train // 8, test=train // 4,
