@@ -331,6 +331,7 @@ def write_report(path, record: dict, results: Results, knowledge, vocab: Concept
     knowledge: of each caption (extract_many). Drawn by `seed`: `queries` captions answered right and as many not,
     `pairs` with their hard negatives, two questions a kind. Raises OSError where the file cannot be written.
     """
+    picture.cache_clear()  # files may have changed since the last page
     rng = np.random.default_rng(seed)
 
     def draw(condition, count: int) -> list[int]:

@@ -1,4 +1,10 @@
-"""Ranks by hand, ties, several captions, tiles; and the whole of eval.py on tiny videos."""
+"""Ranks by hand, ties, several captions, tiles; and whole evaluations of tiny videos."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import toyworld
+from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
-from eval import retrieval_metrics, retrieval_metrics_from_embeddings, retrieval_ranks, similarity
+from data import Split, load_videos, prepare_video
+from eval import (EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval, multiple_choice_accuracy,
+                  retrieval_metrics, retrieval_metrics_from_embeddings, retrieval_ranks, similarity)
+from knowledge import ConceptVocab, extract_many
+from model import CLOP, build_config
+from tokenizer import Tokenizer
+from video import FrameCache, write_video
 
 KEYS = {f"{d}_{m}" for d in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
 
@@ -19,7 +33,8 @@ def brute_force_ranks(sim, video_of_text):
     def rank(right, wrong):
         return 1 + sum(1.0 if s > right else 0.5 if s == right else 0.0 for s in wrong)
 
-    t2v = [rank(sim[i][video_of_text[i]], [sim[i][j] for j in range(n_video) if j != video_of_text[i]]) for i in range(n_text)]
+    t2v = [rank(sim[i][video_of_text[i]], [sim[i][j] for j in range(n_video) if j != video_of_text[i]])
+           for i in range(n_text)]
     v2t = []
     for j in range(n_video):
         mine = [i for i in range(n_text) if video_of_text[i] == j]
@@ -44,7 +59,7 @@ def unit_rows(n, width, seed):
     return torch.nn.functional.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-# ---------------------------------------------------------------- by hand
+# ---- by hand ---------------------------------------------------------------------------------------------------------
 
 
 def test_one_caption_a_video_by_hand():
@@ -67,7 +82,8 @@ def test_several_captions_by_hand():
                     [.5, .4, .4]])    # one better, one tie:              2.5
     metrics = retrieval_metrics(sim, [0, 0, 0, 1])
     assert metrics["t2v_MnR"] == pytest.approx(7.5 / 4) and metrics["t2v_MdR"] == 2 and metrics["t2v_R@1"] == 25
-    # video 0: its best caption (.7, twice: they do not compete) against .5 -> 1; video 1: .4 against .9 -> 2; video 2 asks nothing
+    # video 0: its best caption (.7, twice: they do not compete) against .5 -> 1
+    # video 1: .4 against .9 -> 2;  video 2 asks nothing
     assert metrics["v2t_R@1"] == 50 and metrics["v2t_MnR"] == 1.5
 
 
@@ -104,7 +120,7 @@ def test_v2t_is_t2v_of_the_transpose():
         assert forward[key] == pytest.approx(backward[other])
 
 
-# ---------------------------------------------------------------- against the definition
+# ---- against the definition ------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,12 +131,13 @@ def test_agrees_with_brute_force(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     sim = rng.integers(0, levels, (n_text, n_video)) / levels
     video_of_text = rng.integers(0, n_video, n_text)
-    assert retrieval_metrics(sim, video_of_text) == pytest.approx(brute_force_metrics(sim.tolist(), video_of_text.tolist()))
+    expected = brute_force_metrics(sim.tolist(), video_of_text.tolist())
+    assert retrieval_metrics(sim, video_of_text) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_tiles_do_not_change_a_single_rank(chunk):
-    """Duplicated captions and videos, several captions a video, silent videos: equal to the whole matrix, bit for bit."""
+    """Duplicated captions and videos, several captions a video, silent videos: equal to the matrix, bit for bit."""
     rng = np.random.default_rng(0)
     video = unit_rows(61, 33, 0)[torch.from_numpy(rng.integers(0, 61, 83))]
     video_of_text = rng.integers(0, 70, 211)  # videos 70..82 have no caption
@@ -131,7 +148,8 @@ def test_tiles_do_not_change_a_single_rank(chunk):
     expected_t2v, expected_v2t = brute_force_ranks(sim.tolist(), video_of_text.tolist())
     assert t2v.tolist() == expected_t2v and v2t.tolist() == expected_v2t
     assert any(rank % 1 for rank in expected_t2v), "no tie: the test lost its point"
-    assert retrieval_metrics_from_embeddings(text, video, video_of_text, chunk=chunk) == retrieval_metrics(sim, video_of_text)
+    metrics = retrieval_metrics_from_embeddings(text, video, video_of_text, chunk=chunk)
+    assert metrics == retrieval_metrics(sim, video_of_text)
 
 
 def test_scores_are_exact_whatever_the_order():
@@ -155,11 +173,12 @@ def test_arrays_tensors_lists_and_types_agree():
     expected = retrieval_metrics(sim, video_of_text)
     locked = np.asfortranarray(sim)
     locked.flags.writeable = False
-    for other in (sim.tolist(), locked, sim.astype(np.float16), torch.tensor(sim, requires_grad=True), torch.tensor(sim).bfloat16()):
+    tensors = torch.tensor(sim, requires_grad=True), torch.tensor(sim).bfloat16()
+    for other in (sim.tolist(), locked, sim.astype(np.float16), *tensors):
         assert retrieval_metrics(other, torch.from_numpy(video_of_text)) == expected
 
 
-# ---------------------------------------------------------------- mistakes
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -176,3 +195,165 @@ def test_non_finite_scores_are_refused(bad):
 def test_impossible_pairs_are_refused(video_of_text):
     with pytest.raises(AssertionError):
         retrieval_metrics(np.eye(3), video_of_text)
+
+
+# ---- multiple choice ------------------------------------------------------------------------------------------------
+
+
+def test_multiple_choice_by_hand():
+    scores = np.array([[.9, .1, .2], [.5, .6, .4], [.3, .3, .1], [.1, .2, .3]])
+    metrics = multiple_choice_accuracy(scores, [0, 0, 1, 2], ["noun", "verb", "verb", "noun"])
+    assert metrics == {"mc_accuracy": 62.5, "mc_accuracy_noun": 100, "mc_accuracy_verb": 25}  # the tie gives half a point
+
+
+def test_multiple_choice_of_a_constant_model_is_chance():
+    assert multiple_choice_accuracy(torch.ones(40, 5), np.arange(40) % 5) == {"mc_accuracy": 20}
+    with pytest.raises(UserError, match="multiple choice: NaN"):
+        multiple_choice_accuracy([[0, np.nan]], [0])
+
+
+# ---- whole evaluations: five tiny videos, an untrained model --------------------------------------------------------
+
+CAPTIONS = [(0, "a red ball falls"), (0, "the ball drops down"), (1, "two dogs run"), (2, "a red ball falls"), (3, "Ünïcode 猫 🐈"),
+            (4, "")]
+
+
+def tiny_model(folder):
+    """A checkpoint file of a model of one layer, which has learned nothing."""
+    tokenizer = Tokenizer.train([caption for _, caption in CAPTIONS], 300)
+    vocab = ConceptVocab.build(extract_many([caption for _, caption in CAPTIONS], progress=False), min_count=1)
+    torch.manual_seed(0)
+    model = CLOP(build_config("toy", video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size))
+    save_checkpoint(folder / "step-000007.safetensors", model, tokenizer, vocab, config={"seed": 3}, step=7)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with five videos, data.csv, a checkpoint and a frame cache."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        write_video(folder / f"{i}.mp4", rng.integers(0, 256, (6, 40, 48, 3), np.uint8))
+    write_csv(folder / "data.csv", [(f"{i}.mp4", caption) for i, caption in CAPTIONS])
+    tiny_model(folder)
+    return folder
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("video", "caption"), *rows])
+
+
+def config(world, out, **changes):
+    return EvalConfig(**dict(checkpoint=str(world / "step-000007.safetensors"), task="csv", data=str(world / "data.csv"),
+                             out=str(out), cache=str(world / "cache"), device="cpu") | changes)
+
+
+def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
+    record = evaluate(config(world, tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert written == record and KEYS <= set(written)
+    assert (written["videos"], written["captions"], written["missing"], written["broken"]) == (5, 6, 0, 0)
+    checkpoint = load_checkpoint(world)
+    assert written["checkpoint_sha256"] == checkpoint.sha256 and written["step"] == 7 and written["training_seed"] == 3
+    assert (written["frames"], written["image_size"]) == (4, 32) and written["note"] == "" and "mc_accuracy" not in written
+    assert {"versions", "commit", "hardware", "date", "protocol", "split", "seed"} <= set(written)
+    assert "<!DOCTYPE html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "text to video" in capsys.readouterr().out
+
+    # the same number, by hand: every frame and caption through the model, ranks by the definition
+    model, video_of_text = checkpoint.model, [i for i, _ in CAPTIONS]
+    cache = FrameCache(tmp_path / "frames", size=32, num_frames=4)
+    with torch.inference_mode():
+        video_emb = model.encode_video(prepare_video(load_videos(cache, [str(world / f"{i}.mp4") for i in range(5)], 4)))
+        text_emb = model.encode_text(*checkpoint.tokenizer.encode_batch([caption for _, caption in CAPTIONS], 32))
+    expected = brute_force_metrics((text_emb @ video_emb.T).double().numpy().round(6).tolist(), video_of_text)
+    assert {key: written[key] for key in KEYS} == pytest.approx(expected)
+
+
+def test_embeddings_keep_their_order_and_equal_captions_are_equal(world):
+    checkpoint = load_checkpoint(world)
+    captions = ["two dogs run", "a", "a red ball falls down and down", "two dogs run", ""] * 60
+    text_emb = embed_texts(checkpoint.model, checkpoint.tokenizer, captions)
+    with torch.inference_mode():
+        alone = [checkpoint.model.encode_text(*checkpoint.tokenizer.encode_batch([c], 32))[0] for c in captions[:5]]
+    assert text_emb.dtype == torch.float32 and torch.allclose(text_emb[:5], torch.stack(alone), atol=1e-5)
+    assert torch.equal(text_emb[0], text_emb[3]) and torch.equal(text_emb[:5], text_emb[-5:])
+
+
+def test_evaluate_retrieval_is_what_the_embeddings_give(world):
+    checkpoint, cache = load_checkpoint(world), FrameCache(world / "cache2", size=32, num_frames=8)
+    split = Split.from_pairs((str(world / f"{i}.mp4"), caption) for i, caption in CAPTIONS)
+    text_emb, video_emb = embed_split(checkpoint.model, checkpoint.tokenizer, split, cache)
+    assert text_emb.shape == (6, 128) and video_emb.shape == (5, 128)
+    metrics = evaluate_retrieval(checkpoint.model, checkpoint.tokenizer, split, cache)
+    assert metrics == retrieval_metrics(similarity(text_emb, video_emb), split.video_of_caption)
+
+
+def test_an_incomplete_set_says_so(world, tmp_path, capsys):
+    (world / "text.mp4").write_text("this is no video")
+    write_csv(world / "holes.csv", [(f"{i}.mp4", caption) for i, caption in CAPTIONS] + [("gone.mp4", "b"), ("text.mp4", "c")])
+    record = evaluate(config(world, tmp_path, data=str(world / "holes.csv"), max_broken=0.5))
+    assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (5, 6, 1, 1)
+    assert record["note"] == "5 of 7 videos: not comparable" and set(record["unusable"]) == {
+        str(world / "gone.mp4"), str(world / "text.mp4")}
+    assert "5 of 7 videos: not comparable" in capsys.readouterr().out
+    assert "5 of 7 videos: not comparable" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="2 of 7 videos"):
+        evaluate(config(world, tmp_path, data=str(world / "holes.csv")))
+
+
+def test_toy_gallery_and_questions(world, tmp_path):
+    folder = toyworld.generate(tmp_path / "toy", train=0, val=8, test=0, workers=1, progress=False)
+    record = evaluate(config(world, tmp_path / "out", task="toy", data=str(folder), split="val"))
+    assert (record["videos"], record["captions"], record["questions"]) == (8, 8, 8) and record["split"] == "val"
+    kinds = {name for name in record if name.startswith("mc_accuracy_")}
+    assert kinds <= {"mc_accuracy_noun", "mc_accuracy_verb", "mc_accuracy_direction"} and kinds
+    assert 0 <= record["mc_accuracy"] <= 100
+    (folder / "videos").rename(folder / "elsewhere")  # cached frames do not hide that the videos are gone
+    with pytest.raises(UserError, match="8 of 8 videos"):
+        evaluate(config(world, tmp_path / "out", task="toy", data=str(folder), split="val"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(checkpoint="nowhere.safetensors"), "nowhere.safetensors: no such checkpoint"),
+    (dict(data=None), "--task csv: needs --data"),
+    (dict(data="absent.csv"), "absent.csv"),
+    (dict(device="cuda"), "--device cuda"),
+])
+def test_mistakes_end_in_one_line(world, tmp_path, changes, message):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, so that --device cuda is no mistake")
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(config(world, tmp_path / "out", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_results_that_cannot_be_written(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --out"):
+        evaluate(config(world, tmp_path / "file"))
+
+
+def test_a_model_that_diverged_is_no_result(world, tmp_path):
+    checkpoint = load_checkpoint(world)
+    checkpoint.model.video.project.weight.data.fill_(torch.nan)
+    save_checkpoint(tmp_path / "bad.safetensors", checkpoint.model, checkpoint.tokenizer, checkpoint.concept_vocab,
+                    config={}, step=1)
+    with pytest.raises(UserError, match="video embeddings: NaN"):
+        evaluate(config(world, tmp_path, checkpoint=str(tmp_path / "bad.safetensors")))
+
+
+def test_command_line(world, tmp_path):
+    command = [sys.executable, "eval.py", "--checkpoint", str(world), "--task", "csv", "--data", str(world / "data.csv"),
+               "--out", str(tmp_path), "--cache", str(world / "cache")]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "5 videos" in done.stdout and (tmp_path / "metrics.json").exists()
+
+
+def test_no_checkpoint_no_result(tmp_path):
+    """Never random weights: without the default checkpoint the command ends with one line that says what to do."""
+    script = Path(__file__).parent.parent / "eval.py"
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "python train.py" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,78 @@
+"""Time and memory of retrieval metrics from embeddings, by size.
+
+    python bench/eval.py                                # n captions × n videos for several n, both ways
+    python bench/eval.py --sizes 100000 --matrix-up-to 0   # the real thing: about a minute on two quiet cores
+
+Tiles: `retrieval_ranks` (exact, bounded memory). Matrix: sim in fp32 by one product, then `retrieval_metrics`, which is
+what one writes first. Every measurement has a process of its own, so that peak memory is its own; time excludes the
+start. The estimate for 100,000 is n² times the last measured one: the work is n²·E, nothing else grows faster.
+"""
+
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first, or `import eval` would find this file
+
+import torch  # noqa: E402
+
+from cli import parse_config, run  # noqa: E402
+from eval import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
+
+
+@dataclass
+class BenchConfig:
+    """Benchmark of the retrieval metrics."""
+
+    sizes: str = "3000,10000,30000"  # n captions and n videos
+    width: int = 256                 # E
+    matrix_up_to: int = 10000        # largest n at which the whole matrix is tried
+    rounds: int = 3                  # per size; the fastest counts
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process, MiB (Linux counts in KiB, macOS in bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+
+
+def measure(how: str, n: int, width: int, rounds: int) -> tuple[float, float, float, dict]:
+    """(seconds, CPU seconds, MiB beyond the embeddings, metrics) of the fastest round."""
+    generator = torch.Generator().manual_seed(0)
+    video = torch.nn.functional.normalize(torch.randn(n, width, generator=generator), dim=1)
+    text = torch.nn.functional.normalize(video + 0.2 * torch.randn(n, width, generator=generator), dim=1)
+    before, best = peak_mib(), None
+    for _ in range(rounds):
+        started, cpu = time.perf_counter(), time.process_time()
+        if how == "tiles":
+            metrics = summarize_ranks(*retrieval_ranks(text, video, torch.arange(n)))
+        else:
+            metrics = retrieval_metrics(text @ video.T, torch.arange(n))
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        best = min(best or (seconds, cpu), (seconds, cpu))
+    return *best, peak_mib() - before, metrics
+
+
+def main():
+    config = parse_config(BenchConfig)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"E = {config.width}, load {os.getloadavg()[0]:.1f}")
+    print(f"{'n':>8s} {'':7s} {'seconds':>8s} {'CPU s':>8s} {'ns/pair':>8s} {'MiB':>8s}  t2v R@1")
+    for n in map(int, config.sizes.split(",")):
+        for how in ("matrix", "tiles") if n <= config.matrix_up_to else ("tiles",):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, cpu, mib, metrics = pool.apply(measure, (how, n, config.width, config.rounds))
+            print(f"{n:8d} {how:7s} {seconds:8.2f} {cpu:8.2f} {1e9 * seconds / n**2:8.2f} {mib:8.0f}  "
+                  f"{metrics['t2v_R@1']:.2f}", flush=True)
+    if n < 100_000:
+        embeddings = 4 * 100_000 * config.width * 8 / 2**20
+        print(f"100,000 × 100,000, extrapolated by n² from {n}: {seconds * (100_000 / n)**2:.0f} s; memory grows with n: "
+              f"about {embeddings:.0f} MiB at most (two fp64 copies of each side while rounding), sim would be 74 GiB")
+
+
+if __name__ == "__main__":
+    run(main)
