@@ -212,6 +212,11 @@ def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05,
     return kept
 
 
+def open_cache(folder: str | Path, model_config) -> FrameCache:
+    """The cache for a model's frames: twice the T that it takes, so that training draws other ones each epoch."""
+    return FrameCache(folder, size=model_config.image_size, num_frames=2 * model_config.num_frames)
+
+
 def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None) -> torch.Tensor:
     """T of the cached frames of each video: uint8 [B, T, H, W, 3]. Uniform, or by segments with one np Generator a video."""
     video = np.empty((len(paths), num_frames, cache.size, cache.size, 3), np.uint8)

@@ -326,19 +326,18 @@ def extract_many(captions: Iterable[str], *, workers: int | None = None, cache: 
                  progress: bool = True) -> Knowledge:
     """`extract_knowledge` of each caption, as a sequence of dicts; each distinct caption is tagged once.
 
-    workers: processes (default: the cores this process may use; small jobs stay in this one). cache: a file that is
-    read if it was made by this code from these captions, else written (atomically); a damaged or outdated one is named
-    and rebuilt. Raises UserError where the tagger's weights are missing or the cache cannot be written. """
+    workers: processes (default: the cores this process may use; small jobs stay in this one). cache: a folder with one
+    file for each set of captions and version of this code, written atomically; a damaged one is named and rebuilt. Raises UserError where the tagger's weights are missing or the cache cannot be written. """
     row: dict[str, int] = {}
     row_of = np.fromiter((row.setdefault(caption, len(row)) for caption in captions), np.int64)
     distinct = list(row)
-    key = _cache_key(distinct) if cache else ""
-    found = _read_cache(Path(cache), key) if cache else None
+    path = Path(cache) / f"{_cache_key(distinct)}.npz" if cache else None
+    found = _read_cache(path) if path else None
     if found is None:
         load_tagger()  # before the workers start: its errors come once, and forked workers share it
         found = _extract_distinct(distinct, workers, progress)
-        if cache:
-            _write_cache(Path(cache), key, found)
+        if path:
+            _write_cache(path, found)
     return Knowledge(found.names, found.sets, row_of)
 
 
@@ -371,34 +370,31 @@ def _cache_key(captions: list[str]) -> str:
     versions = [f"{name}=={importlib.metadata.version(name)}" for name in ("nltk", "lemminflect")]
     for text in [WEIGHTS_SHA256, *versions, *GRANULARITIES, *captions]:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+    return digest.hexdigest()[:40]
 
 
-def _read_cache(path: Path, key: str) -> Knowledge | None:
+def _read_cache(path: Path) -> Knowledge | None:
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as saved:  # a zip file: every array carries a checksum
             names = saved["names"].tobytes().decode("utf-8").split("\n")
-            found = Knowledge(names, ConceptSets(saved["offsets"], saved["ids"]), np.arange(len(saved["offsets"]) - 1))
-            if str(saved["key"]) == key:
-                return found
-        print(f"{path}: made from other captions or by other code; extracting again", file=sys.stderr)
+            return Knowledge(names, ConceptSets(saved["offsets"], saved["ids"]), np.arange(len(saved["offsets"]) - 1))
     except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, AssertionError) as error:
         print(f"{path}: damaged knowledge cache ({type(error).__name__}); extracting again", file=sys.stderr)
-    return None
+        return None
 
 
-def _write_cache(path: Path, key: str, knowledge: Knowledge) -> None:
+def _write_cache(path: Path, knowledge: Knowledge) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, key=key, names=np.frombuffer("\n".join(knowledge.names).encode(), np.uint8),
+            np.savez(file, names=np.frombuffer("\n".join(knowledge.names).encode(), np.uint8),
                      offsets=knowledge.sets.offsets, ids=knowledge.sets.ids)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cache cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"{path}: cache cannot be written ({error.strerror}); name another folder") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,15 +31,12 @@ import torch.distributed as dist
 import toyworld
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cli import UserError, parse_config, run
-from data import KnowledgeBatchSampler, PairDataset, keep_decodable, load_split, prefetch, prepare_video
+from data import KnowledgeBatchSampler, PairDataset, keep_decodable, load_split, open_cache, prefetch, prepare_video
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids
 from losses import LossConfig, clop_loss
 from model import CLOP, PRESETS, build_config
 from tokenizer import Tokenizer
-from video import FrameCache
-
-CACHED_FRAMES = 2  # times T: how many frames of a video the cache keeps, so that training can draw others every epoch
 
 
 @dataclass
@@ -109,8 +106,8 @@ def train(config: TrainConfig):
     # ---- 1. data: captions -> knowledge and tokens, videos -> frames ------------------------------------------------------
     started = time.perf_counter()
     train_split, val_split = load_data(config)
-    sizes = build_config(config.preset)
-    cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=CACHED_FRAMES * config.num_frames)
+    sizes = build_config(config.preset, num_frames=config.num_frames)
+    cache = open_cache(Path(config.cache) / "frames", sizes)
     usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=main_process)
     train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
     knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge", progress=main_process)
@@ -131,8 +128,7 @@ def train(config: TrainConfig):
 
     # ---- 2. model and optimizer --------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    model = CLOP(build_config(config.preset, num_frames=config.num_frames, vocab_size=tokenizer.vocab_size,
-                              num_concepts=len(vocab) if config.skp_weight else 0)).to(device)
+    model = CLOP(replace(sizes, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab) if config.skp_weight else 0)).to(device)
     model.use_checkpointing(config.checkpointing)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # biases, norms, logit_scale: decay would only pull them off their scale

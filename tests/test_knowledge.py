@@ -266,28 +266,28 @@ def test_workers_give_the_same_knowledge(platform, monkeypatch):
 
 
 def test_cache_is_used_and_checked(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "deep" / "knowledge.npz"
-    first = list(extract_many(CAPTIONS, cache=path, progress=False))
-    assert path.exists() and not list(path.parent.glob("*.tmp"))
+    folder = tmp_path / "deep" / "knowledge"
+    first = list(extract_many(CAPTIONS, cache=folder, progress=False))
+    path, = folder.iterdir()
 
     def fail(caption):
         raise AssertionError("the cache was not used")
     with monkeypatch.context() as patch:
         patch.setattr(knowledge, "extract_knowledge", fail)
-        assert list(extract_many(CAPTIONS, cache=path, progress=False)) == first
+        assert list(extract_many(CAPTIONS, cache=folder, progress=False)) == first
     assert capsys.readouterr().err == ""
 
     good = path.read_bytes()
     for damaged in (good[:len(good) // 2], good[:200] + bytes([good[200] ^ 1]) + good[201:], b"", b"not a zip file"):
         path.write_bytes(damaged)
-        assert list(extract_many(CAPTIONS, cache=path, progress=False)) == first
+        assert list(extract_many(CAPTIONS, cache=folder, progress=False)) == first
         assert "damaged" in capsys.readouterr().err
         assert path.read_bytes() == good  # rebuilt
-    assert list(extract_many(CAPTIONS[:5], cache=path, progress=False)) == first[:5]
-    assert "other captions" in capsys.readouterr().err
+    assert list(extract_many(CAPTIONS[:5], cache=folder, progress=False)) == first[:5]
+    assert len(list(folder.iterdir())) == 2 and path.read_bytes() == good  # other captions: another file
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        extract_many(CAPTIONS, cache=tmp_path / "file" / "x.npz", progress=False)
+        extract_many(CAPTIONS, cache=tmp_path / "file" / "knowledge", progress=False)
 
 
 # Vocabulary and overlap ----------------------------------------------------------------------------------------------
