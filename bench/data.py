@@ -151,7 +151,7 @@ def mean_overlap(world: tuple, rows: np.ndarray) -> float:
 
 
 def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int = 512) -> np.ndarray:
-    """The direct way, anchor by anchor: the candidates are the free samples in the lists of its three rarest concepts."""
+    """The direct way, anchor by anchor: candidates are the free samples in the lists of its three rarest concepts."""
     sets, idf = world[:2]
     lists, rng = sets.transpose(len(idf)), np.random.default_rng(0)
     vectors = [idf[sets[i]] / max(1e-6, np.linalg.norm(idf[sets[i]])) for i in range(len(sets))]
