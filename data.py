@@ -1,26 +1,26 @@
 """Videos with captions → batches of tensors, and which pairs share a batch.
 
-A split is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is one (video, caption)
-pair, so a video with twenty captions is twenty samples, seen twenty times an epoch with other frames each time:
+A split is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is one (video,
+caption) pair: a video with twenty captions is twenty samples, seen twenty times an epoch, each time with other frames.
 
     load_split → Split → keep_decodable (fills the frame cache, drops broken videos) → PairDataset.batch(indices) → dict
-        video       uint8   [B, T, H, W, 3]    prepare_video → float32 [B, T, C, H, W], on the model's device: bytes travel, not floats
+        video       uint8   [B, T, H, W, 3]    prepare_video → float32 [B, T, C, H, W], on the model's device
         tokens      int64   [B, L]             text_mask bool [B, L], True = real token
         concepts    float32 [B, K]             multi-hot
         video_id, meaning_id int64 [B]         equal ids = false negatives of each other
 
-**Batch composition decides the negatives.** The contrastive loss shows each video its own caption and B − 1 wrong ones, and
-these are whatever the other samples of the batch say. In a batch drawn at random "a dog chases a cat" meets "a man plays the
-guitar": told apart by any single word, a lesson that is soon learned. Whether the model can tell who chases whom is asked only
-when "a cat chases a dog" is in the same batch, and among thousands of captions chance almost never puts it there.
-`KnowledgeBatchSampler` does: part of each batch are groups of samples that share much knowledge (Paper: "knowledge-guided
-sampling"; how the paper samples is not known, this is our own way), the rest stays random, so that easy distinctions are not
-forgotten.
+**Batch composition decides the negatives.** The contrastive loss shows each video its own caption and B − 1 wrong
+ones, and these are whatever the other samples of the batch say. In a batch drawn at random "a dog chases a cat" meets
+"a man plays the guitar": told apart by any single word, a lesson that is soon learned. Whether the model can tell who
+chases whom is asked only when "a cat chases a dog" is in the same batch, and among thousands of captions chance
+almost never puts it there. `KnowledgeBatchSampler` does: part of each batch are groups of samples that share much
+knowledge (Paper: "knowledge-guided sampling"; how the paper samples is not known, this is our own way), the rest
+stays random, so that easy distinctions are not forgotten.
 
-Everything random is a pure function of (seed, epoch, sample): a resumed run, or one on another number of processes, sees the
-same batches and the same frames. Batches are read ahead by threads (`prefetch`): reading, checksums and copies release the
-interpreter lock, so worker processes, with their start-up time, shared memory and ways to die, would buy nothing here.
-No picture is flipped or turned: captions say "left" and "upside down".
+Everything random is a pure function of (seed, epoch, sample): a resumed run, or one on another number of processes,
+sees the same batches and the same frames. Batches are read ahead by threads (`prefetch`): reading, checksums and
+copies release the interpreter lock, so worker processes, with their start-up time, shared memory and ways to die,
+would buy little here. No picture is flipped or turned: captions say "left" and "upside down".
 
     python data.py train.csv        a random and a guided batch of its captions (without a file: of some made-up ones)
 """
@@ -48,7 +48,7 @@ from video import FrameCache, frame_indices
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# ---- splits: what the files say --------------------------------------------------------------------------------------------
+# ---- splits: what the files say --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,7 +109,7 @@ def load_split(dataset: str, data: str | Path, role: str = "train") -> Split:
 
 
 def load_pairs(path: Path, role: str) -> Split:
-    """A csv (with header) or jsonl file with `video` and `caption`; or a folder that holds train.csv, val.csv, test.csv."""
+    """A csv (with header) or jsonl file with `video` and `caption`; or a folder with train.csv, val.csv, test.csv."""
     path = path / f"{role}.csv" if path.is_dir() else path
     pairs = ((str(path.parent / row["video"]), row["caption"]) for _, row in _rows(path, ("video", "caption")))
     split = Split.from_pairs(pairs)
@@ -137,7 +137,7 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def _rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a csv file with header or a jsonl file; `texts` and `others` are there, `texts` are strings."""
+    """(line number, row) of a csv file with header or a jsonl file, which has `texts` (strings) and `others`."""
     expected = f"expected {', '.join(texts + others)}"
     rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
     for line, row in rows(path, _read_text(path), texts + others, expected):
@@ -154,11 +154,12 @@ def _csv_rows(path, text, names, expected):
     try:
         header = next(reader, [])
         if missing := [name for name in names if name not in header]:
-            raise UserError(f"{path}, line 1: the header {','.join(header)[:80]!r} has no {' or '.join(missing)}; {expected}")
+            raise UserError(f"{path}, line 1: the header {','.join(header)[:80]!r} has no {' or '.join(missing)}; "
+                            f"{expected}")
         for row in reader:
             if row and len(row) != len(header):
-                raise UserError(f"{path}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}; {expected} "
-                                "(a caption with a comma stands in double quotes)")
+                raise UserError(f"{path}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}; "
+                                f"{expected} (a caption with a comma stands in double quotes)")
             if row:
                 yield reader.line_num, dict(zip(header, row))
     except csv.Error as error:
@@ -193,20 +194,21 @@ def _read_text(path: Path) -> str:
     return text
 
 
-# ---- samples: what the model sees -------------------------------------------------------------------------------------------
+# ---- samples: what the model sees ------------------------------------------------------------------------------------
 
 
 def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05, workers: int | None = None,
                    progress: bool = True) -> Split:
     """Fill the cache with the split's videos; the split without those that are missing or broken (see its `broken`).
 
-    Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be used, or none is left.
+    Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be used, or none is
+    left.
     """
     kept = split.without(cache.fill(split.video_paths, workers=workers, progress=progress))
     total = len(kept.video_paths) + len(kept.broken)
     if len(kept.broken) > max_broken * total or not kept.video_paths:
-        raise UserError(f"{len(kept.broken)} of {total} videos cannot be used, more than the {max_broken:.0%} that may be broken; the "
-                        f"first: {next(iter(kept.broken.values()))}")
+        raise UserError(f"{len(kept.broken)} of {total} videos cannot be used, more than the {max_broken:.0%} that "
+                        f"may be broken; the first: {next(iter(kept.broken.values()))}")
     if progress and kept.broken:
         print(kept.describe_broken())
     return kept
@@ -218,17 +220,20 @@ def open_cache(folder: str | Path, model_config) -> FrameCache:
 
 
 def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None) -> torch.Tensor:
-    """T of the cached frames of each video: uint8 [B, T, H, W, 3]. Uniform, or by segments with one np Generator a video."""
+    """T of the cached frames of each video, uint8 [B, T, H, W, 3]: uniform, or by segments with a Generator a video."""
     video = np.empty((len(paths), num_frames, cache.size, cache.size, 3), np.uint8)
+    sampling = "segment" if rngs else "uniform"
     for i, path in enumerate(paths):
-        chosen = frame_indices(cache.num_frames, num_frames, "segment" if rngs else "uniform", rngs[i] if rngs else None)
-        video[i] = cache.get(path)[chosen]
+        video[i] = cache.get(path)[frame_indices(cache.num_frames, num_frames, sampling, rngs[i] if rngs else None)]
     return torch.from_numpy(video)
 
 
 def prepare_video(video: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, T, H, W, 3] → float32 [B, T, C, H, W], each channel with CLIP's mean and deviation taken out; on video's device."""
-    assert video.dtype == torch.uint8 and video.shape[-1] == 3, f"{video.dtype} {tuple(video.shape)}: expected uint8 [..., 3]"
+    """uint8 [B, T, H, W, 3] → float32 [B, T, C, H, W], normalised by CLIP's channel means and deviations.
+
+    To be called where the model is: bytes travel to the device, not floats.
+    """
+    assert video.dtype == torch.uint8 and video.shape[-1] == 3, f"{video.dtype} {[*video.shape]}: not uint8 [..., 3]"
     mean, std = (torch.tensor(values, device=video.device) for values in (PIXEL_MEAN, PIXEL_STD))
     return rearrange((video.float() / 255 - mean) / std, "b t h w c -> b t c h w").contiguous()
 
@@ -239,7 +244,7 @@ class PairDataset:
     def __init__(self, split: Split, cache: FrameCache, tokenizer: Tokenizer, concept_vocab: ConceptVocab,
                  knowledge: list[dict], *, length: int):
         """`knowledge[i]` is what `extract_knowledge` says of caption i; texts have at most `length` tokens."""
-        assert len(knowledge) == len(split.captions), f"{len(knowledge)} of {len(split.captions)} captions have knowledge"
+        assert len(knowledge) == len(split.captions), f"knowledge of {len(knowledge)} of {len(split.captions)} captions"
         self.split, self.cache, self.tokenizer, self.length = split, cache, tokenizer, length
         self.num_concepts = len(concept_vocab)
         self.concept_sets = concept_vocab.encode_many(knowledge)
@@ -250,7 +255,8 @@ class PairDataset:
         return len(self.split.captions)
 
     def batch(self, indices: Iterable[int], *, num_frames: int, seed: int | None = None, epoch: int = 0) -> dict:
-        """The batch of these samples, as at the top of this file. Frames: random by (seed, epoch, sample); without seed, uniform."""
+        """The batch of these samples, as at the top of this file. Frames: random by (seed, epoch, sample); without
+        seed, uniform."""
         indices = np.asarray(indices, np.int64)
         rngs = None if seed is None else [np.random.default_rng((seed, epoch, index)) for index in indices.tolist()]
         video_id = self.video_of_sample[indices]
@@ -263,7 +269,8 @@ class PairDataset:
 
 
 def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:
-    """load(job) for each job, in order, read ahead by `workers` threads. An error in a thread is raised where it was awaited."""
+    """load(job) for each job, in order, read ahead by `workers` threads. An error in a thread is raised where it was
+    awaited."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         ahead = collections.deque()
         try:
@@ -278,7 +285,7 @@ def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:
                 future.cancel()
 
 
-# ---- batches: which pairs meet ----------------------------------------------------------------------------------------------
+# ---- batches: which pairs meet ---------------------------------------------------------------------------------------
 
 
 class KnowledgeBatchSampler:
@@ -286,45 +293,50 @@ class KnowledgeBatchSampler:
 
     An epoch is planned as a whole, by sorting; nothing of size N × N or concepts × samples is ever made:
 
-    1. **A dictionary of captions.** Put the concepts into a random order, rare ones tending to the front: each draws a
-       number from the exponential distribution of rate idf and they line up by it. That order is this epoch's alphabet. Spell
-       each caption as its concepts in the order of the alphabet and sort the captions as in a dictionary. Neighbours now share
-       their first "letters". The first letter is concept c with probability w_c / Σ w over the caption's concepts, and two
-       captions have the same one with probability Σ_common w / Σ_either w: this is weighted min-wise hashing (Broder 1997;
-       Ioffe 2010), and the sorted list is an inverted index, concept → samples, in which each sample stands once an epoch,
-       under one of its concepts. A new epoch has a new alphabet, so other neighbours.
-    2. **Groups.** Cut the dictionary into windows of neighbours. In each window the first free sample is the anchor of a group,
-       and the `group_size` − 1 free samples of the highest overlap κ with it join, one by one, each only if it is not of the
-       same video or meaning as any member (a false negative). The group counts if every κ is above a floor. Samples without a
-       group go into a new dictionary, and the floor sinks from dictionary to dictionary, so that the closest captions meet
-       first, until there are enough groups. (Captions like no other never are in one: they have no hard negatives.)
-    3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill the rest.
+    1. **A dictionary of captions.** Put the concepts into a random order, rare ones tending to the front: each draws
+       a number from the exponential distribution of rate idf and they line up by it. That order is this epoch's
+       alphabet. Spell each caption as its concepts in the order of the alphabet and sort the captions as in a
+       dictionary. Neighbours now share their first "letters". The first letter is concept c with probability w_c / Σ
+       w over the caption's concepts, and two captions have the same one with probability Σ_common w / Σ_either w:
+       this is weighted min-wise hashing (Broder 1997; Ioffe 2010), and the sorted list is an inverted index, concept
+       → samples, in which each sample stands once an epoch, under one of its concepts. A new epoch has a new
+       alphabet, so other neighbours.
+    2. **Groups.** Cut the dictionary into windows of neighbours. In each window the first free sample is the anchor
+       of a group, and the `group_size` − 1 free samples of the highest overlap κ with it join, one by one, each only
+       if it is not of the same video or meaning as any member (a false negative). The group counts if every κ is
+       above a floor. Samples without a group go into a new dictionary, and the floor sinks from dictionary to
+       dictionary, so that the closest captions meet first, until there are enough groups. (Captions like no other
+       never are in one: they have no hard negatives.)
+    3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill
+       the rest.
 
-    A schedule may come from `guided_share` as a function of the epoch. The epoch's last batch holds what is left, fewer than
-    `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all ranks; it is planned first and
-    then cut into `world_size` parts in order, equal to within one sample, so another number of ranks sees the same batches,
-    and each rank the same number of them. (A last batch of fewer samples than ranks leaves some ranks an empty part.)
+    A schedule may come from `guided_share` as a function of the epoch. The epoch's last batch holds what is left,
+    fewer than `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all
+    ranks; it is planned first and then cut into `world_size` parts in order, equal to within one sample, so another
+    number of ranks sees the same batches, and each rank the same number of them. (A last batch of fewer samples than
+    ranks leaves some ranks an empty part.)
     """
 
     WINDOW = 64    # neighbours that a group is chosen from: more find higher overlaps, and cost in proportion
     LETTERS = 12   # concepts of a caption that planning looks at, the rarest first: longer captions are paragraphs
     FLOORS = (0.4,) * 4 + (0.3,) * 4 + (0.2,) * 3 + (0.1,) * 2 + (0.0,) * 2  # of κ, one for each dictionary of an epoch
 
-    def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray, *,
-                 batch_size: int, seed: int = 0, guided_share: float | Callable[[int], float] = 0.5, group_size: int = 8,
-                 drop_last: bool = False, rank: int = 0, world_size: int = 1):
-        """Sets and ids of the N samples; `guided_share` of a batch, or guided_share(epoch), in 0 … 1, is made of groups.
+    def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray,
+                 *, batch_size: int, seed: int = 0, guided_share: float | Callable[[int], float] = 0.5,
+                 group_size: int = 8, drop_last: bool = False, rank: int = 0, world_size: int = 1):
+        """Sets and ids of the N samples; the share `guided_share`, or guided_share(epoch), of a batch is groups.
 
         Raises UserError where batch_size is not a multiple of world_size, or larger than N with drop_last.
         """
         size = len(concept_sets)
-        assert len(video_of_sample) == len(meaning_id) == size, f"{size} sets, {len(video_of_sample)}, {len(meaning_id)} ids"
+        lengths = size, len(video_of_sample), len(meaning_id)
+        assert len({*lengths}) == 1, f"sets, videos and meanings of {lengths} samples"
         assert 0 <= rank < world_size, f"{rank=} of {world_size=}"
         assert group_size >= 2, f"{group_size=}: a group is an anchor and at least one more"
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"batch size {batch_size}: must be a positive multiple of the {world_size} processes")
         if drop_last and size < batch_size:
-            raise UserError(f"batch size {batch_size}: larger than the data set of {size} samples; choose a smaller one")
+            raise UserError(f"batch size {batch_size}: larger than the data set of {size} samples; lower it")
         self.size, self.batch_size, self.seed, self.guided_share = size, batch_size, seed, guided_share
         self.group_size, self.drop_last, self.rank, self.world_size = group_size, drop_last, rank, world_size
         self.video, self.meaning = np.asarray(video_of_sample), np.asarray(meaning_id)
@@ -332,7 +344,8 @@ class KnowledgeBatchSampler:
         self.ids, self.inverse_norm = self._spell(concept_sets.offsets, concept_sets.ids)
 
     def _spell(self, offsets: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CSR → (ids int32 [N, P], each row its rarest concepts first, padded by K; 1 / norm of the full vector [N])."""
+        """CSR → (ids int32 [N, P], each row its rarest concepts first, padded by K; 1 / norm of the full vector
+        [N])."""
         K, counts = len(self.idf) - 1, np.diff(offsets)
         by_rarity = np.argsort(-self.idf[:K], kind="stable")
         rarity = np.empty(K, np.int64)
@@ -373,7 +386,7 @@ class KnowledgeBatchSampler:
         groups = self._find_groups(order, full * per_batch, rng)                      # [G, group_size]
         is_free = np.ones(self.size, bool)
         is_free[groups] = False
-        guided = np.diff(-(-np.arange(full + 1) * len(groups) // full)) * self.group_size  # samples in groups of each batch, evenly
+        guided = np.diff(-(-np.arange(full + 1) * len(groups) // full)) * self.group_size  # of each batch, evenly
         in_group = np.zeros(self.size, bool)
         in_group[:full * self.batch_size] = (np.arange(self.batch_size) < guided[:, None]).ravel()
         plan = np.empty_like(order)
@@ -381,7 +394,8 @@ class KnowledgeBatchSampler:
         return plan
 
     def _find_groups(self, order: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` is a permutation of the samples."""
+        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` is a permutation of the
+        samples."""
         pool, found, is_free = order[self.inverse_norm[order] > 0], [], np.ones(self.size, bool)
         for floor in self.FLOORS:
             missing = wanted - sum(map(len, found))
@@ -419,7 +433,7 @@ class KnowledgeBatchSampler:
         row = np.arange(len(windows))
         ids, video, meaning = self.ids[windows], self.video[windows], self.meaning[windows]  # [M, W, P], [M, W], [M, W]
         weight = self.idf[ids] * self.inverse_norm[windows][..., None]
-        of_anchor = np.zeros((len(windows), len(self.idf)), np.float32)               # each anchor's concept vector, [M, K + 1]
+        of_anchor = np.zeros((len(windows), len(self.idf)), np.float32)               # its concept vector, [M, K + 1]
         free, may_lead, groups = np.ones(windows.shape, bool), np.ones(windows.shape, bool), []
         for _ in range(per_window):
             pick = np.argmax(free & may_lead, axis=1)                                 # the first free one
@@ -451,10 +465,11 @@ def main():
         video_of_caption = np.arange(len(captions))
     knowledge = extract_many(captions, progress=False)
     vocab = ConceptVocab.build(knowledge, min_count=1)
+    facts = vocab.encode_many(knowledge), vocab.idf, video_of_caption, meaning_ids(captions, knowledge)
     for share in (0.0, 0.5):
-        sampler = KnowledgeBatchSampler(vocab.encode_many(knowledge), vocab.idf, video_of_caption, meaning_ids(captions, knowledge),
-                                        batch_size=12, guided_share=share, group_size=6)
-        print(f"a batch with guided share {share}:", *[captions[i] for i in next(sampler.batches(epoch=0))], sep="\n    ")
+        sampler = KnowledgeBatchSampler(*facts, batch_size=12, guided_share=share, group_size=6)
+        batch = next(sampler.batches(epoch=0))
+        print(f"a batch with guided share {share}:", *[captions[i] for i in batch], sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
 """Caption → integer tokens: byte-pair encoding, learned from the training captions.
 
-A vocabulary of whole words cannot spell a new word; one of letters makes long sequences. Byte-pair encoding (BPE) starts from
-the 256 bytes, so that any text can be written, and adds the pair of neighbours that is most frequent in the training captions
-as a new token, again and again, until the vocabulary is full:
+A vocabulary of whole words cannot spell a new word; one of letters makes long sequences. Byte-pair encoding (BPE)
+starts from the 256 bytes, so that any text can be written, and adds the pair of neighbours that is most frequent in
+the training captions as a new token, again and again, until the vocabulary is full:
 
     d·o·g·_  c·h·a·s·e·s·_   →  do·g·_  c·ha·s·es·_   →  …  →  dog_  chases_        "_": the space behind a word
 
-Encoding replays the merges in the order in which they were learned. A caption is lower-cased, its white space made single,
-then split into words, numbers' digits and punctuation; each piece gets one space behind it, so that "dog_" as a word and "dog"
-as the beginning of "dogma" are different tokens, and no token crosses a word. This is the scheme of CLIP (its mark `</w>` is
-our trailing space), after Sennrich et al., https://arxiv.org/abs/1508.07909.
+Encoding replays the merges in the order in which they were learned. A caption is lower-cased, its white space made
+single, then split into words, numbers' digits and punctuation; each piece gets one space behind it, so that "dog_" as
+a word and "dog" as the beginning of "dogma" are different tokens, and no token crosses a word. This is the scheme of
+CLIP (its mark `</w>` is our trailing space), after Sennrich et al., https://arxiv.org/abs/1508.07909.
 
-    encode_batch(["a dog runs"], length=8) → tokens    [[sot, a_, dog_, runs_, eot]]      int64 [B, L]
-                                             text_mask [[  1,  1,   1,     1,   1]]       bool  [B, L], True = real token
+    encode_batch(["a dog runs"], length=8) → tokens    [[sot, a_, dog_, runs_, eot]]   int64 [B, L]
+                                             text_mask [[  1,  1,   1,     1,   1]]    bool  [B, L], True = real token
 
-The start and end tokens, sot and eot, are the two highest ids, eot the highest, because CLIP finds the end of a text by argmax.
-L is the longest caption of the batch, at most `length`: short batches cost less; a longer caption loses its last words, never
-its eot. Padding is id 0 and False in `text_mask`.
+The start and end tokens, sot and eot, are the two highest ids, eot the highest, because CLIP finds the end of a text
+by argmax. L is the longest caption of the batch, at most `length`: short batches cost less; a longer caption loses
+its last words, never its eot. Padding is id 0 and False in `text_mask`.
 
-The learner below is ours and takes seconds: it works on *distinct* words with their counts, and a merge touches only the
-words that hold the pair. Encoding is tiktoken's Rust, given our ranks, so that nothing is downloaded; `to_dict` puts the
-vocabulary into the checkpoint, and no other file is needed to evaluate. Special tokens cannot be written by a caption:
-"<|endoftext|>" in a text is spelled out like any other word.
+The learner below is ours and takes seconds: it works on *distinct* words with their counts, and a merge touches only
+the words that hold the pair. Encoding is tiktoken's Rust, given our ranks, so that nothing is downloaded; `to_dict`
+puts the vocabulary into the checkpoint, and no other file is needed to evaluate. Special tokens cannot be written by
+a caption: "<|endoftext|>" in a text is spelled out like any other word.
 
     python tokenizer.py "a dog chases the cats"
 """
@@ -51,9 +51,9 @@ def split_words(caption: str) -> list[str]:
 def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     """The `size` tokens (fewer if no pair is left that occurs twice), in the order learned, the 256 bytes first.
 
-    Among equals the smaller bytes win, so that the result depends on the counts alone. A pair is named by its joined bytes:
-    boundaries only ever vanish, so bytes that stand alone between two of them are cut the same way in every word, and "ab"+"c"
-    never meets "a"+"bc".
+    Among equals the smaller bytes win, so that the result depends on the counts alone. A pair is named by its joined
+    bytes: boundaries only ever vanish, so bytes that stand alone between two of them are cut the same way in every
+    word, and "ab"+"c" never meets "a"+"bc".
     """
     tokens = [bytes([byte]) for byte in range(256)]
     words = [[bytes([byte]) for byte in word] for word in word_counts]
@@ -106,7 +106,7 @@ class Tokenizer:
     def __init__(self, tokens: list[bytes]):
         """`tokens[id]` are the bytes of each token, most urgent merge first; sot and eot follow behind them."""
         assert len(set(tokens)) == len(tokens), "two tokens have the same bytes"
-        assert {bytes([byte]) for byte in range(256)} <= set(tokens), "a byte is missing, so some texts could not be spelled"
+        assert {bytes([byte]) for byte in range(256)} <= set(tokens), "a byte is missing: some texts cannot be spelled"
         self.tokens = tokens
         self.sot, self.eot = len(tokens), len(tokens) + 1
         self.vocab_size = len(tokens) + 2
@@ -117,12 +117,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A tokenizer of at most `vocab_size` ids (258 or more), learned from the captions; the same for any order of them."""
+        """A tokenizer of at most `vocab_size` ids (258 or more), learned from the captions, in whatever order."""
         if vocab_size < 258:
-            raise UserError(f"vocabulary size {vocab_size}: too small for the 256 bytes, start and end; take 258 or more")
+            raise UserError(f"vocabulary size {vocab_size}: too small for 256 bytes, start and end; take 258 or more")
         counts = collections.Counter(word for caption in captions for word in split_words(caption))
         # "replace": UTF-8 cannot hold half a surrogate pair, which broken JSON can; tiktoken replaces it likewise
-        return cls(learn_merges({f"{word} ".encode("utf-8", "replace"): n for word, n in counts.items()}, vocab_size - 2))
+        spelled = {f"{word} ".encode("utf-8", "replace"): n for word, n in counts.items()}
+        return cls(learn_merges(spelled, vocab_size - 2))
 
     def encode(self, caption: str, length: int) -> list[int]:
         """sot … eot, at most `length` ids."""
@@ -131,7 +132,7 @@ class Tokenizer:
         return [self.sot, *self._encoding.encode_ordinary(text)[:length - 2], self.eot]
 
     def encode_batch(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens int64 [B, L], text_mask bool [B, L], True = real token), L = the longest of the batch, at most `length`."""
+        """(tokens int64 [B, L], text_mask bool [B, L]: True = real token), L = the longest here, at most `length`."""
         assert length >= 2, f"{length=}: no room for start and end"
         rows = [self.encode(caption, length) for caption in captions]
         longest = max(map(len, rows))
@@ -157,7 +158,8 @@ def main():
     captions = ["a dog chases a cat", "two dogs chase the ball", "the cat is chasing dogs", "a ball bounces"]
     tokenizer = Tokenizer.train(captions, vocab_size=300)
     tokens, text_mask = tokenizer.encode_batch([" ".join(sys.argv[1:]) or "a dog chases the cats", "a cow"], length=16)
-    print(f"{tokenizer.vocab_size} ids; learned:", *[token.decode().replace(" ", "_") for token in tokenizer.tokens[256:]])
+    learned = [token.decode().replace(" ", "_") for token in tokenizer.tokens[256:]]
+    print(f"{tokenizer.vocab_size} ids; learned:", *learned)
     for row, mask in zip(tokens, text_mask):
         print(row.tolist(), mask.int().tolist(), repr(tokenizer.decode(row[mask].tolist())), sep="\n    ")
 

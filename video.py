@@ -5,28 +5,29 @@ A model takes T frames of a video, whatever its length: the clip is cut into T e
     frame of segment i = floor((i + u_i) · count / T)      u_i = ½: its centre ("uniform", for evaluation)
                                                            u_i ~ U[0, 1): a random one ("segment", for training)
 
-so all of the clip is covered, training sees other frames in each epoch, and a clip shorter than T (an image has one frame)
-repeats frames. Frames leave as uint8 [T, H, W, 3], RGB, H = W = size: the central square, resized. That is "resize the short
-side, then crop", without ever resizing the part that is thrown away.
+so all of the clip is covered, training sees other frames in each epoch, and a clip shorter than T (an image has one
+frame) repeats frames. Frames leave as uint8 [T, H, W, 3], RGB, H = W = size: the central square, resized. That is
+"resize the short side, then crop", without ever resizing the part that is thrown away.
 
-**Decoding.** A compressed frame is a difference to its neighbours, so a seek means: jump to the key frame before it and decode
-from there. One seek a frame decodes the same stretch again and again, and lands off by one on some containers. We open the
-file once, `grab()` every frame in order (decoding without colour conversion) and `retrieve()` only the wanted ones: the n-th
-grabbed frame is frame n by construction. The header's frame count is a claim, not a fact: where the frames end early, the
-segments are cut again for what is really there, or, below half of the claim, the file is called truncated. Seconds become
-frames by the average rate, which is approximate on videos of variable rate.
+**Decoding.** A compressed frame is a difference to its neighbours, so a seek means: jump to the key frame before it
+and decode from there. One seek a frame decodes the same stretch again and again, and is right only where the file's
+index is. We open the file once, `grab()` every frame in order (decoding without colour conversion) and `retrieve()`
+only the wanted ones: the n-th grabbed frame is frame n by construction. The header's frame count is a claim, not a
+fact: where the frames end early, the segments are cut again for what is really there, or, below half of the claim,
+the file is called truncated. Seconds become frames by the average rate, which is approximate on videos of variable
+rate.
 
-**The cache.** Decoding is dear and repeats every epoch; `FrameCache` keeps `num_frames` uniform frames of each video (at least
-the T of the model, which are then drawn from them by the same rule) in one small file a video:
+**The cache.** Decoding is dear and repeats every epoch; `FrameCache` keeps `num_frames` uniform frames of each video
+(at least the T of the model, which are then drawn from them by the same rule) in one small file a video:
 
     folder/3f/3f09…e1.frames = magic, N, H, W, crc32 (20 bytes) + N·H·W·3 bytes of pixels
 
-The name is a hash of all that the pixels depend on: the path, time and size of the source file, the window in seconds, and the
-cache's own settings; so an edited video gets a new entry, and nothing is ever invalidated. An entry is written to a temporary
-name and moved into place in one step: an interrupted fill or two runs at once leave whole entries only. The checksum finds bits
-that the disk lost; such an entry is decoded again. The alternative, one large archive, reads a little faster from spinning
-disks, but needs locks and repair. Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224 px: a 10,000-video set of 12
-frames at 224 px takes 18 GB, and reads without any decoder.
+The name is a hash of all that the pixels depend on: the path, time and size of the source file, the window in
+seconds, and the cache's own settings; so an edited video gets a new entry, and nothing is ever invalidated. An entry
+is written to a temporary name and moved into place in one step: an interrupted fill or two runs at once leave whole
+entries only. The checksum finds bits that the disk lost; such an entry is decoded again. The alternative, one large
+archive, reads a little faster from spinning disks, but needs locks and repair. Raw pixels cost 3 kB a frame at 32 px
+and 150 kB at 224 px: a 10,000-video set of 12 frames at 224 px takes 18 GB, and reads without any decoder.
 
     python video.py FILE        frames of FILE; without FILE, of a small video of its own
 """
@@ -62,7 +63,7 @@ class VideoError(UserError):
     """A video that gives no frames: the path and why, in one line."""
 
 
-# ---- decoding -------------------------------------------------------------------------------------------------------------
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def frame_indices(count: int, num_frames: int, sampling: str = "uniform", rng=None) -> np.ndarray:
@@ -90,7 +91,7 @@ def read_frames(path: str | Path, num_frames: int, *, size: int, sampling: str =
         raise VideoError(f"{path}: no such video file")
     if os.path.getsize(path) == 0:
         raise VideoError(f"{path}: the file is empty (0 bytes); fetch it again")
-    seed = rng.integers(2**63) if sampling == "segment" else None  # drawn once: a file whose header lies is picked from twice
+    seed = rng.integers(2**63) if sampling == "segment" else None  # once: where the header lies, pick is called twice
 
     def pick(count):
         return frame_indices(count, num_frames, sampling, np.random.default_rng(seed))
@@ -109,7 +110,7 @@ def read_frames(path: str | Path, num_frames: int, *, size: int, sampling: str =
 
 
 def _decode(path: str, pick, size: int, start: float, end: float | None) -> tuple[dict, np.ndarray]:
-    """({frame number: pixels}, the T wanted frame numbers) of a video file, where pick(count) chooses T of count frames."""
+    """({frame number: pixels}, the T wanted frame numbers) of a video file; pick(count) chooses T of count frames."""
     capture = _open(path)
     claimed, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     if not rate > 0:
@@ -120,7 +121,8 @@ def _decode(path: str, pick, size: int, start: float, end: float | None) -> tupl
     frames, seen = _grab(capture, wanted, size)
     if wanted is None or seen <= wanted[-1]:  # no claim, or a false one: `seen` is the true count
         if seen < max(1, TRUNCATED_BELOW * claimed):
-            raise VideoError(f"{path}: truncated or damaged: {seen} of {max(1, claimed)} frames decode; fetch it again or remove it")
+            raise VideoError(f"{path}: truncated or damaged: {seen} of {max(1, claimed)} frames decode; fetch it "
+                             "again or remove it")
         wanted = _window(path, seen, rate, start, end, pick)
         frames, _ = _grab(_open(path), wanted, size)
     return frames, wanted
@@ -130,7 +132,7 @@ def _open(path: str) -> cv2.VideoCapture:
     # FFmpeg by name: other back ends read "video7010.mp4" as a pattern of numbered pictures. One thread: see the top.
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
-        raise VideoError(f"{path}: not a video that OpenCV can open (truncated, or another kind of file); fetch it again")
+        raise VideoError(f"{path}: not a video that OpenCV can open (truncated, or no video at all); fetch it again")
     return capture
 
 
@@ -144,7 +146,7 @@ def _window(path: str, count: int, rate: float, start: float, end: float | None,
 
 
 def _grab(capture: cv2.VideoCapture, wanted: np.ndarray | None, size: int) -> tuple[dict, int]:
-    """({n: frame n, [H, W, 3]} for each n wanted, frames seen). Stops at the last wanted one; wanted None: counts them all."""
+    """({n: frame n [H, W, 3]} for n wanted, frames seen), up to the last wanted one; wanted None counts them all."""
     frames, keep, seen = {}, set() if wanted is None else set(wanted.tolist()), 0
     while (wanted is None or len(frames) < len(keep)) and capture.grab():
         if seen in keep:
@@ -167,7 +169,7 @@ def _square(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 class FrameCache:
@@ -186,7 +188,7 @@ class FrameCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made for the frame cache ({error.strerror}); choose another") from error
+            raise UserError(f"{folder}: cannot hold the frame cache ({error.strerror}); choose another") from error
 
     def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
         """The video's frames, uint8 [N, H, W, 3], RGB; decoded and stored if they are not there. Raises VideoError."""
@@ -215,13 +217,13 @@ class FrameCache:
         if min(workers, len(todo)) <= 1:
             reasons = list(bar(map(try_store, todo)))
         else:
-            pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=signal.signal,  # Ctrl-C: the parent ends them
-                                                          initargs=(signal.SIGINT, signal.SIG_IGN))
+            pool = concurrent.futures.ProcessPoolExecutor(  # Ctrl-C reaches workers too: leave it to the parent
+                workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
             try:
                 reasons = list(bar(pool.map(try_store, todo, chunksize=8)))
             except concurrent.futures.process.BrokenProcessPool as error:
-                raise UserError(f"{self.folder}: a decoding process died (out of memory?); run the same command again: what "
-                                "is decoded is kept") from error
+                raise UserError(f"{self.folder}: a decoding process died (out of memory?); run the same command again: "
+                                "what is decoded is kept") from error
             finally:
                 pool.shutdown(cancel_futures=True)
         broken = {path: reason for path, reason in zip(todo, reasons) if reason}
@@ -271,8 +273,8 @@ class FrameCache:
             finally:  # also after Ctrl-C or on a full disk: leave nothing half written
                 unfinished.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot write the frame cache ({error.strerror}); make room or choose another "
-                            "folder") from error
+            raise UserError(f"{self.folder}: cannot write the frame cache ({error.strerror}); make room or choose "
+                            "another folder") from error
         return frames
 
     def _try_store(self, path, start, end) -> str | None:
@@ -304,7 +306,7 @@ def main():
         print("uniform  ", frame_indices(100, 8), "of 100 frames")
         print("segment  ", frame_indices(100, 8, "segment", np.random.default_rng(0)))
         frames = cache.get(path)
-        print("frames   ", frames.shape, frames.dtype, "mean brightness", frames.mean(axis=(1, 2, 3)).round().astype(int))
+        print("frames   ", frames.shape, frames.dtype, "mean brightness", frames.mean(axis=(1, 2, 3)).astype(int))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python bench/data.py                        # all, about two minutes on one core
     python bench/data.py --captions 0.1         # a smaller set to plan batches for, in millions
 
-Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. Each alternative is timed in
-the same run, alternating with ours, so that other work on the machine disturbs both; trust the ratios more than the times.
+Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. Each alternative
+is timed in the same run, alternating with ours, so that other work on the machine disturbs both; trust the ratios
+more than the times.
 """
 
 import os
@@ -49,7 +50,7 @@ def median_seconds(functions: dict, repeats: int) -> dict:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# ---- decoding and cache -----------------------------------------------------------------------------------------------------
+# ---- decoding and cache ----------------------------------------------------------------------------------------------
 
 
 def seek_frames(path: str, num_frames: int, size: int) -> np.ndarray:
@@ -72,15 +73,18 @@ def bench_decoding(folder: Path, repeats: int):
         where, rng = "clips written here", np.random.default_rng(0)
         for i in range(4):
             paths.append(str(folder / f"{i}.mp4"))
-            scene = cv2.resize(rng.integers(0, 256, (24, 400, 3), dtype=np.uint8), (4000, 240), interpolation=cv2.INTER_CUBIC)
+            scene = rng.integers(0, 256, (24, 400, 3), dtype=np.uint8)
+            scene = cv2.resize(scene, (4000, 240), interpolation=cv2.INTER_CUBIC)  # the camera pans over it
             write_video(paths[-1], np.stack([scene[:, 8 * t:8 * t + 320] for t in range(400)]))
     print(f"\ndecoding: {len(paths)} {where}, {len(paths)} × 224 px, one thread        clips/s    ratio")
     for num_frames in (4, 12, 32):
-        seconds = median_seconds({"one seek a frame": lambda: [seek_frames(path, num_frames, 224) for path in paths],
-                                  "in order (ours)": lambda: [read_frames(path, num_frames, size=224) for path in paths]}, repeats)
+        seconds = median_seconds({
+            "one seek a frame": lambda: [seek_frames(path, num_frames, 224) for path in paths],
+            "in order (ours)": lambda: [read_frames(path, num_frames, size=224) for path in paths]}, repeats)
         for name, value in seconds.items():
-            print(f"    T = {num_frames:2d}, {name:24s} {len(paths) / value:28.1f} {seconds['one seek a frame'] / value:8.2f}")
-    differ = [np.mean((seek_frames(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3))) for path in paths]
+            ratio = seconds["one seek a frame"] / value
+            print(f"    T = {num_frames:2d}, {name:24s} {len(paths) / value:28.1f} {ratio:8.2f}")
+    differ = [(seek_frames(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3)) for path in paths]
     print(f"    frames that a seek gets wrong: {np.mean(differ):.1%}")
 
 
@@ -95,10 +99,11 @@ def bench_cache(folder: Path, repeats: int):
         seconds = median_seconds({"decoded": lambda: [read_frames(path, num_frames, size=size) for path in paths],
                                   "from the cache": lambda: load_videos(cache, paths, num_frames)}, repeats)
         for name, value in seconds.items():
-            print(f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} {seconds['decoded'] / value:9.1f}")
+            ratio = seconds["decoded"] / value
+            print(f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} {ratio:9.1f}")
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------------
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def bench_tokenizer(repeats: int):
@@ -116,7 +121,7 @@ def bench_tokenizer(repeats: int):
     print(f"    encode_batch {1280 / seconds:16,.0f} captions/s")
 
 
-# ---- planning of batches ----------------------------------------------------------------------------------------------------
+# ---- planning of batches ---------------------------------------------------------------------------------------------
 
 
 def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
@@ -128,7 +133,8 @@ def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
     for start in range(0, size, 100_000):  # in pieces, so that making the data is not what the peak of memory shows
         rows = min(100_000, size - start)
         drawn = rng.integers(0, 11, rows)
-        key = np.unique(np.repeat(np.arange(rows), drawn) * num_concepts + np.searchsorted(ladder[:-1], rng.random(drawn.sum())))
+        concept = np.searchsorted(ladder[:-1], rng.random(drawn.sum()))
+        key = np.unique(np.repeat(np.arange(rows), drawn) * num_concepts + concept)
         counts.append(np.bincount(key // num_concepts, minlength=rows))
         parts.append((key % num_concepts).astype(np.int32))
     ids = np.concatenate(parts)
@@ -145,7 +151,7 @@ def mean_overlap(world: tuple, rows: np.ndarray) -> float:
 
 
 def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int = 512) -> np.ndarray:
-    """The direct way: one anchor after the other, its candidates are the free samples in the lists of its three rarest concepts."""
+    """The direct way, anchor by anchor: candidates are the free samples in the lists of its three rarest concepts."""
     sets, idf = world[:2]
     lists, rng = sets.transpose(len(idf)), np.random.default_rng(0)
     vectors = [idf[sets[i]] / max(1e-6, np.linalg.norm(idf[sets[i]])) for i in range(len(sets))]
@@ -154,10 +160,12 @@ def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int 
         rare = sets[anchor][np.argsort(-idf[sets[anchor]])[:3]]
         if not free[anchor] or not len(rare):
             continue
-        candidates = np.concatenate([rng.permutation(lists[c])[:longest] if len(lists[c]) > longest else lists[c] for c in rare])
+        candidates = np.concatenate([
+            lists[c] if len(lists[c]) <= longest else rng.choice(lists[c], longest) for c in rare])
         candidates = np.unique(candidates[free[candidates] & (candidates != anchor)])
         of_anchor = dict(zip(sets[anchor].tolist(), vectors[anchor].tolist()))
-        overlap = [sum(of_anchor.get(c, 0) * w for c, w in zip(sets[i].tolist(), vectors[i].tolist())) for i in candidates]
+        overlap = [sum(of_anchor.get(c, 0) * w for c, w in zip(sets[i].tolist(), vectors[i].tolist()))
+                   for i in candidates]
         if len(candidates) >= group_size - 1:
             groups.append(np.append(anchor, candidates[np.argsort(overlap)[::-1][:group_size - 1]]))
             free[groups[-1]] = False
@@ -168,7 +176,7 @@ def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int 
 
 def bench_planning(millions: float):
     group_size, share = 8, 0.5
-    print(f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, batches of 1,024, one core\n"
+    print(f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, batches of 1,024\n"
           "                              seconds    µs a caption    peak memory    κ in groups    κ at random")
     small = zipf_captions(20_000)
     for name, size in (("posting lists", 20_000), ("ours", 20_000), ("ours", int(millions * 1e6))):
@@ -179,7 +187,7 @@ def bench_planning(millions: float):
             sampler = KnowledgeBatchSampler(*world, batch_size=1024, guided_share=share, group_size=group_size)
             plan = sampler.plan(0)
             seconds = time.perf_counter() - start
-            groups = np.concatenate([batch[:512].reshape(-1, group_size) for batch in plan[:size // 1024 * 1024].reshape(-1, 1024)[:16]])
+            groups = plan[:size // 1024 * 1024].reshape(-1, 1024)[:16, :512].reshape(-1, group_size)
         else:
             groups = walk_posting_lists(world, wanted, group_size)
             seconds = time.perf_counter() - start
@@ -192,8 +200,8 @@ def bench_planning(millions: float):
 def main():
     config = parse_config(BenchConfig)
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU used; Python {platform.python_version()}, "
-          f"numpy {np.__version__}, OpenCV {cv2.__version__}; load {os.getloadavg()[0]:.1f}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, one used, no GPU; Python {platform.python_version()}, numpy "
+          f"{np.__version__}, OpenCV {cv2.__version__}; load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         bench_decoding(Path(folder), config.repeats)
         bench_cache(Path(folder), config.repeats)

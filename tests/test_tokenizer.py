@@ -57,7 +57,8 @@ def encode_naively(word, tokens):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=8).map(str.encode), st.integers(1, 9), max_size=12), st.integers(256, 300))
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=8).map(str.encode), st.integers(1, 9), max_size=12),
+       st.integers(256, 300))
 def test_learner_is_the_definition(word_counts, size):
     learned = learn_merges(word_counts, size)
     assert learned == learn_naively(word_counts, size)
@@ -66,7 +67,8 @@ def test_learner_is_the_definition(word_counts, size):
 
 def test_encoding_replays_the_merges(tokenizer):
     for caption in CAPTIONS + ["chased catdog ballroom", "犬 cats"]:
-        expected = [token for word in split_words(caption) for token in encode_naively(f"{word} ".encode(), tokenizer.tokens)]
+        words = [f"{word} ".encode() for word in split_words(caption)]
+        expected = [token for word in words for token in encode_naively(word, tokenizer.tokens)]
         assert tokenizer.encode(caption, 200) == [tokenizer.sot, *expected, tokenizer.eot]
 
 
@@ -104,7 +106,7 @@ def test_truncation_keeps_eot(tokenizer):
 
 def test_long_captions(tokenizer):
     words = ["dog", "chases", "ballroom"] * 3334
-    tokens, text_mask = tokenizer.encode_batch([" ".join(words), "x" * 100_000], length=77)  # 10,002 words, and one word
+    tokens, text_mask = tokenizer.encode_batch([" ".join(words), "x" * 100_000], length=77)  # 10,002 words, and one
     assert tokens.shape == (2, 77) and text_mask.all()
     assert tokens[0].tolist() == tokenizer.encode(" ".join(words[:200]), 77)
 
@@ -119,7 +121,8 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(ids) == spelled
 
 
-@pytest.mark.parametrize("text, same_as", [("A  DOG\n\tchases", "a dog chases"), (" ", ""), ("a\u00a0dog\u2028", "a dog"), ("a\x1fdog", "a dog")])
+@pytest.mark.parametrize("text, same_as", [
+    ("A  DOG\n\tchases", "a dog chases"), (" ", ""), ("a\u00a0dog\u2028", "a dog"), ("a\x1fdog", "a dog")])
 def test_case_and_white_space_do_not_matter(tokenizer, text, same_as):
     assert tokenizer.encode(text, 50) == tokenizer.encode(same_as, 50)
 
@@ -142,5 +145,6 @@ def test_saved_as_json(tokenizer):
 
 
 def test_demo_runs():
-    done = subprocess.run([sys.executable, "tokenizer.py", "a cat bounces"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "tokenizer.py", "a cat bounces"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "'a cat bounces'" in done.stdout and "dogs_" in done.stdout

@@ -50,16 +50,17 @@ def clip(tmp_path_factory):
     return path
 
 
-# ---- which frames ---------------------------------------------------------------------------------------------------------
+# ---- which frames ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count, num_frames", [(100, 8), (7, 7), (1, 4), (3, 8), (1000, 1)])
 def test_segments_cover_the_video(count, num_frames):
     rng = np.random.default_rng(0)
     edges = np.arange(num_frames + 1) * count / num_frames
-    for indices in [frame_indices(count, num_frames)] + [frame_indices(count, num_frames, "segment", rng) for _ in range(20)]:
+    draws = [frame_indices(count, num_frames, "segment", rng) for _ in range(20)]
+    for indices in [frame_indices(count, num_frames), *draws]:
         assert indices.shape == (num_frames,) and indices.dtype == np.int64
-        assert (indices >= np.floor(edges[:-1])).all() and (indices <= np.floor(edges[1:])).all()  # each from its own segment
+        assert (indices >= np.floor(edges[:-1])).all() and (indices <= np.floor(edges[1:])).all()  # from its segment
         assert (np.diff(indices) >= 0).all() and indices[0] >= 0 and indices[-1] < count
 
 
@@ -83,7 +84,7 @@ def test_frame_n_is_frame_n(tmp_path, suffix, codec):
 def test_seconds_choose_the_window(clip):  # 100 frames, 25 a second
     assert numbers(read_frames(clip, 50, size=64, start=1.0, end=3.0)) == list(range(25, 75))
     assert numbers(read_frames(clip, 25, size=64, start=3.0, end=99.0)) == list(range(75, 100))
-    assert numbers(read_frames(clip, 2, size=64, start=2.0, end=2.0)) == [50, 50]  # no time at all: the frame shown then
+    assert numbers(read_frames(clip, 2, size=64, start=2.0, end=2.0)) == [50, 50]  # no time: the frame shown then
     with pytest.raises(VideoError, match="lasts 4.0 s"):
         read_frames(clip, 4, size=64, start=4.5)
 
@@ -110,7 +111,7 @@ def test_a_count_that_lies_is_corrected(tmp_path):
         read_frames(tmp_path / "stub.avi", 8, size=64)
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------------
+# ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
 def test_colours_are_rgb_and_the_crop_is_central(tmp_path):
@@ -145,7 +146,7 @@ def test_real_clip_equals_reading_everything():
     np.testing.assert_array_equal(read_frames(path, 12, size=32), np.stack(everything)[wanted])
 
 
-# ---- bad files ------------------------------------------------------------------------------------------------------------
+# ---- bad files -------------------------------------------------------------------------------------------------------
 
 
 def bad_file(folder, clip, kind):
@@ -160,8 +161,9 @@ def bad_file(folder, clip, kind):
     return path
 
 
-@pytest.mark.parametrize("kind, says", [("missing", "no such video"), ("empty", "0 bytes"), ("text", "not a video"),
-                                        ("truncated", "not a video"), ("noise", "not a video"), ("image", "not an image")])
+@pytest.mark.parametrize("kind, says", [
+    ("missing", "no such video"), ("empty", "0 bytes"), ("text", "not a video"), ("truncated", "not a video"),
+    ("noise", "not a video"), ("image", "not an image")])
 def test_bad_files_give_one_line(tmp_path, clip, capfd, kind, says):
     path = bad_file(tmp_path, clip, kind)
     with pytest.raises(VideoError, match=says) as caught:
@@ -176,7 +178,7 @@ def test_a_path_that_no_disk_can_hold(tmp_path):
             FrameCache(tmp_path, size=8, num_frames=2).get(path)
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 def the_entry(cache):
@@ -196,7 +198,8 @@ def test_cache_entry_depends_on_all_that_the_pixels_do(tmp_path, clip):
     source = tmp_path / "copy.mp4"
     source.write_bytes(clip.read_bytes())
     cache = FrameCache(tmp_path / "cache", size=64, num_frames=10)
-    entries = {cache._entry(source, 0.0, None), cache._entry(source, 1.0, None), cache._entry(source, 0.0, 2.0), cache._entry(clip, 0.0, None),
+    entries = {cache._entry(source, 0.0, None), cache._entry(source, 1.0, None), cache._entry(source, 0.0, 2.0),
+               cache._entry(clip, 0.0, None),
                FrameCache(cache.folder, size=32, num_frames=10)._entry(source, 0.0, None),
                FrameCache(cache.folder, size=64, num_frames=12)._entry(source, 0.0, None)}
     os.utime(source, ns=(1, 1))  # edited
@@ -207,8 +210,9 @@ def test_cache_entry_depends_on_all_that_the_pixels_do(tmp_path, clip):
     assert numbers(cache.get(source)) == frame_indices(20, 10).tolist()
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:100], lambda data: b"",
-                                    lambda data: b"XXXX" + data[4:], lambda data: data + b"0"])
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:100], lambda data: b"",
+    lambda data: b"XXXX" + data[4:], lambda data: data + b"0"], ids=["bit", "cut", "empty", "magic", "longer"])
 def test_damaged_entries_are_decoded_again_and_said_once(tmp_path, clip, capsys, damage):
     cache = FrameCache(tmp_path, size=64, num_frames=4)
     whole = cache.get(clip)
@@ -232,7 +236,8 @@ def test_fill_reports_broken_videos_and_resumes(tmp_path, clip, capfd, monkeypat
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=4)
     broken = cache.fill(good[:10] + bad + good[10:], workers=workers)
     assert list(broken) == bad and "no such video" in broken[bad[1]]
-    assert f"20 videos × 4 frames of 16 px, {20 * (20 + 4 * 16 * 16 * 3) / 1e6:.1f} MB (20 new), 2 broken" in capfd.readouterr().out
+    megabytes = 20 * (20 + 4 * 16 * 16 * 3) / 1e6
+    assert f"20 videos × 4 frames of 16 px, {megabytes:.1f} MB (20 new), 2 broken" in capfd.readouterr().out
     assert len(list(cache.folder.glob("*/*"))) == 20
     monkeypatch.setattr(video, "read_frames", lambda *args, **kwargs: pytest.fail("decoded again"))
     assert cache.fill(good, workers=workers, progress=False) == {}
@@ -240,7 +245,8 @@ def test_fill_reports_broken_videos_and_resumes(tmp_path, clip, capfd, monkeypat
 
 def test_interrupted_writes_leave_nothing_half(tmp_path, clip, monkeypatch):
     cache = FrameCache(tmp_path, size=16, num_frames=4)
-    for error, raised in [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left on device"), UserError)]:
+    disk_full = OSError(errno.ENOSPC, "No space left on device")
+    for error, raised in [(KeyboardInterrupt(), KeyboardInterrupt), (disk_full, UserError)]:
         def write_half(path, data, error=error):
             with open(path, "wb") as file:
                 file.write(data[:100])
