@@ -139,7 +139,7 @@ def load_questions(path: str | Path) -> list[Question]:
 def _rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a csv file with header or a jsonl file; `texts` and `others` are there, `texts` are strings."""
     expected = f"expected {', '.join(texts + others)}"
-    rows = _jsonl_rows if path.suffix.lower() in (".jsonl", ".json") else _csv_rows
+    rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
     for line, row in rows(path, _read_text(path), texts + others, expected):
         for name in texts:
             if not isinstance(row[name], str):
@@ -362,18 +362,18 @@ class KnowledgeBatchSampler:
         order = rng.permutation(self.size)
         share = self.guided_share(epoch) if callable(self.guided_share) else self.guided_share
         assert 0 <= share <= 1, f"guided_share is {share} in epoch {epoch}: expected 0 … 1"
-        full, per_batch = self.size // self.batch_size, int(share * self.batch_size) // self.group_size
+        full, per_batch = self.size // self.batch_size, round(share * self.batch_size) // self.group_size
         if full * per_batch == 0:
             return order
         groups = self._find_groups(order, full * per_batch, rng)                      # [G, group_size]
-        per_batch = min(per_batch, len(groups) // full)                               # rare knowledge: what there is, evenly
-        groups = groups[:full * per_batch]
         is_free = np.ones(self.size, bool)
         is_free[groups] = False
-        rest = order[is_free[order]]
-        loose = full * (self.batch_size - per_batch * self.group_size)
-        batches = np.concatenate([groups.reshape(full, -1), rest[:loose].reshape(full, -1)], axis=1)
-        return np.concatenate([batches.ravel(), rest[loose:]])
+        guided = np.diff(-(-np.arange(full + 1) * len(groups) // full)) * self.group_size  # samples in groups of each batch, evenly
+        in_group = np.zeros(self.size, bool)
+        in_group[:full * self.batch_size] = (np.arange(self.batch_size) < guided[:, None]).ravel()
+        plan = np.empty_like(order)
+        plan[in_group], plan[~in_group] = groups.ravel(), order[is_free[order]]
+        return plan
 
     def _find_groups(self, order: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
         """At most `wanted` disjoint groups in random order, [G, group_size]; `order` is a permutation of the samples."""
@@ -418,7 +418,7 @@ class KnowledgeBatchSampler:
         free, may_lead, groups = np.ones(windows.shape, bool), np.ones(windows.shape, bool), []
         for _ in range(per_window):
             pick = np.argmax(free & may_lead, axis=1)                                 # the first free one
-            complete = free[row, pick] & may_lead[row, pick]
+            complete = free[row, pick]
             may_lead[row, pick] = False
             of_anchor[row[:, None], ids[row, pick]] = weight[row, pick]
             overlap = np.einsum("mwp,mwp->mw", of_anchor[row[:, None, None], ids], weight) * free  # κ with the anchor

@@ -46,6 +46,7 @@ class ModelConfig:
     image_size: int = 224        # H = W of a frame, pixels
     patch_size: int = 16         # pixels
     frames_per_patch: int = 1    # frames that one patch covers (2 = tubelets)
+    conv_stem: bool = False      # patches by strided 3×3 convolutions instead of CLIP's one linear map
     num_frames: int = 8          # T that the time embedding is sized for; any other T is interpolated
     video_width: int = 768
     video_layers: int = 12
@@ -126,14 +127,42 @@ class SpaceTimeBlock(Block):
         return rearrange(x, "(b t) s d -> b t s d", t=T)
 
 
+class PatchEmbed(nn.Linear):
+    """CLIP's: each patch of [N, C, H, W], p×p pixels, through one linear map (a convolution of stride p) -> [N, P, D]."""
+
+    def __init__(self, channels: int, patch_size: int, width: int):
+        super().__init__(channels * patch_size**2, width, bias=False)
+        self.patch_size = patch_size
+
+    def forward(self, x):
+        return super().forward(rearrange(x, "n c (h p1) (w p2) -> n (h w) (c p1 p2)", p1=self.patch_size, p2=self.patch_size))
+
+
+class ConvStem(nn.Sequential):
+    """log2(p) convolutions of stride 2, the channels doubling up to D: [N, C, H, W] -> [N, P, D].
+
+    Small models learn shapes much sooner from overlapping, translated filters than from one cut (arXiv 2106.14881; LOG.md).
+    """
+
+    def __init__(self, channels: int, patch_size: int, width: int):
+        stages = int(math.log2(patch_size))
+        assert 2**stages == patch_size, f"a convolutional stem halves the side: patch_size = {patch_size} must be a power of two"
+        widths = [channels, *(width >> (stages - 1 - i) for i in range(stages))]
+        layers = [layer for c_in, c_out in zip(widths, widths[1:]) for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU())]
+        super().__init__(*layers[:-1])
+
+    def forward(self, x):
+        return rearrange(super().forward(x), "n d h w -> n (h w) d")
+
+
 class VideoEncoder(nn.Module):
     """video [B, T, C, H, W], normalised -> [B, E], not yet of unit length. Any T ≥ 1."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.patch_size, self.frames_per_patch = config.patch_size, config.frames_per_patch
+        self.frames_per_patch = config.frames_per_patch
         width, places = config.video_width, (config.image_size // config.patch_size) ** 2 + 1
-        self.patch_embed = nn.Linear(3 * self.frames_per_patch * self.patch_size**2, width, bias=False)
+        self.patch_embed = (ConvStem if config.conv_stem else PatchEmbed)(3 * self.frames_per_patch, config.patch_size, width)
         self.class_embed = nn.Parameter(torch.empty(width))
         self.place_embed = nn.Parameter(torch.empty(places, width))
         self.time_embed = nn.Parameter(torch.zeros(math.ceil(config.num_frames / self.frames_per_patch), width))
@@ -143,17 +172,14 @@ class VideoEncoder(nn.Module):
         self.project = nn.Linear(width, config.embed_dim, bias=False)
         self.checkpointing = False
 
-    def patches(self, video):
-        """[B, T, C, H, W] -> [B, T', P, f·C·p·p]: cut into patches of p×p pixels and f frames (the last frame repeats to fill)."""
-        short = -video.shape[1] % self.frames_per_patch
+    def forward(self, video):
+        short = -video.shape[1] % self.frames_per_patch                         # a last tubelet that is not full repeats the last frame
         if short:
             video = torch.cat([video, video[:, -1:].expand(-1, short, -1, -1, -1)], dim=1)
-        return rearrange(video, "b (t f) c (h p1) (w p2) -> b t (h w) (f c p1 p2)",
-                         f=self.frames_per_patch, p1=self.patch_size, p2=self.patch_size)
-
-    def forward(self, video):
-        x = self.patch_embed(self.patches(video))                               # [B, T', P, D]
-        B, T = x.shape[:2]
+        B = len(video)
+        x = self.patch_embed(rearrange(video, "b (t f) c h w -> (b t) (f c) h w", f=self.frames_per_patch))
+        x = rearrange(x, "(b t) p d -> b t p d", b=B)                           # [B, T', P, D]
+        T = x.shape[1]
         x = torch.cat([repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T), x], dim=2) + self.place_embed
         x = self.norm_in(x) + self.time_embedding(T)[:, None]                   # [B, T', P + 1, D]
         for block in self.blocks:
@@ -222,7 +248,8 @@ class CLOP(nn.Module):
                     nn.init.zeros_(block.time_attn.out.weight)
             nn.init.normal_(tower.project.weight, std=width**-0.5)
         video, text = self.video, self.text
-        nn.init.normal_(video.patch_embed.weight, std=0.02)
+        if isinstance(video.patch_embed, PatchEmbed):
+            nn.init.normal_(video.patch_embed.weight, std=0.02)
         nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(video.place_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(text.token_embed.weight, std=0.02)

@@ -2,15 +2,16 @@
 
     "two dogs chase a ball" → two/CD  dogs/NNS/dog  chase/VBP/chase  a/DT  ball/NN/ball        (Penn Treebank tags)
 
-Four steps: `tokenize` (words), `tag_words` (NLTK's averaged perceptron: for each word, left to right, the tag whose weights
-for 14 features of the word, its neighbours and the two tags before sum highest), `repair` (what that tagger, which learned
-from newspapers, gets wrong in captions: "a baby laughs" as two nouns), and `lemmatize` (lemminflect's dictionary).
+Four steps: `tokenize` (words), `tag_words` (NLTK's averaged perceptron: for each word, left to right, the tag whose
+weights for 14 features of the word, its neighbours and the two tags before sum highest), `repair` (what that tagger,
+which learned from newspapers, gets wrong in captions: "a baby laughs" as two nouns), and `lemmatize` (lemminflect's
+dictionary).
 
-NLTK's own weights need a download at run time. The same tagger's first weights are in the package textblob-aptagger (MIT),
-which no longer imports on Python 3; only its data file is read, after its checksum, by an unpickler that can build nothing but
-dicts, strings, numbers and sets. Everybody who installs requirements.txt has the same tags; where a piece is missing, one line
-says what to install, never a silent, worse tagger. The alternative, spaCy, tags as well at a fifth of the speed and has no
-model in the package registry.
+NLTK's own weights need a download at run time. The same tagger's first weights are in the package textblob-aptagger
+(MIT), which no longer imports on Python 3; only its data file is read, after its checksum, by an unpickler that can
+build nothing but dicts, strings, numbers and sets. Everybody who installs requirements.txt has the same tags; where a
+piece is missing, one line says what to install, never a silent, worse tagger. The alternative, spaCy, tags
+better but slower, and its models are in no package registry.
 
     python tagger.py a baby laughs
 """
@@ -59,9 +60,8 @@ _CLITICS = frozenset(["'s", "'re", "'ve", "'ll", "n't"])
 def tokenize(caption: str) -> list[str]:
     """Lower-case words and punctuation, split as the tagger's training text was: "dog's" is dog 's, "don't" is do n't.
 
-    MSR-VTT writes apostrophes as blanks ("the dog s tail", "they don t"): the same split. Case is dropped, because captions
-    use it for titles as often as for names.
-    """
+    MSR-VTT writes apostrophes as blanks ("the dog s tail", "they don t"): the same split. Case is dropped, because
+    captions use it for titles as often as for names. """
     text = unicodedata.normalize("NFKC", caption).lower().replace("\u2019", "'")
     text = _CLITIC.sub(r" '\1", _NOT.sub(r"\1 n't", text))
     return [word for part in text.split() for word in ([part] if part in _CLITICS else _WORD.findall(part))]
@@ -80,8 +80,8 @@ class _DataOnlyUnpickler(pickle.Unpickler):
 
 @functools.cache
 def load_tagger():
-    """NLTK's `PerceptronTagger` with the weights of textblob-aptagger. Raises UserError where a package or file is missing,
-    or where the file is not the one that these numbers were made with."""
+    """NLTK's `PerceptronTagger` with the weights of textblob-aptagger. Raises UserError where a package or file is
+    missing, or where the file is not the one that these numbers were made with."""
     try:
         import lemminflect  # noqa: F401  (both here, not above: a missing package is one line, and imports stay quick)
         from nltk.tag.perceptron import PerceptronTagger
@@ -100,11 +100,10 @@ def load_tagger():
 
 
 def tag_words(tagger, words: Sequence[str]) -> list[str]:
-    """The tag of each word: `tagger.tag(words)` to the last bit, in half its time.
+    """The tag of each word: exactly `tagger.tag(words)`, in about half its time (bench/knowledge.py).
 
-    The same features, summed in the same order. Scores start as a copy of the bias row, whose keys run from the last label
-    to the first, so that the first maximum is the one that NLTK's alphabetic tie-break picks.
-    """
+    The same features, summed in the same order. Scores start as a copy of the bias row, whose keys run from the last
+    label to the first, so that the first maximum is the one that NLTK's alphabetic tie-break picks. """
     weights, bias = tagger.model.weights, _bias_scores(tagger)
     context = ["-START-", "-START2-", *map(tagger.normalize, words), "-END-", "-END2-"]
     previous, before = "-START-", "-START2-"  # the tags at i-1 and i-2
@@ -135,18 +134,23 @@ def _bias_scores(tagger) -> dict[str, float]:
 
 # Dictionary ----------------------------------------------------------------------------------------------------------
 
+_OVERRIDES = {
+    "people": {"NOUN": ("person",)}, "persons": {"NOUN": ("person",)},  # one concept, as "man" and "men" are
+    "leaves": {"NOUN": ("leaf",), "VERB": ("leave",)},  # the dictionary's first noun is "leave"
+    "video": {"NOUN": ("video",)}, "videos": {"NOUN": ("video",)},  # nobody videos anything in a caption
+}
+
+
 @functools.lru_cache(maxsize=200_000)
 def readings(word: str) -> dict[str, tuple[str, ...]]:
-    """The dictionary's readings of a word form: "sings" → {"NOUN": ("sing",), "VERB": ("sing",)}; empty where unknown."""
+    """The dictionary's readings of a word: "sings" → {"NOUN": ("sing",), "VERB": ("sing",)}; {} where it is unknown."""
     from lemminflect import getAllLemmas
-    if word in ("people", "persons"):
-        return {"NOUN": ("person",)}  # or "a person cooks" and "people cook" would share less than "a man", "men"
-    return getAllLemmas(word)
+    return _OVERRIDES.get(word) or getAllLemmas(word)
 
 
 @functools.lru_cache(maxsize=200_000)
 def lemmatize(word: str, tag: str) -> str:
-    """The dictionary form of `word` as a noun (NN*) or verb (VB*), by rule where it is unknown; other words as they are."""
+    """The dictionary form of a noun (NN*) or verb (VB*), by rule where it is unknown; other words as they are."""
     if tag[:2] not in ("NN", "VB"):
         return word
     head, hyphen, last = word.rpartition("-")  # of "back-flips", "self-narrates" the last part is inflected
@@ -166,7 +170,9 @@ _PARTICLES = frozenset("""up down out off over on in away back about around alon
     open""".split())
 _COLOURS = frozenset("red orange yellow green blue purple violet pink brown black white grey gray gold silver".split())
 _NEVER_HEADS = _COLOURS | frozenset("other many such same more most less few several own full".split())
-SUBORDINATORS = frozenset("while as because if whether although though when until".split())
+_BE = frozenset("is are was were be been being 's 're".split())
+_BEFORE_INFINITIVE = frozenset("do does did let lets letting help helps helped helping go goes make makes made".split())
+SUBORDINATORS = frozenset("while as because if whether although though when until then meanwhile".split())
 _FINITE = frozenset(["VBZ", "VBP", "VBD", "MD"])
 _BOUNDARY = frozenset(["CC", ",", ".", ":", "WDT", "WP", "WRB"])
 _CLAUSE = 40  # words each way in which a clause is looked for; keeps a 10,000-word caption linear
@@ -175,10 +181,9 @@ _CLAUSE = 40  # words each way in which a clause is looked for; keeps a 10,000-w
 def repair(words: list[str], tags: list[str]) -> list[str]:
     """Tags with the errors undone that a tagger of newspapers typically makes on captions.
 
-    Word by word: what the dictionary excludes ("elvis" is no verb, "threw" no noun). Then participles that belong to the
-    noun behind them ("a talking dog" names no action). Then, in captions the commonest error, verbs taken for nouns: "a baby
-    laughs", "two girls dance", "talks and laughs", "cut the onion".
-    """
+    Word by word: what the dictionary excludes ("elvis" is no verb, "threw" no noun). Then participles that belong to
+    the noun behind them ("a talking dog" names no action). Then, in captions the commonest error, verbs taken for
+    nouns: "a baby laughs", "two girls dance", "talks and laughs", "cut the onion". """
     tags = [_repair_word(words, tags, i) for i in range(len(words))]
     for i in range(1, len(words) - 1):
         if tags[i] in ("VBG", "VBN", "VBD") and tags[i + 1][0] == "N" and _is_modifier(words, tags, i):
@@ -191,41 +196,78 @@ def repair(words: list[str], tags: list[str]) -> list[str]:
 
 
 def _repair_word(words: list[str], tags: list[str], i: int) -> str:
-    word, tag = words[i], tags[i]
-    following = tags[i + 1] if i + 1 < len(tags) else "."
-    known = readings(word.rpartition("-")[2])
+    """The tag of word i, if the dictionary or its neighbours exclude the one that it has."""
+    word, tag, known = words[i], tags[i], readings(words[i].rpartition("-")[2])
+    previous, following = tags[i - 1] if i else "", tags[i + 1] if i + 1 < len(tags) else "."
     if word in ("front", "top") and words[i - 1:i] in (["in"], ["on"]) and words[i + 1:i + 2] == ["of"]:
         return "IN"
     if tag[0] == "N":
-        if word in _COLOURS and following[0] == "N":  # "the orange fish"
+        if following[0] == "N" and (word in _COLOURS or ("ADJ" in known and "NOUN" not in known)):  # "the orange fish"
             return "JJ"
+        if word.endswith("ing") and words[i - 1:i] and words[i - 1] in _BE:
+            return "VBG"
         if known.keys() == {"VERB"} and word not in known["VERB"]:  # "threw", "speaks": forms that no noun has
             if word.endswith("ing"):
-                return tag if following[0] == "N" or tags[i - 1:i] == ["DT"] else "VBG"  # "a boxing match", "the making of"
+                return tag if following[0] == "N" or previous == "DT" else "VBG"  # "a boxing match", "the making of"
             if not word.endswith("s"):
                 return "VBD"
-            return "VBZ" if i > 0 and (tags[i - 1][0] == "N" or tags[i - 1] in ("PRP", "CC", "RB")) else tag
-    elif tag in ("RP", "FW", "UH") and word not in _PARTICLES:
-        return "NN"
+            return "VBZ" if previous[:1] == "N" or previous in ("PRP", "CC", "RB") else tag
+    elif tag in ("RP", "FW", "UH"):
+        return tag if word in _PARTICLES else "NN"
+    elif tag == "RB":
+        return "NN" if "NOUN" in known and not known.keys() & {"ADV", "ADJ"} else tag
     elif tag == "JJ" and word not in _NEVER_HEADS:
-        ends_phrase = (following in ("IN", "TO", ".") or following in _FINITE) and i > 0 \
-            and tags[i - 1] in ("DT", "PRP$", "JJ", "NN", "VBG")
+        is_last = following[0] not in "NJ" and following not in ("CC", "VBN")
+        ends_phrase = is_last and (following in ("IN", "TO", ".") or following in _FINITE) \
+            and previous in ("DT", "PRP$", "JJ", "NN", "VBG")
         if known.keys() == {"NOUN"} or (ends_phrase and (not known or "NOUN" in known)):  # "a lady", "a musician plays"
             return "NN"
-    elif tag[:2] == "VB" and "VERB" not in known and "AUX" not in known:
-        if word in _COLOURS or ("ADJ" in known and "NOUN" not in known):  # "striped", "haired"
-            return "JJ"
-        if "NOUN" in known:
-            return "NNS" if tag == "VBZ" else "NN"
-        if tag in ("VB", "VBP") or (tag in ("VBD", "VBN") and not word.endswith("ed")):  # names
+        if "NOUN" in known and "ADJ" not in known and is_last:  # "in uniforms"
+            return "NN"
+        if (not known or "NOUN" in known) and following == "NNS" and _is_third_person(words[i + 1]) \
+                and words[_phrase_start(tags, i + 1)] in ("a", "an", "one"):  # "a small key pushes", "a major speaks"
+            return "NN"
+    elif tag[:2] == "VB":
+        if "VERB" not in known and "AUX" not in known:
+            return _without_verb_reading(word, tag, known, previous)
+        after_verb = previous in ("VBZ", "VBD", "VBG") and words[i - 1] not in _BEFORE_INFINITIVE
+        if tag == "VB" and after_verb and "NOUN" in known:  # "loses control"
             return "NN"
     return tag
+
+
+def _without_verb_reading(word: str, tag: str, known: dict, previous: str) -> str:
+    """What a word is that was tagged as a verb, but which the dictionary does not know as one."""
+    if word in _COLOURS or ("ADJ" in known and "NOUN" not in known):  # "striped", "haired"
+        return "JJ"
+    if "NOUN" in known:
+        return "NNS" if tag == "VBZ" else "NN"
+    if tag in ("VB", "VBP") or (tag in ("VBD", "VBN") and not word.endswith("ed")):  # names
+        return "NN"
+    if tag == "VBZ" and (not word.endswith("s") or previous in ("VBG", "VBN", "JJ", "DT", "IN", "PRP$")):
+        return "NNS"  # "wearing sunglasses"
+    return tag
+
+
+def _is_third_person(word: str) -> bool:
+    """Whether a word may be a verb in the third person: "laughs", "pushes", not "bus"."""
+    known = readings(word)
+    return "VERB" in known and word.endswith("s") and word not in known.get("NOUN", ())
+
+
+def _phrase_start(tags: list[str], i: int) -> int:
+    """Index of the determiner or number that opens the noun phrase before word i, or of the word before the phrase."""
+    start = i - 1
+    while start > 0 and i - start < _CLAUSE and (tags[start][0] == "N" or tags[start] in ("JJ", "POS")):
+        start -= 1
+    return start
 
 
 def _is_modifier(words: list[str], tags: list[str], i: int) -> bool:
     """Whether the participle at i belongs to the noun behind it: "a frying pan", "some chopped onions"."""
     before = i - 1
-    while before > 0 and tags[before] == "JJ" and words[before] not in _NEVER_HEADS:
+    skipped = ("JJ",) if tags[i] == "VBG" else ("JJ", "RB")  # "poorly dressed people"
+    while before > 0 and tags[before] in skipped and words[before] != "other":
         before -= 1
     if tags[i] == "VBG":  # "the other playing guitar", "people eating food" are none
         return words[before] in ("a", "an", "the") or tags[before] == "PRP$"
@@ -233,35 +275,38 @@ def _is_modifier(words: list[str], tags: list[str], i: int) -> bool:
 
 
 def _verb_reading(words: list[str], tags: list[str], i: int, verbless: bool) -> str | None:
-    """The verb tag of a word that is tagged as a noun, may be a verb, and stands where a clause lacks its verb; else None.
+    """The verb tag of a word that is tagged as a noun, may be a verb, and stands where a clause lacks its verb; else
+    None.
 
     `verbless`: the tagger found no verb in the whole caption, which is nearly always an error.
     """
     previous, following = tags[i - 1] if i else "", tags[i + 1] if i + 1 < len(tags) else "."
-    third_person = words[i].endswith("s") and words[i] not in readings(words[i]).get("NOUN", ())  # "laughs", not "bus"
+    third_person = _is_third_person(words[i])
     if previous == "CC" and i > 1 and tags[i - 2] in ("VBZ", "VBP", "VB"):  # "talks and laughs"
         return tags[i - 2]
-    if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):  # "cut the onion", "draws a sword and fights a man"
-        return "VBZ" if third_person else "VB"
+    if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):
+        return "VBZ" if third_person else "VB"  # "cut the onion", "draws a sword and fights a man"
     if previous[:1] != "N":
         return None
     if words[i].endswith("ing"):  # "a man playing on the ground"
         return "VBG" if verbless and following[0] != "N" else None
 
-    start = i - 1  # of the noun phrase in front of the word
-    while start > 0 and i - start < _CLAUSE and (tags[start][0] == "N" or tags[start] in ("JJ", "CD", "POS")):
-        start -= 1
-    determined = tags[start] in ("DT", "PRP$")
+    start = _phrase_start(tags, i)
+    determined = tags[start] in ("DT", "PRP$", "CD")
     joint = start - 1 if determined else start  # what joins the phrase to the words before it, if any
+    is_relative = joint > 0 and words[joint] in ("that", "which") and tags[joint - 1][0] == "N"
+    if is_relative and (third_person or previous == "NNS"):
+        return "VBZ" if third_person else "VBP"  # "the ball that the dog chases"
     if joint >= 0 and tags[joint] == "IN":  # "shots of a soccer video game" is one long noun phrase, but
-        in_front = words[joint] in ("in", "with", "on", "at", "by", "near") and following in ("IN", "TO", "RB", "RP", "DT", "PRP$")
-        if not (verbless and third_person and in_front):  # "a man in snorkel gear swims in a pool"
-            return None
+        is_place = words[joint] in ("in", "with", "on", "at", "by", "near")
+        if not (is_place and verbless and third_person and following in ("IN", "TO", "RB", "RP", "DT", "PRP$")):
+            return None  # "a man in snorkel gear swims in a pool"
     if third_person:  # "a baby laughs", as "a" cannot belong to a plural; "obama meets" if nothing else is a verb
         is_singular = previous == "NN" and (verbless or words[start] in ("a", "an", "one"))
         return "VBZ" if is_singular and _lacks_verb(words, tags, i) else None
-    if previous == "NNS" and following[0] != "N" and words[start] not in ("a", "an") and _lacks_verb(words, tags, i):
-        return "VBP"  # "two girls dance"
+    is_plural = previous == "NNS" or (tags[start] == "CD" and words[start] != "one")
+    if is_plural and following[0] != "N" and words[start] not in ("a", "an") and _lacks_verb(words, tags, i):
+        return "VBP"  # "two girls dance", "two fish swim"
     are_two = joint > 0 and tags[joint] == "CC" and tags[joint - 1][0] == "N"
     if verbless and (following in ("DT", "PRP$") or (are_two and following[0] != "N")):
         return "VBP"  # "a man and a woman sing", also "a boy play the guitar"

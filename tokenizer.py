@@ -51,11 +51,11 @@ def split_words(caption: str) -> list[str]:
 def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     """The `size` tokens (fewer if no pair is left that occurs twice), in the order learned, the 256 bytes first.
 
-    A candidate is the *joined* bytes, not the pair: "ab"+"c" and "a"+"bc" are the same token, for tiktoken too. Among equals
-    the smaller bytes win, so that the result depends on the counts alone.
+    Among equals the smaller bytes win, so that the result depends on the counts alone. A pair is named by its joined bytes:
+    boundaries only ever vanish, so bytes that stand alone between two of them are cut the same way in every word, and "ab"+"c"
+    never meets "a"+"bc".
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    known = set(tokens)
     words = [[bytes([byte]) for byte in word] for word in word_counts]
     counts = list(word_counts.values())
     frequency = collections.Counter()         # candidate → how often it occurs now
@@ -74,9 +74,7 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
             continue
         if -n < 2:
             break
-        if best not in known:
-            tokens.append(best)
-            known.add(best)
+        tokens.append(best)
         changed = set()
         for index in where.pop(best):
             old, new = words[index], _merge(words[index], best)

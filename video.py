@@ -36,6 +36,7 @@ import concurrent.futures
 import hashlib
 import os
 import secrets
+import signal
 import struct
 import sys
 import tempfile
@@ -119,7 +120,7 @@ def _decode(path: str, pick, size: int, start: float, end: float | None) -> tupl
     frames, seen = _grab(capture, wanted, size)
     if wanted is None or seen <= wanted[-1]:  # no claim, or a false one: `seen` is the true count
         if seen < max(1, TRUNCATED_BELOW * claimed):
-            raise VideoError(f"{path}: truncated or damaged: {seen} of {claimed} frames decode; fetch it again or remove it")
+            raise VideoError(f"{path}: truncated or damaged: {seen} of {max(1, claimed)} frames decode; fetch it again or remove it")
         wanted = _window(path, seen, rate, start, end, pick)
         frames, _ = _grab(_open(path), wanted, size)
     return frames, wanted
@@ -214,12 +215,15 @@ class FrameCache:
         if min(workers, len(todo)) <= 1:
             reasons = list(bar(map(try_store, todo)))
         else:
-            with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-                try:
-                    reasons = list(bar(pool.map(try_store, todo, chunksize=8)))
-                except concurrent.futures.process.BrokenProcessPool as error:
-                    raise UserError(f"{self.folder}: a decoding process died (out of memory?); run the same command again: "
-                                    "what is decoded is kept") from error
+            pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=signal.signal,  # Ctrl-C: the parent ends them
+                                                          initargs=(signal.SIGINT, signal.SIG_IGN))
+            try:
+                reasons = list(bar(pool.map(try_store, todo, chunksize=8)))
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise UserError(f"{self.folder}: a decoding process died (out of memory?); run the same command again: what "
+                                "is decoded is kept") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
         broken = {path: reason for path, reason in zip(todo, reasons) if reason}
         if progress:
             print(f"frame cache {self.folder}: {len(paths) - len(broken)} videos × {self.num_frames} frames of "
@@ -229,11 +233,11 @@ class FrameCache:
 
     def _entry(self, path, start, end) -> Path:
         """Where this video's frames lie. Raises VideoError if the video is missing."""
-        resolved = os.path.realpath(path)
         try:
+            resolved = os.path.realpath(path)
             stat = os.stat(resolved)
-        except OSError as error:
-            raise VideoError(f"{path}: no such video file") from error
+        except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
+            raise VideoError(f"{str(path)[:200]!r}: no such video file") from error
         recipe = (resolved, stat.st_mtime_ns, stat.st_size, float(start), end if end is None else float(end), self.size,
                   self.num_frames, self.MAGIC)
         name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]

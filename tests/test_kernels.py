@@ -78,20 +78,23 @@ def plain_pytorch(video, text, concepts, ids, scale, beta):
 
 
 @impls
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n, scale", [(1, 20.0), (2, 100.0), (17, 3.0), (64, 100.0), (129, 14.3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] + [torch.float16] * (not INTERPRETED))
+@pytest.mark.parametrize("n, scale", [(1, 20.0), (2, 99.9), (17, 3.0), (64, 99.9), (129, 14.3)])
 def test_error_at_most_twice_plain_pytorchs(impl, dtype, n, scale):
     video, text, concepts, ids = problem(n, dtype=dtype, seed=n)
     loss, _, grads = run(impl, video, text, concepts, ids, scale=scale, beta=1.5)
     true_loss, _, true_grads = truth(video, text, concepts, ids, scale=scale, beta=1.5)
     plain_loss, plain_grads = plain_pytorch(video, text, concepts, ids, scale, 1.5)
-    ulp = torch.finfo(torch.float32).eps * 4  # plain PyTorch may be exact by luck
+    # plain PyTorch may be exact by luck: allow what the float32 rounding of one logit of size `scale` does to its exponential
+    ulp = torch.finfo(torch.float32).eps * max(4, scale / 2)
     assert abs(loss - true_loss) <= 2 * abs(plain_loss - true_loss) + ulp * (1 + abs(true_loss))
     for name, grad, true, plain in zip(("video", "text", "logit_scale", "beta"), grads, true_grads, plain_grads):
         assert torch.isfinite(grad).all(), name
-        # the result itself is rounded to the dtype of the embeddings
-        last_bit = ulp if grad.ndim == 0 else max(ulp, torch.finfo(dtype).eps)
-        assert (grad - true).norm() <= 2 * (plain - true).norm() + last_bit * (true.norm() + 1e-3), name
+        if grad.ndim:  # the result itself is rounded to the dtype of the embeddings
+            slack = max(ulp, torch.finfo(dtype).eps) * true.norm()
+        else:          # a scalar's gradient is a sum over the batch that cancels: Σ v·dV
+            slack = ulp * (true.norm() + true_grads[0].norm() * n ** 0.5)
+        assert (grad - true).norm() <= 2 * (plain - true).norm() + slack, name
 
 
 @impls
@@ -324,6 +327,7 @@ def test_autocast_decides_the_dtype_of_the_products_only(impl):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the compiler sees the same opaque operator as with tiled")
 @impls
 def test_under_torch_compile(impl):
     """One graph without a break around the op, forward and backward (the reference breaks it where ties depend on data)."""
@@ -361,3 +365,50 @@ def test_tiled_never_makes_the_matrix():
         tiled.tiled_backward(out[2], out[2], out[2], video, text, torch.tensor(20.0), torch.tensor(1.0), **pair, offset=0,
                              row_negatives=out[0], col_negatives=out[1])
     assert 900 <= mode.numel <= 300 * 8, "rows of 1000-element tiles and the embeddings, not 300 x 300"
+@pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's tiles")
+@pytest.mark.parametrize("family", ["large", "small"])
+@pytest.mark.parametrize("k", [0, 5])
+def test_shipped_tiles(family, k, monkeypatch):
+    """Tile shapes, tensor descriptors and several splits, of which the interpreter would take the smallest and fewest."""
+    from kernels import triton_backward, triton_layout
+    monkeypatch.setitem(triton_layout.TILES, "fp32", triton_layout.TILES[family])
+    monkeypatch.setattr(triton_backward, "SLAB", 512 * 256)  # two slabs
+    video, text, concepts, ids = problem(300, m=515, dim=70)
+    upstream = [torch.linspace(-1, 1, size) for size in (300, 515, 300)]
+    results = []
+    for impl in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (video, text, torch.tensor(3.5), torch.tensor(1.5))]
+        stats = knowledge_nce_stats(*leaves[:3], concepts=(concepts[200:500], concepts), beta=leaves[3], offset=200,
+                                    signature=(ids[200:500], ids), k=k, impl=impl)
+        total = sum((x * u).sum() for x, u in zip(stats, upstream))
+        results.append((stats, torch.autograd.grad(total, leaves)))
+    (fast, fast_grads), (true, true_grads) = results
+    for a, b in zip((*fast[:3], *fast_grads), (*true[:3], *true_grads)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fast.mined.v2t_index, true.mined.v2t_index) and torch.equal(fast.mined.t2v_index, true.mined.t2v_index)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's lanes")
+def test_lanes_are_repaired():
+    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64 rows, laid out in their order."""
+    from kernels import triton_layout
+    n, k = 512, 6
+    order = torch.arange(n)
+    first = torch.where(order % 64 == 0, 0.75, 0.25) - order / 4096
+    text = torch.stack([first, (1 - first ** 2).sqrt()] + [torch.zeros(n)] * 6, 1)
+    video = torch.zeros(n, 8)
+    video[:, 0] = 1 - order / 1024  # no ties in the other direction
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_layout, "_sort_key", lambda ids: ids[0])
+        patch.setattr("kernels.triton_forward.LANES_WANTED", 32)
+        _, mined = knowledge_nce(video, text, math.log(10.0), k=k, impl="triton")
+    expected = [[j for j in range(0, n, 64) if j != i][:k] for i in range(n)]
+    assert mined.v2t_index.tolist() == expected
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

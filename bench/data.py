@@ -1,0 +1,205 @@
+"""Speed of everything between the files and the model: decoding, frame cache, tokenizer, planning of batches.
+
+    python bench/data.py                        # all, about two minutes on one core
+    python bench/data.py --captions 0.1         # a smaller set to plan batches for, in millions
+
+Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. Each alternative is timed in
+the same run, alternating with ours, so that other work on the machine disturbs both; trust the ratios more than the times.
+"""
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # first, or `import data` would find this file
+
+from cli import parse_config, run  # noqa: E402
+from data import KnowledgeBatchSampler, load_videos  # noqa: E402
+from knowledge import ConceptSets, concept_vectors, multi_hot  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+from video import FrameCache, frame_indices, read_frames, write_video  # noqa: E402
+
+
+@dataclass
+class BenchConfig:
+    """Benchmark of video.py, tokenizer.py and data.py."""
+    captions: float = 2.5  # size in millions of the set whose batches are planned
+    repeats: int = 5       # timings of which the median counts
+
+
+def median_seconds(functions: dict, repeats: int) -> dict:
+    """{name: median seconds}; the functions take turns."""
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# ---- decoding and cache -----------------------------------------------------------------------------------------------------
+
+
+def seek_frames(path: str, num_frames: int, size: int) -> np.ndarray:
+    """What many loaders do: one seek for each frame."""
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    frames = []
+    for index in frame_indices(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), num_frames):
+        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        image = capture.read()[1]
+        side, (height, width) = min(image.shape[:2]), image.shape[:2]
+        image = image[(height - side) // 2:(height + side) // 2, (width - side) // 2:(width + side) // 2]
+        frames.append(cv2.cvtColor(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB))
+    return np.stack(frames)
+
+
+def bench_decoding(folder: Path, repeats: int):
+    paths = sorted(map(str, (ROOT.parent / "shared" / "msrvtt_full" / "videos").glob("*.mp4")))
+    where = "real clips of ../shared"
+    if not paths:
+        where, rng = "clips written here", np.random.default_rng(0)
+        for i in range(4):
+            paths.append(str(folder / f"{i}.mp4"))
+            scene = cv2.resize(rng.integers(0, 256, (24, 400, 3), dtype=np.uint8), (4000, 240), interpolation=cv2.INTER_CUBIC)
+            write_video(paths[-1], np.stack([scene[:, 8 * t:8 * t + 320] for t in range(400)]))
+    print(f"\ndecoding: {len(paths)} {where}, {len(paths)} × 224 px, one thread        clips/s    ratio")
+    for num_frames in (4, 12, 32):
+        seconds = median_seconds({"one seek a frame": lambda: [seek_frames(path, num_frames, 224) for path in paths],
+                                  "in order (ours)": lambda: [read_frames(path, num_frames, size=224) for path in paths]}, repeats)
+        for name, value in seconds.items():
+            print(f"    T = {num_frames:2d}, {name:24s} {len(paths) / value:28.1f} {seconds['one seek a frame'] / value:8.2f}")
+    differ = [np.mean((seek_frames(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3))) for path in paths]
+    print(f"    frames that a seek gets wrong: {np.mean(differ):.1%}")
+
+
+def bench_cache(folder: Path, repeats: int):
+    paths = [str(folder / f"small-{i}.mp4") for i in range(128)]
+    for path in paths:  # of the toy world's kind
+        write_video(path, np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
+    print("\nframe cache: batches of 128 videos of 16 frames of 64 px, one thread     ms     ratio")
+    for size, num_frames in ((32, 8), (32, 16), (224, 12)):
+        cache = FrameCache(folder / f"cache-{size}-{num_frames}", size=size, num_frames=num_frames)
+        cache.fill(paths, workers=1, progress=False)
+        seconds = median_seconds({"decoded": lambda: [read_frames(path, num_frames, size=size) for path in paths],
+                                  "from the cache": lambda: load_videos(cache, paths, num_frames)}, repeats)
+        for name, value in seconds.items():
+            print(f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} {seconds['decoded'] / value:9.1f}")
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------------
+
+
+def bench_tokenizer(repeats: int):
+    rng = np.random.default_rng(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "ing", "er", "ou")]
+    words = np.array(["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(30_000)])
+    chosen = np.minimum(rng.zipf(1.3, (180_000, 10)), len(words)) - 1
+    captions = [" ".join(row) for row in words[chosen]]
+    print("\ntokenizer: 180,000 made-up captions of 10 words")
+    for vocab_size in (4096, 8192):
+        start = time.perf_counter()
+        tokenizer = Tokenizer.train(captions, vocab_size)
+        print(f"    learn {tokenizer.vocab_size} ids {time.perf_counter() - start:12.1f} s")
+    seconds = median_seconds({"encode": lambda: tokenizer.encode_batch(captions[:1280], 32)}, repeats)["encode"]
+    print(f"    encode_batch {1280 / seconds:16,.0f} captions/s")
+
+
+# ---- planning of batches ----------------------------------------------------------------------------------------------------
+
+
+def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
+    """(ConceptSets, idf, video_of_sample, meaning_id): 0 to 10 Zipf concepts a caption, one caption a video."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(1, num_concepts + 1)
+    ladder = np.cumsum(popularity / popularity.sum())
+    counts, parts = [], []
+    for start in range(0, size, 100_000):  # in pieces, so that making the data is not what the peak of memory shows
+        rows = min(100_000, size - start)
+        drawn = rng.integers(0, 11, rows)
+        key = np.unique(np.repeat(np.arange(rows), drawn) * num_concepts + np.searchsorted(ladder[:-1], rng.random(drawn.sum())))
+        counts.append(np.bincount(key // num_concepts, minlength=rows))
+        parts.append((key % num_concepts).astype(np.int32))
+    ids = np.concatenate(parts)
+    sets = ConceptSets(np.concatenate([[0], np.cumsum(np.concatenate(counts))]), ids)
+    idf = np.log((1 + size) / (1 + np.bincount(ids, minlength=num_concepts))).astype(np.float32)
+    return sets, idf, np.arange(size), np.arange(size)
+
+
+def mean_overlap(world: tuple, rows: np.ndarray) -> float:
+    """κ of the first of each row with the others, mean; `rows` [G, n] are samples."""
+    vectors = concept_vectors(multi_hot([world[0][i] for i in rows.ravel()], len(world[1])), torch.from_numpy(world[1]))
+    vectors = vectors.view(*rows.shape, -1)
+    return torch.einsum("gk,gmk->gm", vectors[:, 0], vectors[:, 1:]).mean().item()
+
+
+def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int = 512) -> np.ndarray:
+    """The direct way: one anchor after the other, its candidates are the free samples in the lists of its three rarest concepts."""
+    sets, idf = world[:2]
+    lists, rng = sets.transpose(len(idf)), np.random.default_rng(0)
+    vectors = [idf[sets[i]] / max(1e-6, np.linalg.norm(idf[sets[i]])) for i in range(len(sets))]
+    free, groups = np.ones(len(sets), bool), []
+    for anchor in rng.permutation(len(sets)):
+        rare = sets[anchor][np.argsort(-idf[sets[anchor]])[:3]]
+        if not free[anchor] or not len(rare):
+            continue
+        candidates = np.concatenate([rng.permutation(lists[c])[:longest] if len(lists[c]) > longest else lists[c] for c in rare])
+        candidates = np.unique(candidates[free[candidates] & (candidates != anchor)])
+        of_anchor = dict(zip(sets[anchor].tolist(), vectors[anchor].tolist()))
+        overlap = [sum(of_anchor.get(c, 0) * w for c, w in zip(sets[i].tolist(), vectors[i].tolist())) for i in candidates]
+        if len(candidates) >= group_size - 1:
+            groups.append(np.append(anchor, candidates[np.argsort(overlap)[::-1][:group_size - 1]]))
+            free[groups[-1]] = False
+        if len(groups) == wanted:
+            break
+    return np.stack(groups)
+
+
+def bench_planning(millions: float):
+    group_size, share = 8, 0.5
+    print(f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, batches of 1,024, one core\n"
+          "                              seconds    µs a caption    peak memory    κ in groups    κ at random")
+    small = zipf_captions(20_000)
+    for name, size in (("posting lists", 20_000), ("ours", 20_000), ("ours", int(millions * 1e6))):
+        world = small if size == 20_000 else zipf_captions(size)
+        wanted = int(size // 1024 * 1024 * share) // group_size
+        start = time.perf_counter()
+        if name == "ours":
+            sampler = KnowledgeBatchSampler(*world, batch_size=1024, guided_share=share, group_size=group_size)
+            plan = sampler.plan(0)
+            seconds = time.perf_counter() - start
+            groups = np.concatenate([batch[:512].reshape(-1, group_size) for batch in plan[:size // 1024 * 1024].reshape(-1, 1024)[:16]])
+        else:
+            groups = walk_posting_lists(world, wanted, group_size)
+            seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+        chance = mean_overlap(world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size))
+        print(f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} GiB "
+              f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}")
+
+
+def main():
+    config = parse_config(BenchConfig)
+    torch.set_num_threads(1)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU used; Python {platform.python_version()}, "
+          f"numpy {np.__version__}, OpenCV {cv2.__version__}; load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench_decoding(Path(folder), config.repeats)
+        bench_cache(Path(folder), config.repeats)
+    bench_planning(config.captions)
+    bench_tokenizer(config.repeats)
+
+
+if __name__ == "__main__":
+    run(main)
