@@ -238,7 +238,8 @@ def question_article(index: int, results: Results, scale: float) -> str:
         marks = '<b class="ok">✓ right</b> ' * (i == question.answer) + "<b>◀ chosen</b> " * (i == picked)
         options.append(f'<li class="{state}"><span class="bar" style="width:{percent:.0f}%"></span>'
                        f"<span>{quote(option)}</span><span>{marks}{percent:.0f} %</span></li>")
-    verdict = '<b class="ok">✓ answered</b>' if picked == question.answer else '<b class="no">✗ not answered</b>'
+    is_right = picked == question.answer
+    verdict = '<b class="ok">✓ answered right</b>' if is_right else '<b class="no">✗ answered wrong</b>'
     return (f'<article class="question">{picture(question.video)}<div><p class="soft">wrong options differ in: '
             f'{visible(question.kind)} · {verdict}</p><ol>{"".join(options)}</ol></div></article>')
 

@@ -5,7 +5,7 @@
 
 Tiles: `retrieval_ranks` (exact, bounded memory). Matrix: sim in fp32 by one product, then `retrieval_metrics`, which is
 what one writes first. Every measurement has a process of its own, so that peak memory is its own; time excludes the
-start. The estimate for 100,000 is n² times the last measured one: the work is n²·E, nothing else grows faster.
+start. From 10,000 on, the time for 100,000 is extrapolated by n²: the work is n²·E, nothing else grows faster.
 """
 
 import multiprocessing
@@ -59,8 +59,8 @@ def measure(how: str, n: int, width: int, rounds: int) -> tuple[float, float, fl
 
 def main():
     config = parse_config(BenchConfig)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"E = {config.width}, load {os.getloadavg()[0]:.1f}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, E = {config.width}, load {os.getloadavg()[0]:.1f}")
     print(f"{'n':>8s} {'':7s} {'seconds':>8s} {'CPU s':>8s} {'ns/pair':>8s} {'MiB':>8s}  t2v R@1")
     for n in map(int, config.sizes.split(",")):
         for how in ("matrix", "tiles") if n <= config.matrix_up_to else ("tiles",):
@@ -68,10 +68,10 @@ def main():
                 seconds, cpu, mib, metrics = pool.apply(measure, (how, n, config.width, config.rounds))
             print(f"{n:8d} {how:7s} {seconds:8.2f} {cpu:8.2f} {1e9 * seconds / n**2:8.2f} {mib:8.0f}  "
                   f"{metrics['t2v_R@1']:.2f}", flush=True)
-    if n < 100_000:
-        embeddings = 4 * 100_000 * config.width * 8 / 2**20
-        print(f"100,000 × 100,000, extrapolated by n² from {n}: {seconds * (100_000 / n)**2:.0f} s; memory grows with n: "
-              f"about {embeddings:.0f} MiB at most (two fp64 copies of each side while rounding), sim would be 74 GiB")
+    if 10_000 <= n < 100_000:
+        mib = 4 * 100_000 * config.width * 8 / 2**20  # two fp64 copies of each side while rounding
+        print(f"100,000 × 100,000: about {seconds * (100_000 / n)**2:.0f} s, extrapolated from {n} by n²; memory grows "
+              f"by n, to about {mib:.0f} MiB, where sim in fp64 would be 74 GiB")
 
 
 if __name__ == "__main__":

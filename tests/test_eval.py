@@ -135,7 +135,7 @@ def test_agrees_with_brute_force(data):
     assert retrieval_metrics(sim, video_of_text) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("chunk", [3, 64, 1000])
 def test_tiles_do_not_change_a_single_rank(chunk):
     """Duplicated captions and videos, several captions a video, silent videos: equal to the matrix, bit for bit."""
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_impossible_pairs_are_refused(video_of_text):
 def test_multiple_choice_by_hand():
     scores = np.array([[.9, .1, .2], [.5, .6, .4], [.3, .3, .1], [.1, .2, .3]])
     metrics = multiple_choice_accuracy(scores, [0, 0, 1, 2], ["noun", "verb", "verb", "noun"])
-    assert metrics == {"mc_accuracy": 62.5, "mc_accuracy_noun": 100, "mc_accuracy_verb": 25}  # the tie gives half a point
+    assert metrics == {"mc_accuracy": 62.5, "mc_accuracy_noun": 100, "mc_accuracy_verb": 25}  # a tie of two: half
 
 
 def test_multiple_choice_of_a_constant_model_is_chance():
@@ -214,8 +214,8 @@ def test_multiple_choice_of_a_constant_model_is_chance():
 
 # ---- whole evaluations: five tiny videos, an untrained model --------------------------------------------------------
 
-CAPTIONS = [(0, "a red ball falls"), (0, "the ball drops down"), (1, "two dogs run"), (2, "a red ball falls"), (3, "Ünïcode 猫 🐈"),
-            (4, "")]
+CAPTIONS = [(0, "a red ball falls"), (0, "the ball drops down"), (1, "two dogs run"), (2, "a red ball falls"),
+            (3, "Ünïcode 猫 🐈"), (4, "")]
 
 
 def tiny_model(folder):
@@ -245,8 +245,8 @@ def write_csv(path, rows):
 
 
 def config(world, out, **changes):
-    return EvalConfig(**dict(checkpoint=str(world / "step-000007.safetensors"), task="csv", data=str(world / "data.csv"),
-                             out=str(out), cache=str(world / "cache"), device="cpu") | changes)
+    paths = dict(checkpoint=world / "step-000007.safetensors", data=world / "data.csv", out=out, cache=world / "cache")
+    return EvalConfig(**{name: str(path) for name, path in paths.items()} | dict(task="csv", device="cpu") | changes)
 
 
 def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
@@ -256,7 +256,7 @@ def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
     assert (written["videos"], written["captions"], written["missing"], written["broken"]) == (5, 6, 0, 0)
     checkpoint = load_checkpoint(world)
     assert written["checkpoint_sha256"] == checkpoint.sha256 and written["step"] == 7 and written["training_seed"] == 3
-    assert (written["frames"], written["image_size"]) == (4, 32) and written["note"] == "" and "mc_accuracy" not in written
+    assert (written["frames"], written["image_size"], written["note"]) == (4, 32, "") and "mc_accuracy" not in written
     assert {"versions", "commit", "hardware", "date", "protocol", "split", "seed"} <= set(written)
     assert "<!DOCTYPE html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "text to video" in capsys.readouterr().out
@@ -265,7 +265,8 @@ def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
     model, video_of_text = checkpoint.model, [i for i, _ in CAPTIONS]
     cache = FrameCache(tmp_path / "frames", size=32, num_frames=4)
     with torch.inference_mode():
-        video_emb = model.encode_video(prepare_video(load_videos(cache, [str(world / f"{i}.mp4") for i in range(5)], 4)))
+        frames = load_videos(cache, [str(world / f"{i}.mp4") for i in range(5)], 4)
+        video_emb = model.encode_video(prepare_video(frames))
         text_emb = model.encode_text(*checkpoint.tokenizer.encode_batch([caption for _, caption in CAPTIONS], 32))
     expected = brute_force_metrics((text_emb @ video_emb.T).double().numpy().round(6).tolist(), video_of_text)
     assert {key: written[key] for key in KEYS} == pytest.approx(expected)
@@ -292,7 +293,8 @@ def test_evaluate_retrieval_is_what_the_embeddings_give(world):
 
 def test_an_incomplete_set_says_so(world, tmp_path, capsys):
     (world / "text.mp4").write_text("this is no video")
-    write_csv(world / "holes.csv", [(f"{i}.mp4", caption) for i, caption in CAPTIONS] + [("gone.mp4", "b"), ("text.mp4", "c")])
+    pairs = [(f"{i}.mp4", caption) for i, caption in CAPTIONS]
+    write_csv(world / "holes.csv", [*pairs, ("gone.mp4", "b"), ("text.mp4", "c")])
     record = evaluate(config(world, tmp_path, data=str(world / "holes.csv"), max_broken=0.5))
     assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (5, 6, 1, 1)
     assert record["note"] == "5 of 7 videos: not comparable" and set(record["unusable"]) == {
@@ -345,8 +347,8 @@ def test_a_model_that_diverged_is_no_result(world, tmp_path):
 
 
 def test_command_line(world, tmp_path):
-    command = [sys.executable, "eval.py", "--checkpoint", str(world), "--task", "csv", "--data", str(world / "data.csv"),
-               "--out", str(tmp_path), "--cache", str(world / "cache")]
+    command = [sys.executable, "eval.py", "--checkpoint", str(world), "--task", "csv",
+               "--data", str(world / "data.csv"), "--out", str(tmp_path), "--cache", str(world / "cache")]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "5 videos" in done.stdout and (tmp_path / "metrics.json").exists()

@@ -17,7 +17,8 @@ from knowledge import ConceptVocab, extract_many
 from report import MAX_PICTURE_BYTES, Results, picture, visible, write_report
 from video import write_video
 
-EVIL = '<script>alert("x")</script> & \x00\x1b[31m\u202eevil\u2066 \ud800 \'><img src=http://example.org/x onerror=alert(1)>'
+EVIL = ('<script>alert("x")</script> & \x00\x1b[31m\u202eevil\u2066 \ud800 '
+        "'><img src=http://example.org/x onerror=alert(1)>")
 VOID = {"meta", "img", "line", "br"}
 
 
@@ -56,23 +57,25 @@ def videos(tmp_path_factory):
 
 
 def make_page(folder, videos, captions, *, embed=None, questions=(), note="", broken=None, **kwargs) -> str:
-    """A page of one caption a video; the similarity of caption and video is `embed` (default: neighbours are confused)."""
+    """A page of one caption a video; `embed` is the similarity of caption and video (default: neighbours confused)."""
     n = len(captions)
     sim = np.eye(n) + 1.2 * np.diag(np.arange(n - 1) % 2, k=1) if embed is None else embed
     split = Split(videos[:n], list(captions), np.arange(n), broken or {})
     ranks = 1.0 + (sim > np.diag(sim)[:, None]).sum(1)
     record = dict(task="toy", split="test", protocol="a protocol", note=note, unusable=split.broken, logit_scale=5.0,
-                  checkpoint="runs/x.safetensors", frames=8, versions={"torch": "2"}, training_seed=None, mc_accuracy=50.0,
+                  checkpoint="x.safetensors", frames=8, versions={"torch": "2"}, training_seed=None, mc_accuracy=50.0,
                   **{f"mc_accuracy_{question.kind}": 50.0 for question in questions},
                   **{f"{way}_{m}": 12.5 for way in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")})
     scores = np.tile([0.1, 0.9, 0.3, 0.2, 0.0], (len(questions), 1))
     knowledge = extract_many(captions, progress=False)
     results = Results(split, sim, np.eye(n), ranks, ranks, list(questions), scores)
-    write_report(folder / "report.html", record, results, knowledge, ConceptVocab.build(knowledge, min_count=1), **kwargs)
-    return (folder / "report.html").read_text(encoding="utf-8")
+    path, vocab = folder / "report.html", ConceptVocab.build(knowledge, min_count=1)
+    write_report(path, record, results, knowledge, vocab, **kwargs)
+    return path.read_text(encoding="utf-8")
 
 
-CAPTIONS = [f"a {noun} {verb} a ball" for verb in ("pushes", "hits", "pulls") for noun in ("cup", "star", "fish", "tree")]
+NOUNS, VERBS = ("cup", "star", "fish", "tree"), ("pushes", "hits", "pulls")
+CAPTIONS = [f"a {noun} {verb} a ball" for verb in VERBS for noun in NOUNS]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_page_can_be_read_by_all(page):
     assert ("html", {"lang": "en"}) in parsed.elements and [tag for tag, _ in parsed.elements].count("h1") == 1
     assert all(attributes.get("scope") in ("row", "col") for tag, attributes in parsed.elements if tag == "th")
     assert "prefers-color-scheme: dark" in page and "max-width: 640px" in page
-    for words in ("✓ right", "✗ wrong", "◀ chosen", "✓ answered", "✗ not answered"):  # never by colour alone
+    for words in ("✓ right", "✗ wrong", "◀ chosen", "✓ answered right", "✗ answered wrong"):  # never by colour alone
         assert words in parsed.text
 
 
@@ -122,7 +125,8 @@ def test_colours_have_contrast(page):
     def luminance(code):
         code = code if len(code) == 6 else "".join(2 * c for c in code)
         channels = [int(code[i:i + 2], 16) / 255 for i in (0, 2, 4)]
-        return float(np.dot([.2126, .7152, .0722], [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in channels]))
+        linear = [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in channels]
+        return float(np.dot([.2126, .7152, .0722], linear))
 
     themes = re.findall(r":root \{([^}]*)\}", page)
     assert len(themes) == 2
@@ -138,7 +142,8 @@ def test_colours_have_contrast(page):
 def test_hostile_captions_and_paths_stay_text(videos, tmp_path):
     captions = [EVIL, "", "word " * 10_000, "猫が走る 🐈\u200d⬛", *CAPTIONS[:4]]
     questions = [Question(videos[0], [EVIL] * 5, 1, "<i>")]
-    page = make_page(tmp_path, videos, captions, questions=questions, note=EVIL, broken={"<u>": EVIL}, queries=8, pairs=8)
+    page = make_page(tmp_path, videos, captions, questions=questions, note=EVIL, broken={"<u>": EVIL}, queries=8,
+                     pairs=8)
     parsed = Page(page)
     assert not {tag for tag, _ in parsed.elements} & {"script", "i>", "u"} and 'alert("x")' in parsed.text
     assert all(not name.startswith("on") for _, attributes in parsed.elements for name in attributes)
