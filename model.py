@@ -250,6 +250,10 @@ class CLOP(nn.Module):
         video, text = self.video, self.text
         if isinstance(video.patch_embed, PatchEmbed):
             nn.init.normal_(video.patch_embed.weight, std=0.02)
+        else:  # variance kept from stage to stage: with PyTorch's default the pixels would drown in the place embedding
+            for conv in video.patch_embed[::2]:
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                nn.init.zeros_(conv.bias)
         nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(video.place_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(text.token_embed.weight, std=0.02)
