@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.autograd import nce_stats
-from kernels.reference import Mined, Stats, accumulate_dtype, assert_finite, order_by_score, reference_stats
+from kernels.reference import Mined, Stats, accumulate_dtype, assert_finite, exact_topk, reference_stats
 
 __all__ = ["Mined", "Stats", "knowledge_nce", "knowledge_nce_stats", "merge_hardest"]
 
@@ -128,4 +128,6 @@ def merge_hardest(index: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     `index` must already count in global rows (a rank adds its offset to what is not −1).
     """
-    return order_by_score(score, index, k)
+    index, by_index = index.sort(dim=1)
+    place, score = exact_topk(score.gather(1, by_index), k)
+    return index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1), score

@@ -58,44 +58,30 @@ def assert_finite(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, conc
 def masked_pairs(row_ids: Tensor | None, col_ids: Tensor | None, first_row: int, rows: int, cols: int, offset: int,
                  device: torch.device) -> Tensor:
     """bool [rows, cols]: True where a pair is no negative, because it is the positive or shares a signature id."""
-    row = torch.arange(first_row, first_row + rows, device=device)
-    masked = (row + offset)[:, None] == torch.arange(cols, device=device)
+    masked = torch.zeros(rows, cols, dtype=torch.bool, device=device)
     if row_ids is not None:
         for r, c in zip(row_ids[first_row:first_row + rows].unbind(1), col_ids.unbind(1)):
             masked |= r[:, None] == c
+    row = torch.arange(rows, device=device)
+    masked[row, row + first_row + offset] = True
     return masked
 
 
-def order_by_score(score: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Candidates [N, C] -> the first k, highest score first, equal scores by lowest index; −1 behind a score of −inf."""
-    index, by_index = index.sort(1)
-    score, by_score = score.gather(1, by_index).sort(dim=1, descending=True, stable=True)
-    index = index.gather(1, by_score).masked_fill(score == -torch.inf, -1)
-    return index[:, :k], score[:, :k]
-
-
 def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(index [N, k] int64, score [N, k]) of the k largest of each row of `score` [N, M], ties by lowest index.
+    """(index [N, k] int64, score [N, k]) of the k largest of each row of `score` [N, M], equal scores by lowest index.
 
-    torch.topk leaves open which of equal scores it takes. One place more than asked for shows where that matters: in rows
-    whose place k equals place k + 1 the ties are taken again, from the left.
+    Index −1 where the score is −inf. torch.topk leaves open which of equal scores it takes, and in what order; one place more than
+    asked for shows the rows where that matters, and these are sorted as a whole. They are few, but for degenerate embeddings.
     """
-    n, m = score.shape
-    value, index = score.topk(min(k + 1, m), dim=1)
-    if k < m:
-        cut = value[:, k - 1]
-        tied = ((value[:, k] == cut) & (cut > -torch.inf)).nonzero()[:, 0]
-        value, index = value[:, :k], index[:, :k]
-        if len(tied):
-            rows, cut = score[tied], cut[tied, None]
-            above, equal = rows > cut, rows == cut
-            take = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-            index = index.index_copy(0, tied, take.nonzero()[:, 1].view(len(tied), k))
-            value = score.gather(1, index)
-    else:  # fewer columns than places
-        value = torch.nn.functional.pad(value, (0, k - m), value=-torch.inf)
-        index = torch.nn.functional.pad(index, (0, k - m), value=-1)
-    return order_by_score(value, index, k)
+    value, index = score.topk(min(k + 1, score.shape[1]), dim=1)
+    tied = ((value[:, 1:] == value[:, :-1]) & (value[:, 1:] > -torch.inf)).any(1).nonzero()[:, 0]
+    if len(tied):
+        ordered, order = score[tied].sort(dim=1, descending=True, stable=True)
+        value[tied], index[tied] = ordered[:, :value.shape[1]], order[:, :value.shape[1]]
+    missing = max(0, k - score.shape[1])  # fewer columns than places
+    value = torch.nn.functional.pad(value[:, :k], (0, missing), value=-torch.inf)
+    index = torch.nn.functional.pad(index[:, :k], (0, missing), value=-1)
+    return index.masked_fill(value == -torch.inf, -1), value
 
 
 def no_negatives(n: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ dV = s · dA·T, dT = s · dAᵀ·V, ds = Σ_ij dA_ij v_i·t_j = Σ_i v_i·(dA·
 import torch
 from torch import Tensor
 
-from kernels.reference import accumulate_dtype, exact_topk, masked_pairs, no_negatives, order_by_score
+from kernels.reference import accumulate_dtype, exact_topk, masked_pairs, no_negatives
 
 TILE = 1 << 22  # logits in a tile
 
@@ -59,7 +59,7 @@ def tiled_forward(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, conc
     row_negatives = video.new_empty(n)
     col_max, col_sum = video.new_full((m,), -torch.inf), video.new_zeros(m)
     v2t = [], []
-    t2v = torch.full((m, k), -1), video.new_full((m, k), -torch.inf)
+    t2v = torch.full((m, k), -1, device=video.device), video.new_full((m, k), -torch.inf)
     for first, last in _row_tiles(n, m):
         logits, _ = _logits(video, text, s, b, concepts, signature, offset, first, last)
         tile_max = logits.amax(0)
@@ -82,10 +82,10 @@ def _update_columns(index: Tensor, score: Tensor, logits: Tensor, tile_max: Tens
     k = index.shape[1]
     better = (tile_max > score[:, -1]).nonzero()[:, 0]  # an equal score comes too late: its index is higher
     if len(better):
-        new_index, new_score = exact_topk(logits.T[better], k)
-        new_index = torch.where(new_index < 0, new_index, new_index + first_row)
-        merged = order_by_score(torch.cat([score[better], new_score], 1), torch.cat([index[better], new_index], 1), k)
-        index[better], score[better] = merged
+        # the k kept before the new: the order of the places is the order of the indices, wherever scores are equal
+        place, score[better] = exact_topk(torch.cat([score[better], logits.index_select(1, better).T], 1), k)
+        kept = index[better].gather(1, place.clamp(0, k - 1))
+        index[better] = torch.where(place < k, torch.where(place < 0, -1, kept), place - k + first_row)
 
 
 def tiled_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor, beta: Tensor,
