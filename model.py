@@ -251,7 +251,7 @@ class CLOP(nn.Module):
         if isinstance(video.patch_embed, PatchEmbed):
             nn.init.normal_(video.patch_embed.weight, std=0.02)
         else:  # variance kept from stage to stage: with PyTorch's default the pixels would drown in the place embedding
-            for conv in video.patch_embed[::2]:
+            for conv in (layer for layer in video.patch_embed if isinstance(layer, nn.Conv2d)):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
