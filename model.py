@@ -62,7 +62,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    "toy": dict(image_size=32, patch_size=8, frames_per_patch=2, video_width=128, video_layers=4, video_heads=4,
+    "toy": dict(image_size=32, patch_size=8, frames_per_patch=2, conv_stem=True, video_width=128, video_layers=4, video_heads=4,
                 text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=128),
     "small": dict(image_size=112, patch_size=16, video_width=384, video_layers=8, video_heads=6,
                   text_width=256, text_layers=6, text_heads=4, text_length=48, vocab_size=8192, embed_dim=256),
@@ -248,12 +248,8 @@ class CLOP(nn.Module):
                     nn.init.zeros_(block.time_attn.out.weight)
             nn.init.normal_(tower.project.weight, std=width**-0.5)
         video, text = self.video, self.text
-        if isinstance(video.patch_embed, PatchEmbed):
+        if isinstance(video.patch_embed, PatchEmbed):  # a stem keeps PyTorch's small weights: larger ones learned slower (LOG.md)
             nn.init.normal_(video.patch_embed.weight, std=0.02)
-        else:  # variance kept from stage to stage: with PyTorch's default the pixels would drown in the place embedding
-            for conv in (layer for layer in video.patch_embed if isinstance(layer, nn.Conv2d)):
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                nn.init.zeros_(conv.bias)
         nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(video.place_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(text.token_embed.weight, std=0.02)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import CLOP, PRESETS, Block, build_config
+from model import CLOP, PRESETS, Block, ConvStem, PatchEmbed, build_config
 
 ROOT = Path(__file__).parent.parent
 
 
 def tiny(**overrides):
     torch.manual_seed(0)
-    sizes = dict(image_size=16, patch_size=8, video_width=32, video_layers=2, video_heads=2, text_width=32, text_layers=2, text_heads=2,
+    sizes = dict(image_size=16, patch_size=8, conv_stem=False, video_width=32, video_layers=2, video_heads=2, text_width=32, text_layers=2, text_heads=2,
                  text_length=12, vocab_size=50, embed_dim=16, num_frames=4)
     return CLOP(build_config("toy", **sizes | overrides)).eval()
 
@@ -48,17 +48,19 @@ def test_odd_frame_counts_repeat_the_last_frame():
     torch.testing.assert_close(model.encode_video(video), model.encode_video(torch.cat([video, video[:, -1:]], 1)))
 
 
-def test_patches_hold_the_pixels_of_their_place():
-    video = torch.arange(2 * 2 * 3 * 16 * 16.).view(2, 2, 3, 16, 16)
-    patches = tiny(frames_per_patch=1).video.patches(video)                            # [B, T, P, C·p·p]
-    torch.testing.assert_close(patches[1, 1, 1], video[1, 1, :, :8, 8:].reshape(-1))   # patch 1: top right
-
-
 def test_patch_embedding_equals_a_convolution():
-    model, video = tiny(frames_per_patch=1), torch.randn(2, 3, 3, 16, 16)
-    kernel = model.video.patch_embed.weight.view(-1, 3, 8, 8)
-    convolved = F.conv2d(video.flatten(0, 1), kernel, stride=8).flatten(2).mT.view(2, 3, 4, -1)
-    torch.testing.assert_close(model.video.patch_embed(model.video.patches(video)), convolved, atol=1e-5, rtol=1e-5)
+    embed, frames = PatchEmbed(3, 8, 32), torch.randn(2, 3, 16, 24)
+    convolved = F.conv2d(frames, embed.weight.view(32, 3, 8, 8), stride=8)             # [N, D, 2, 3]
+    torch.testing.assert_close(embed(frames), convolved.flatten(2).mT, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [4, 16])
+def test_conv_stem_gives_one_vector_a_patch(patch_size):
+    stem, frames = ConvStem(6, patch_size, 32), torch.zeros(2, 6, 32, 48)
+    out = stem(frames)
+    assert out.shape == (2, 32 * 48 // patch_size**2, 32)
+    frames[0, :, -1, -1] = 5                                                           # the last pixel moves the last patch
+    assert (stem(frames) - out).abs().amax(dim=(0, 2)).argmax() == out.shape[1] - 1
 
 
 def test_block_equals_pytorchs_own_pre_norm_layer():
