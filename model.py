@@ -16,8 +16,8 @@ and the video embedding is the mean over frames of its class tokens: pretrained 
 (the idea of Frozen in Time, arXiv 2104.00650). The towers are CLIP's to the letter (arXiv 2103.00020: pre-norm, class
 token, learned positions, text pooled at the end-of-text token), so that CLIP's weights fit; `quick_gelu` is its activation.
 
-Small models trained from scratch on a CPU use two liberties that CLIP does not: `frames_per_patch` = 2 makes a patch a
-little cuboid of two frames (a *tubelet*, ViViT, arXiv 2103.15691), which halves the tokens and lets the very first layer see motion; and the
+Small models trained from scratch on a CPU use two liberties that CLIP does not: `frames_per_patch` > 1 makes a patch a
+little cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which divides the tokens and lets the very first layer see motion; a convolutional stem cuts the patches (`ConvStem`); and the
 exact GELU, which PyTorch fuses on a CPU.
 
 Simplified: no dropout (contrastive batches regularise, and ranks stay reproducible), no relative positions.
@@ -62,7 +62,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    "toy": dict(image_size=32, patch_size=8, frames_per_patch=2, conv_stem=True, video_width=128, video_layers=4, video_heads=4,
+    "toy": dict(image_size=32, patch_size=8, frames_per_patch=4, conv_stem=True, video_width=128, video_layers=4, video_heads=4,
                 text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=128),
     "small": dict(image_size=112, patch_size=16, video_width=384, video_layers=8, video_heads=6,
                   text_width=256, text_layers=6, text_heads=4, text_length=48, vocab_size=8192, embed_dim=256),
