@@ -7,11 +7,15 @@ names and bytes of all tensors, verified at every read. So evaluation never need
 
 Written to a temporary file in the same folder, flushed to disk, then renamed over the target: whoever reads sees the old
 file or the new one, never half of one. (The alternative, `torch.save`, is a pickle: reading one runs what is in it.)
+
+    python checkpoint.py runs/toy      # what is in the newest checkpoint there (without a path: in a fresh model's)
 """
 
 import hashlib
 import json
 import os
+import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cli import UserError
-from knowledge import ConceptVocab
-from model import CLOP, ModelConfig
+from cli import UserError, run
+from knowledge import ConceptVocab, extract_knowledge
+from model import CLOP, ModelConfig, build_config
 from tokenizer import Tokenizer
 
 
@@ -78,13 +82,16 @@ def load_checkpoint(path, device="cpu", *, training: bool = False) -> Checkpoint
         raise UserError(f"{path}: damaged or not a safetensors file ({error}); use an earlier checkpoint") from error
     if _hash(tensors) != header["sha256"]:
         raise UserError(f"{path}: damaged, its tensors do not match their checksum; use an earlier checkpoint")
-    model = CLOP(ModelConfig(**header["model"]))
-    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
-    return Checkpoint(
-        model=model.to(device).eval(), tokenizer=Tokenizer.from_dict(header["tokenizer"]),
-        concept_vocab=ConceptVocab.from_dict(header["concept_vocab"]), config=header["config"], step=header["step"],
-        progress=header["progress"], sha256=header["sha256"], path=path,
-        training={name.removeprefix("training."): t for name, t in tensors.items() if training and name.startswith("training.")})
+    try:
+        model = CLOP(ModelConfig(**header["model"]))
+        model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+        return Checkpoint(
+            model=model.to(device).eval(), tokenizer=Tokenizer.from_dict(header["tokenizer"]),
+            concept_vocab=ConceptVocab.from_dict(header["concept_vocab"]), config=header["config"], step=header["step"],
+            progress=header["progress"], sha256=header["sha256"], path=path,
+            training={name.removeprefix("training."): t for name, t in tensors.items() if training and name.startswith("training.")})
+    except (KeyError, TypeError, RuntimeError) as error:  # whole, but the layout of another version of this code
+        raise UserError(f"{path}: written by another version of this code ({str(error).splitlines()[0]}); use that version, or train again") from error
 
 
 def list_checkpoints(folder) -> list[Path]:
@@ -107,3 +114,21 @@ def _hash(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(t.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/fresh.safetensors"
+        if len(sys.argv) == 1:
+            captions = ["a dog chases a cat", "two red balls bounce"]
+            tokenizer, vocab = Tokenizer.train(captions, 300), ConceptVocab.build(map(extract_knowledge, captions), min_count=1)
+            model = CLOP(build_config("toy", vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
+            save_checkpoint(path, model, tokenizer, vocab, config={}, step=0)
+        found = load_checkpoint(path)
+        print(f"{found.path}: step {found.step}, sha256 {found.sha256[:16]}…, {found.path.stat().st_size / 1e6:.1f} MB")
+        print("model:", asdict(found.model.config))
+        print(f"{found.tokenizer.vocab_size} tokens; {len(found.concept_vocab)} concepts:", *found.concept_vocab.names[:8])
+
+
+if __name__ == "__main__":
+    run(main)

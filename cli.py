@@ -104,3 +104,15 @@ def _keep_freed_memory() -> None:
 def _print_error(line: str, status: int) -> int:
     print(line, file=sys.stderr, flush=True)
     return status
+
+
+@dataclasses.dataclass
+class _Example:
+    """The command line of the example above."""
+
+    steps: int = 600      # optimizer steps
+    compile: bool = False  # torch.compile the model
+
+
+if __name__ == "__main__":
+    run(lambda: print(parse_config(_Example)))

@@ -16,9 +16,9 @@ and the video embedding is the mean over frames of its class tokens: pretrained 
 (the idea of Frozen in Time, arXiv 2104.00650). The towers are CLIP's to the letter (arXiv 2103.00020: pre-norm, class
 token, learned positions, text pooled at the end-of-text token), so that CLIP's weights fit; `quick_gelu` is its activation.
 
-Small models trained from scratch on a CPU use two liberties that CLIP does not: `frames_per_patch` > 1 makes a patch a
-little cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which divides the tokens and lets the very first layer see motion; a convolutional stem cuts the patches (`ConvStem`); and the
-exact GELU, which PyTorch fuses on a CPU.
+Small models trained from scratch on a CPU take liberties that CLIP does not: `frames_per_patch` > 1 makes a patch a little
+cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which divides the tokens and lets the very first layer see
+motion; convolutions cut the patches (`conv_stem`); and the exact GELU, which PyTorch fuses on a CPU.
 
 Simplified: no dropout (contrastive batches regularise, and ranks stay reproducible), no relative positions.
 

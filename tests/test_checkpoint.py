@@ -1,6 +1,9 @@
 """checkpoint.py: what is read is what was written, and nothing damaged, foreign or half-written is ever taken."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +79,19 @@ def test_truncated_foreign_and_missing_files(tmp_path, parts):
         load_checkpoint(tmp_path / "y.safetensors")
     with pytest.raises(UserError, match="no step-"):
         load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_version(tmp_path, parts, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ConceptVocab, "to_dict", lambda self: {"old": "layout"})
+        save(tmp_path / "x.safetensors", parts)
+    with pytest.raises(UserError, match="another version"):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_demo_runs():
+    done = subprocess.run([sys.executable, "checkpoint.py"], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "concepts: noun:" in done.stdout, done.stderr
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, parts, monkeypatch):

@@ -1,6 +1,9 @@
 """cli.py: flags from a dataclass, mistakes in one line."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -55,3 +58,9 @@ def test_user_errors_end_with_their_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: film.mp4: empty file; fetch it again\n"
+
+
+def test_demo_runs():
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "cli.py", "--steps", "3"], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "_Example(steps=3, compile=False)\n"

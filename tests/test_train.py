@@ -13,6 +13,7 @@ import torch
 import train
 from checkpoint import load_checkpoint
 from cli import UserError
+from eval import EvalConfig, evaluate
 from train import TrainConfig
 from video import write_video
 
@@ -93,6 +94,20 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     config = TrainConfig(steps=100, warmup=10, lr=1.0)
     rates = [train.learning_rate(step, config) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[100] == pytest.approx(0) and rates[55] == pytest.approx(0.5)
+
+
+def test_real_videos_train_resume_and_evaluate(tmp_path, cache):
+    shared = ROOT.parent / "shared" / "msrvtt_mini"
+    if not shared.is_dir():
+        pytest.skip("the MSR-VTT clips in ../shared are not on this machine")
+    rows = [f"{shared / path},{caption}" for path, caption in (row.split(",", 1) for row in (shared / "train.csv").read_text().splitlines()[1:])]
+    config = settings(tmp_path, tmp_path / "out", cache, data=str(csv_with(tmp_path, rows[:640])), val_data=None, steps=4, eval_every=2)
+    train.train(config)
+    (tmp_path / "out" / "step-000004.safetensors").unlink()               # as if killed before the end
+    train.train(config)
+    assert log_of(tmp_path / "out")[-1]["step"] == 4 and [x["resumed_at"] for x in log_of(tmp_path / "out") if "config" in x] == [0, 2]
+    record = evaluate(EvalConfig(checkpoint=str(tmp_path / "out"), task="csv", data=config.data, out=str(tmp_path / "eval"), cache=cache))
+    assert record["videos"] == 32 and record["captions"] == 640 and record["missing"] == 0 and record["t2v_R@10"] > 0
 
 
 # ---- bad input ----
