@@ -128,31 +128,36 @@ class SpaceTimeBlock(Block):
 
 
 class PatchEmbed(nn.Linear):
-    """CLIP's: each patch of [N, C, H, W], p×p pixels, through one linear map (a convolution of stride p) -> [N, P, D]."""
+    """CLIP's: each patch, f frames of p×p pixels, through one linear map: [N, f, C, H, W] -> [N, P, D]."""
 
-    def __init__(self, channels: int, patch_size: int, width: int):
-        super().__init__(channels * patch_size**2, width, bias=False)
+    def __init__(self, frames: int, patch_size: int, width: int):
+        super().__init__(frames * 3 * patch_size**2, width, bias=False)
         self.patch_size = patch_size
 
     def forward(self, x):
-        return super().forward(rearrange(x, "n c (h p1) (w p2) -> n (h w) (c p1 p2)", p1=self.patch_size, p2=self.patch_size))
+        return super().forward(rearrange(x, "n f c (h p1) (w p2) -> n (h w) (f c p1 p2)", p1=self.patch_size, p2=self.patch_size))
 
 
-class ConvStem(nn.Sequential):
-    """log2(p) convolutions of stride 2, the channels doubling up to D: [N, C, H, W] -> [N, P, D].
+class ConvStem(nn.Module):
+    """log2(p) convolutions of stride 2, the channels doubling up to D: [N, f, C, H, W] -> [N, P, D].
 
-    Small models learn shapes much sooner from overlapping, translated filters than from one cut (arXiv 2106.14881; LOG.md).
+    The last one merges the f frames of a patch; those before it see single frames, so what they learn of shapes is shared by all.
+    Small models learn much sooner from overlapping, translated filters than from one cut (arXiv 2106.14881; LOG.md).
     """
 
-    def __init__(self, channels: int, patch_size: int, width: int):
+    def __init__(self, frames: int, patch_size: int, width: int):
+        super().__init__()
         stages = int(math.log2(patch_size))
-        assert 2**stages == patch_size, f"a convolutional stem halves the side: patch_size = {patch_size} must be a power of two"
-        widths = [channels, *(width >> (stages - 1 - i) for i in range(stages))]
-        layers = [layer for c_in, c_out in zip(widths, widths[1:]) for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU())]
-        super().__init__(*layers[:-1])
+        assert 2**stages == patch_size > 2, f"a convolutional stem halves the side: patch_size = {patch_size} must be a power of two from 4 on"
+        widths = [3, *(width >> (stages - 1 - i) for i in range(stages))]
+        self.each_frame = nn.Sequential(*(layer for c_in, c_out in zip(widths, widths[1:-1])
+                                          for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU())))
+        self.merge = nn.Conv2d(frames * widths[-2], width, 3, stride=2, padding=1)
 
     def forward(self, x):
-        return rearrange(super().forward(x), "n d h w -> n (h w) d")
+        features = self.each_frame(rearrange(x, "n f c h w -> (n f) c h w"))
+        merged = self.merge(rearrange(features, "(n f) d h w -> n (f d) h w", f=x.shape[1]))
+        return rearrange(merged, "n d h w -> n (h w) d")
 
 
 class VideoEncoder(nn.Module):
@@ -162,7 +167,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.frames_per_patch = config.frames_per_patch
         width, places = config.video_width, (config.image_size // config.patch_size) ** 2 + 1
-        self.patch_embed = (ConvStem if config.conv_stem else PatchEmbed)(3 * self.frames_per_patch, config.patch_size, width)
+        self.patch_embed = (ConvStem if config.conv_stem else PatchEmbed)(self.frames_per_patch, config.patch_size, width)
         self.class_embed = nn.Parameter(torch.empty(width))
         self.place_embed = nn.Parameter(torch.empty(places, width))
         self.time_embed = nn.Parameter(torch.zeros(math.ceil(config.num_frames / self.frames_per_patch), width))
@@ -177,7 +182,7 @@ class VideoEncoder(nn.Module):
         if short:
             video = torch.cat([video, video[:, -1:].expand(-1, short, -1, -1, -1)], dim=1)
         B = len(video)
-        x = self.patch_embed(rearrange(video, "b (t f) c h w -> (b t) (f c) h w", f=self.frames_per_patch))
+        x = self.patch_embed(rearrange(video, "b (t f) c h w -> (b t) f c h w", f=self.frames_per_patch))
         x = rearrange(x, "(b t) p d -> b t p d", b=B)                           # [B, T', P, D]
         T = x.shape[1]
         x = torch.cat([repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T), x], dim=2) + self.place_embed

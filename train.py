@@ -51,7 +51,7 @@ class TrainConfig:
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
     seed: int = 0                            # of weights, batch order, frames, toy world
     # optimisation
-    steps: int = 1200                        # optimizer steps
+    steps: int = 1000                        # optimizer steps
     batch_size: int = 128                    # pairs in the global batch, over all processes
     accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
     lr: float = 1e-3                         # peak learning rate
@@ -60,7 +60,7 @@ class TrainConfig:
     grad_clip: float = 1.0                   # largest gradient norm
     num_frames: int = 8                      # T, frames of a video that the model sees
     # CLOP
-    skp_weight: float = 0.5                  # SKP: weight of the concept prediction
+    skp_weight: float = 1.0                  # SKP: weight of the concept prediction
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
@@ -75,7 +75,7 @@ class TrainConfig:
     workers: int = 2                         # processes that decode and tag before training
     # rhythm
     log_every: int = 20                      # steps
-    eval_every: int = 400                    # steps between validations, each with a checkpoint
+    eval_every: int = 250                    # steps between validations, each with a checkpoint
     max_broken: float = 0.05                 # share of unreadable videos that stops the run
     test: bool = True                        # toy: at the end, evaluate on the test gallery
 

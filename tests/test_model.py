@@ -49,17 +49,17 @@ def test_odd_frame_counts_repeat_the_last_frame():
 
 
 def test_patch_embedding_equals_a_convolution():
-    embed, frames = PatchEmbed(3, 8, 32), torch.randn(2, 3, 16, 24)
-    convolved = F.conv2d(frames, embed.weight.view(32, 3, 8, 8), stride=8)             # [N, D, 2, 3]
+    embed, frames = PatchEmbed(1, 8, 32), torch.randn(2, 1, 3, 16, 24)
+    convolved = F.conv2d(frames[:, 0], embed.weight.view(32, 3, 8, 8), stride=8)             # [N, D, 2, 3]
     torch.testing.assert_close(embed(frames), convolved.flatten(2).mT, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size", [4, 16])
 def test_conv_stem_gives_one_vector_a_patch(patch_size):
-    stem, frames = ConvStem(6, patch_size, 32), torch.zeros(2, 6, 32, 48)
+    stem, frames = ConvStem(2, patch_size, 32), torch.zeros(2, 2, 3, 32, 48)
     out = stem(frames)
     assert out.shape == (2, 32 * 48 // patch_size**2, 32)
-    frames[0, :, -1, -1] = 5                                                           # the last pixel moves the last patch
+    frames[0, 1, :, -1, -1] = 5                                                         # the last pixel moves the last patch
     assert (stem(frames) - out).abs().amax(dim=(0, 2)).argmax() == out.shape[1] - 1
 
 
