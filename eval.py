@@ -251,9 +251,8 @@ class Task:
 
 
 def load_toy(config: EvalConfig, checkpoint: Checkpoint) -> Task:
-    """The toy world's gallery and its questions; the world of the run's seed is rendered if it is not there yet."""
-    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy",
-                                                                     seed=checkpoint.config.get("seed", 0))
+    """The toy world's gallery and its questions; the world is rendered if it is not there yet."""
+    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy")
     protocol = ("Toy world: compositions that training never shows; one caption a video, all videos of the split as "
                 "gallery. Multiple choice among captions that differ in one noun, one verb or the direction.")
     return Task(protocol, load_split("toy", folder, config.split), load_questions(folder / f"{config.split}_mc.jsonl"))

@@ -49,7 +49,7 @@ class TrainConfig:
     out: str = "runs/toy"                    # log, checkpoints, plots
     cache: str = "cache"                     # decoded frames, extracted knowledge, toy world
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
-    seed: int = 0                            # of weights, batch order, frames, toy world
+    seed: int = 0                            # of weights, batch order and frames
     # optimisation
     steps: int = 1000                        # optimizer steps
     batch_size: int = 128                    # pairs in the global batch, over all processes
@@ -221,7 +221,7 @@ def set_up_process() -> tuple[int, int, torch.device]:
 def load_data(config: TrainConfig):
     """(training split, validation split or None)."""
     if config.dataset == "toy":
-        folder = toyworld.generate(Path(config.cache) / "toy", seed=config.seed, workers=config.workers)
+        folder = toyworld.generate(Path(config.cache) / "toy", workers=config.workers)
         return load_split("toy", folder, "train"), load_split("toy", folder, "val")
     if not config.data:
         raise UserError("--dataset csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
