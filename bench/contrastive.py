@@ -3,13 +3,15 @@
     python bench/contrastive.py                                  # this machine: its GPU, else its CPU
     python bench/contrastive.py --device cpu --sizes 8192        # 20 seconds
 
-On a CPU: `tiled` against `reference`, each row in a process of its own, so that the operating system knows its peak memory.
-On a GPU: `triton` against eager and compiled PyTorch, and against memeff, inf-cl and open_clip where they are installed
-(`pip install memeff inf-cl open_clip_torch`; none of their code is here). CUDA events, medians, inputs rotated, random unit rows.
+On a CPU: `tiled` against `reference`, each row in a process of its own, so that the operating system knows its peak
+memory. On a GPU: `triton` against eager and compiled PyTorch, and against memeff, inf-cl and open_clip where they are
+installed (`pip install memeff inf-cl open_clip_torch`; none of their code is here). CUDA events, medians, inputs
+rotated, random unit rows.
 
-Each mode has its own row, so that the price of knowledge and of mining shows. "products" counts matrix products of 2·B²·E FLOP
-that a row does, forward + backward: TFLOP/s is over these, and 100 % is one such product by cuBLAS in bf16, in the same run.
-Extra memory is the peak beyond inputs and gradients. The error is that of the loss against float64.
+Each mode has its own row, so that the price of knowledge and of mining shows. "products" counts matrix products of
+2·B²·E FLOP that a row does, forward + backward: TFLOP/s is over these, and 100 % is one such product by cuBLAS in
+bf16, in the same run. Extra memory is the peak beyond inputs and gradients. The error is that of the loss against
+float64.
 """
 
 import dataclasses
@@ -71,7 +73,7 @@ def peak_mib() -> float:
 
 
 def cpu_row(impl: str, mode: str, batch: int, dim: int) -> dict:
-    """Seconds forward and backward (the faster of two runs) and extra MiB, measured in this process."""
+    """Seconds of the faster of two steps, its processor seconds, and extra MiB, measured in this process."""
     x = make_inputs(batch, dim, "cpu", torch.float32, 0)
     leaves = [x["video"], x["text"], x["scale"], x["beta"]]
     for leaf in leaves:
@@ -81,29 +83,31 @@ def cpu_row(impl: str, mode: str, batch: int, dim: int) -> dict:
     step(small).backward()  # threads and libraries are loaded
     before, times = peak_mib(), []
     for _ in range(2):
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         loss = step(x)
         middle = time.perf_counter()
         loss.backward()
-        times.append((middle - start, time.perf_counter() - middle))
-    forward, backward = min(times, key=sum)
-    return dict(forward=forward, backward=backward, mib=peak_mib() - before, loss=loss.item())
+        times.append((time.perf_counter() - start, middle - start, time.process_time() - busy))
+    both, forward, cpu = min(times)
+    return dict(forward=forward, backward=both - forward, cpu=cpu, mib=peak_mib() - before, loss=loss.item())
 
 
 def bench_cpu(sizes: list[int], dim: int) -> None:
-    print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, E = {dim}, s = {SCALE:g}, {CONCEPTS} concepts\n")
-    print("| B | mode | version | forward s | backward s | time | extra MiB | memory | loss |\n|---|---|---|---|---|---|---|---|---|")
+    print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, E = {dim}, s = {SCALE:g}\n")
+    print("| B | mode | version | forward s | backward s | time | CPU s | extra MiB | memory | loss |")
+    print("|---" * 10 + "|")
     for batch in sizes:
         for mode in MODES:
             rows = {}
             for impl in ("reference", "tiled"):
-                command = [sys.executable, __file__, "--row", f"{impl},{mode}", "--sizes", str(batch), "--dim", str(dim), "--device", "cpu"]
-                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                rows[impl] = r = json.loads(out.splitlines()[-1])
+                flags = ["--row", f"{impl},{mode}", "--sizes", str(batch), "--dim", str(dim), "--device", "cpu"]
+                done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True)
+                rows[impl] = r = json.loads(done.stdout.splitlines()[-1])
                 first = rows["reference"]
                 speed = (r["forward"] + r["backward"]) / (first["forward"] + first["backward"])
-                print(f"| {batch} | {mode} | {impl} | {r['forward']:.2f} | {r['backward']:.2f} | {speed:.2f} x | {r['mib']:.0f} "
-                      f"| 1/{first['mib'] / r['mib']:.0f} | {r['loss']:.5f} |", flush=True)
+                saved = first["mib"] / r["mib"]
+                print(f"| {batch} | {mode} | {impl} | {r['forward']:.2f} | {r['backward']:.2f} | {speed:.2f} x "
+                      f"| {r['cpu']:.2f} | {r['mib']:.0f} | 1/{saved:.0f} | {r['loss']:.5f} |", flush=True)
 
 
 # ---------------------------------------------------------------- GPU
@@ -138,7 +142,10 @@ def gpu_rows() -> list[tuple]:
     def inf_cl():
         from inf_cl import cal_flash_loss
         scale = torch.tensor(SCALE, device="cuda")  # its learnable scale fails on one process
-        return lambda x: (cal_flash_loss(x["video"], x["text"], scale=scale) + cal_flash_loss(x["text"], x["video"], scale=scale)) / 2
+        def both(x):
+            pairs = (x["video"], x["text"]), (x["text"], x["video"])
+            return sum(cal_flash_loss(*pair, scale=scale) for pair in pairs) / 2
+        return both
 
     def open_clip():
         from open_clip.loss import ClipLoss
@@ -155,7 +162,7 @@ def gpu_rows() -> list[tuple]:
 
 
 def median_ms(function, inputs: list[dict], seconds: float = 2.0) -> float:
-    """Median of CUDA-event times over about `seconds`, at least 5 and at most 50, inputs rotated, after two warm-up calls."""
+    """Median CUDA-event time over about `seconds`, at least 5 and at most 50 calls, inputs rotated, after a warm-up."""
     for x in inputs[:2]:
         function(x)
     torch.cuda.synchronize()
@@ -186,9 +193,10 @@ def gpu_row(function, inputs: list[dict]) -> tuple[float, float, float, float]:
 
 def bench_gpu(sizes: list[int], dim: int) -> None:
     import triton
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, E = {dim}, s = {SCALE:g}\n")
-    print("| B | version | mode | forward ms | fwd + bwd ms | forward TFLOP/s | fwd + bwd TFLOP/s | forward % of cuBLAS "
-          "| fwd + bwd % | extra MiB | loss error |\n" + "|---" * 11 + "|")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}, bfloat16, E = {dim}, s = {SCALE:g}\n")
+    print("| B | version | mode | forward ms | fwd + bwd ms | forward TFLOP/s | fwd + bwd TFLOP/s "
+          "| forward % of cuBLAS | fwd + bwd % | extra MiB | loss error |\n" + "|---" * 11 + "|")
     for batch in sizes:
         inputs = [make_inputs(batch, dim, "cuda", torch.bfloat16, seed) for seed in range(3)]
         slab = 4096  # rows, so that the product's result always fits
@@ -213,8 +221,8 @@ def bench_gpu(sizes: list[int], dim: int) -> None:
                 torch.cuda.empty_cache()
             fwd_rate, rate = forward_products * flop / forward / 1e9, products * flop / both / 1e9
             share = product * forward_products / forward, product * products / both
-            print(f"| {batch} | {name} | {mode} | {forward:.2f} | {both:.2f} | {fwd_rate:.0f} | {rate:.0f} | {share[0]:.0%} | {share[1]:.0%} "
-                  f"| {mib:.0f} | {abs(loss - truth[mode]):.1e} |", flush=True)
+            print(f"| {batch} | {name} | {mode} | {forward:.2f} | {both:.2f} | {fwd_rate:.0f} | {rate:.0f} "
+                  f"| {share[0]:.0%} | {share[1]:.0%} | {mib:.0f} | {abs(loss - truth[mode]):.1e} |", flush=True)
 
 
 def main() -> None:
@@ -222,7 +230,8 @@ def main() -> None:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {device}: this machine has no such device; use cpu")
-    sizes = [int(size) for size in (config.sizes or ("8192,16384" if device == "cpu" else "32768,65536,131072")).split(",")]
+    default = "8192,16384" if device == "cpu" else "32768,65536,131072"
+    sizes = [int(size) for size in (config.sizes or default).split(",")]
     dim = config.dim or (256 if device == "cpu" else 512)
     if config.row:
         impl, mode = config.row.split(",")

@@ -2,10 +2,10 @@
 
     python -m kernels.aot            # the table in docs/kernel.md
 
-Triton compiles for a GPU that is not there, and its wheel carries NVIDIA's assembler and disassembler. So the things that silently
-make a kernel slow can be *tested* anywhere: registers spilled to memory (LDL/STL instructions), products that miss the matrix
-unit (HGMMA on Hopper, HMMA before), and shared memory beyond what a block may have, which the compiler does not check.
-Whether the kernel is fast, only a GPU can say: bench/contrastive.py.
+Triton compiles for a GPU that is not there, and its wheel carries NVIDIA's assembler and disassembler. So the things
+that silently make a kernel slow can be *tested* anywhere: registers spilled to memory (LDL/STL instructions),
+products that miss the matrix unit (HGMMA on Hopper, HMMA before), and shared memory beyond what a block may have,
+which the compiler does not check. Whether the kernel is fast, only a GPU can say: bench/contrastive.py.
 """
 
 import re
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.triton_backward import GROUP, slab_kernel
-from kernels.triton_forward import forward_kernel
+from kernels.triton_forward import LANES_WANTED, forward_kernel
 from kernels.triton_layout import CELL, TILES, mark_tiles
 from kernels.triton_mining import LAUNCH, mining_kernel
 
@@ -39,8 +40,9 @@ class Report(NamedTuple):
 
 
 def _compile(name: str, kernel, types: dict, constants: dict, arch: int, **options) -> Report:
-    """`types`: of the runtime arguments, in Triton's notation; pointers and sizes are multiples of 16, as they are at run time."""
-    aligned = [n for n, kind in types.items() if kind.startswith("*") or n.startswith(("n_", "split_size", "x_first", "x_count"))]
+    """`types`: of the runtime arguments, in Triton's notation; pointers and sizes are multiples of 16, as in use."""
+    sizes = ("n_x", "n_y", "split_size", "x_first", "x_count", "video_rows", "text_rows")
+    aligned = [n for n, kind in types.items() if kind.startswith("*") or n in sizes]
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=GPUTarget("cuda", arch, 32),
@@ -49,8 +51,8 @@ def _compile(name: str, kernel, types: dict, constants: dict, arch: int, **optio
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        commands = ([tools / "nvdisasm", "-c"], [tools / "cuobjdump", "--dump-resource-usage"])
+        code, usage = (subprocess.check_output([*command, file.name], text=True) for command in commands)
     return Report(name, arch, int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\s(?:LDL|STL)\b", code)),
                   compiled.metadata.shared, len(re.findall({80: r"\sHMMA\b", 90: r"\sHGMMA\b"}[arch], code)))
 
@@ -64,33 +66,36 @@ def compile_all(arch: int) -> Iterator[Report]:
     """Every kernel in every tile that a GPU of compute capability `arch` / 10 is given."""
     for family in TILES_OF[arch]:
         dtype = "fp32" if family == "fp32" else "bf16"
-        for mode in ("sums", "mine"):
-            tile = TILES[family][mode]
-            types = dict(x_rows=_matrix(dtype, tile.owned, tile.depth, tile.tma), y_rows=_matrix(dtype, tile.streamed, tile.depth, tile.tma), x_ids="*i32",
-                         y_ids="*i32", marks="*i8", mark_stride_x="i32", mark_stride_y="i32", scalars="*fp32", x_sums="*fp32",
-                         y_sums="*fp32", best="*i32", n_x="i32", n_y="i32", split_size="i32")
-            constants = dict(D=DIM, IDS=IDS, BX=tile.owned, BY=tile.streamed, BD=tile.depth, CELL=CELL,
-                             CODE_BITS=(SPLIT // tile.streamed * 2 - 1).bit_length(), BOTH=mode == "sums", MINE=mode == "mine", TMA=tile.tma)
-            yield _compile(f"forward {family} {mode}", forward_kernel, types, constants, arch, num_warps=tile.warps, num_stages=tile.stages)
-        tile = TILES[family]["slab"]
-        types = dict(x_rows=_matrix(dtype, tile.owned, tile.depth, tile.tma), y_rows=_matrix(dtype, tile.streamed, tile.depth, tile.tma), x_ids="*i32",
-                     y_ids="*i32", marks="*i8", mark_stride_x="i32", scalars="*fp32", x_weight="*fp32", y_weight="*fp32",
-                     slab=_matrix(dtype, tile.owned, tile.streamed, tile.tma), x_first="i32", x_count="i32", n_x="i32", n_y="i32")
-        constants = dict(D=DIM, IDS=IDS, BX=tile.owned, BY=tile.streamed, BD=tile.depth, CELL=CELL, GROUP=GROUP, TMA=tile.tma,
-                         HALF=getattr(triton.language, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
-        yield _compile(f"backward {family} slab", slab_kernel, types, constants, arch, num_warps=tile.warps, num_stages=tile.stages)
-        tile = TILES[family]["mine"]
-        types = dict(best="*i32", x_rows=f"*{dtype}", y_rows=f"*{dtype}", x_ids="*i32", y_ids="*i32", x_order="*i32", y_order="*i32",
-                     y_place="*i32", scalars="*fp32", index="*i64", score="*fp32", n_x="i32", n_y="i32", split_size="i32")
-        constants = dict(D=DIM, IDS=IDS, BY=tile.streamed, LANES=512, CODES=SPLIT // tile.streamed * 2, K=16, KC=32, R=1, BD=tile.depth,
-                         CODE_BITS=(SPLIT // tile.streamed * 2 - 1).bit_length())
-        yield _compile(f"mining {family} k = 16", mining_kernel, types, constants, arch, **LAUNCH)
+        for mode, tile in TILES[family].items():
+            launch = dict(num_warps=tile.warps, num_stages=tile.stages)
+            types = dict(x_rows=_matrix(dtype, tile.owned, tile.depth, tile.tma),
+                         y_rows=_matrix(dtype, tile.streamed, tile.depth, tile.tma), x_ids="*i32", y_ids="*i32",
+                         marks="*i8", mark_stride_x="i32", scalars="*fp32", n_x="i32", n_y="i32")
+            constants = dict(D=DIM, IDS=IDS, BX=tile.owned, BY=tile.streamed, BD=tile.depth, CELL=CELL, TMA=tile.tma)
+            code_bits = (SPLIT // tile.streamed * 2 - 1).bit_length()
+            if mode != "slab":
+                types |= dict(mark_stride_y="i32", x_sums="*fp32", y_sums="*fp32", best="*i32", split_size="i32")
+                constants |= dict(CODE_BITS=code_bits, BOTH=mode == "sums", MINE=mode == "mine")
+                yield _compile(f"forward {family} {mode}", forward_kernel, types, constants, arch, **launch)
+            else:
+                types |= dict(x_weight="*fp32", y_weight="*fp32", x_first="i32", x_count="i32",
+                              slab=_matrix(dtype, tile.owned, tile.streamed, tile.tma))
+                constants |= dict(GROUP=GROUP, HALF=tl.float32 if dtype == "fp32" else tl.bfloat16)
+                yield _compile(f"backward {family} {mode}", slab_kernel, types, constants, arch, **launch)
+            if mode == "mine":
+                names = ("best", "x_ids", "y_ids", "x_order", "y_order", "y_place")
+                types = dict({name: "*i32" for name in names}, x_rows=f"*{dtype}", y_rows=f"*{dtype}", scalars="*fp32",
+                             index="*i64", score="*fp32", n_x="i32", n_y="i32", split_size="i32")
+                constants = dict(D=DIM, IDS=IDS, BY=tile.streamed, LANES=LANES_WANTED, CODES=SPLIT // tile.streamed * 2,
+                                 CODE_BITS=code_bits, K=16, KC=32, R=1, BD=tile.depth)
+                yield _compile(f"mining {family} k = 16", mining_kernel, types, constants, arch, **LAUNCH)
     types = dict(video_ids="*i32", text_ids="*i32", marks="*i8", video_rows="i32", text_rows="i32")
     yield _compile("mark tiles", mark_tiles, types, dict(IDS=IDS, CELL=CELL), arch, num_warps=4)
 
 
 if __name__ == "__main__":
-    print(f"triton {triton.__version__}\n| kernel | arch | registers | spills | shared KiB | HGMMA/HMMA |\n|---|---|---|---|---|---|")
+    print(f"triton {triton.__version__}\n")
+    print("| kernel | arch | registers | spills | shared KiB | HGMMA/HMMA |\n" + "|---" * 6 + "|")
     for arch in TILES_OF:
         for r in compile_all(arch):
-            print(f"| {r.name} | sm_{r.arch} | {r.registers} | {r.spills} | {r.shared / 1024:.0f} | {r.tensor_cores} |", flush=True)
+            print(f"| {r.name} | sm_{arch} | {r.registers} | {r.spills} | {r.shared / 1024:.0f} | {r.tensor_cores} |")

@@ -1,8 +1,9 @@
 """The tiled and Triton versions as one differentiable PyTorch operator, opaque to torch.compile.
 
-`torch.library.custom_op` gives the pair of functions a name that a compiler can put into its graph without looking inside: the
-rest of a step compiles with `fullgraph=True`. The rule for shapes (`register_fake`) is all that the compiler needs to know, the
-backward is registered like that of any operator. Autocast is switched off inside: the dtype of the products was decided by the caller.
+`torch.library.custom_op` gives the pair of functions a name that a compiler can put into its graph without looking
+inside: the rest of a step compiles with `fullgraph=True`. The rule for shapes (`register_fake`) is all that the
+compiler needs to know, the backward is registered like that of any operator. Autocast is switched off inside: the
+dtype of the products was decided by the caller.
 
 Forward saves its inputs and the two log-sum-exps, O((N + M)·E); backward computes the logits again, tile by tile.
 """
@@ -19,10 +20,11 @@ def _pair(rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor] | N
 
 
 @torch.library.custom_op("clop::nce_stats", mutates_args=())
-def nce_stats(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, row_concepts: Tensor | None, col_concepts: Tensor | None,
-              row_ids: Tensor | None, col_ids: Tensor | None, offset: int, k: int, impl: str, check: bool
+def nce_stats(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, row_concepts: Tensor | None,
+              col_concepts: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, offset: int, k: int,
+              impl: str, check: bool
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index, t2v_score [M, k])."""
+    """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index, t2v_score [M, k])"""
     if check:
         assert_finite(video, text, scale, beta, _pair(row_concepts, col_concepts))
     forward = tiled_forward
@@ -40,8 +42,9 @@ def _(video, text, scale, beta, row_concepts, col_concepts, row_ids, col_ids, of
 
 
 @torch.library.custom_op("clop::nce_stats_backward", mutates_args=())
-def nce_stats_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor, beta: Tensor,
-                       row_concepts: Tensor | None, col_concepts: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None,
+def nce_stats_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor,
+                       beta: Tensor, row_concepts: Tensor | None, col_concepts: Tensor | None, row_ids: Tensor | None,
+                       col_ids: Tensor | None,
                        offset: int, impl: str, row_negatives: Tensor, col_negatives: Tensor
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_video [N, E], d_text [M, E], d_scale, d_beta)."""

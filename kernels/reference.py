@@ -1,8 +1,9 @@
 """The definition: contrastive statistics and hard negatives over a similarity matrix that is really there.
 
-Everything that the other files do with tiles is defined here with plain PyTorch on the whole [N, M] matrix, in the order in
-which METHOD.md tells it, and differentiated by autograd. It stays for ever: the tests hold the fast versions against it,
-and it is what a reader should understand first. It costs about 7 matrices of N·M floats in a training step.
+Everything that the other files do with tiles is defined here with plain PyTorch on the whole [N, M] matrix, in the
+order in which METHOD.md tells it, and differentiated by autograd. It stays for ever: the tests hold the fast versions
+against it, and it is what a reader should understand first. It costs about 7 matrices of N·M floats in a training
+step.
 
 For N video rows and M text columns, where row i's positive is column offset + i:
 
@@ -12,8 +13,8 @@ For N video rows and M text columns, where row i's positive is column offset + i
     row_negatives_i = log Σ_j exp a_ij           over the negatives of row i; −inf where there are none
     col_negatives_j = log Σ_i exp a_ij           over the negatives of column j
 
-The positive is kept *out* of the sums. InfoNCE's −log softmax is then softplus(row_negatives − positive), which keeps its
-digits when the batch is solved: at a loss of 1e-9, lse − positive would be the difference of two equal numbers.
+The positive is kept *out* of the sums. InfoNCE's −log softmax is then softplus(row_negatives − positive), which keeps
+its digits when the batch is solved: at a loss of 1e-9, lse − positive would be the difference of two equal numbers.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class Mined(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What InfoNCE needs of the matrix; the first three are differentiable, float32 (float64 for float64 embeddings)."""
+    """What InfoNCE needs of the matrix; the first three are differentiable, float32 (float64 if the embeddings are)."""
     row_negatives: Tensor  # [N] log-sum-exp of the logits over the negatives of each row; −inf where there are none
     col_negatives: Tensor  # [M] the same for each column
     positive: Tensor       # [N] the logits of the positives
@@ -43,8 +44,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assert_finite(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts: tuple[Tensor, Tensor] | None) -> None:
-    """Raise FloatingPointError with the name and row of the first NaN or inf. Reads the inputs once and waits for the device."""
+def assert_finite(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts: tuple[Tensor, Tensor] | None
+                  ) -> None:
+    """Raise FloatingPointError with the name and row of the first NaN or inf. Waits for the device."""
     row_concepts, col_concepts = concepts or (None, None)
     named = {"video embeddings": video, "text embeddings": text, "exp(logit_scale)": scale, "beta": beta,
              "concepts of the videos": row_concepts, "concepts of the texts": col_concepts}
@@ -52,7 +54,7 @@ def assert_finite(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, conc
         if value is not None and not value.sum(dtype=torch.float64).isfinite():  # one pass, no matrix of flags
             at = (~value.isfinite()).nonzero()[:1].tolist()
             where = f" (first at {at[0]})" if at and at[0] else ""
-            raise FloatingPointError(f"contrastive op: NaN or inf in the {name}{where}; the model has diverged, or its input was bad")
+            raise FloatingPointError(f"NaN or inf in the {name}{where}: the model has diverged, or its input was bad")
 
 
 def masked_pairs(row_ids: Tensor | None, col_ids: Tensor | None, first_row: int, rows: int, cols: int, offset: int,
@@ -70,8 +72,9 @@ def masked_pairs(row_ids: Tensor | None, col_ids: Tensor | None, first_row: int,
 def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(index [N, k] int64, score [N, k]) of the k largest of each row of `score` [N, M], equal scores by lowest index.
 
-    Index −1 where the score is −inf. torch.topk leaves open which of equal scores it takes, and in what order; one place more than
-    asked for shows the rows where that matters, and these are sorted as a whole. They are few, but for degenerate embeddings.
+    Index −1 where the score is −inf. torch.topk leaves open which of equal scores it takes, and in what order; one
+    place more than asked for shows the rows where that matters, and these are sorted as a whole. They are few, but
+    for degenerate embeddings.
     """
     value, index = score.topk(min(k + 1, score.shape[1]), dim=1)
     tied = ((value[:, 1:] == value[:, :-1]) & (value[:, 1:] > -torch.inf)).any(1).nonzero()[:, 0]
@@ -84,9 +87,9 @@ def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index.masked_fill(value == -torch.inf, -1), value
 
 
-def no_negatives(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(index, score) of a mining that was not asked for: [n, 0]."""
-    return torch.empty(n, 0, dtype=torch.int64, device=device), torch.empty(n, 0, device=device)
+def no_negatives(n: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(index [n, k], score [n, k]) without content: of a mining that was not asked for, or of no rows."""
+    return like.new_empty(n, k, dtype=torch.int64), like.new_empty(n, k, dtype=accumulate_dtype(like.dtype))
 
 
 def _log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
@@ -97,7 +100,7 @@ def _log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
 
 def reference_stats(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts: tuple[Tensor, Tensor] | None,
                     signature: tuple[Tensor, Tensor] | None, offset: int, k: int) -> Stats:
-    """`Stats` of the materialised problem: video [N, E], text [M, E]; concepts ([N, K], [M, K]); signature ([N, S], [M, S])."""
+    """`Stats` of the whole matrix: video [N, E], text [M, E]; concepts ([N, K], [M, K]); signature ([N, S], [M, S])."""
     n, m, dtype = len(video), len(text), accumulate_dtype(video.dtype)
     video, text = video.to(dtype), text.to(dtype)
     logits = scale * (video @ text.T)                                                    # [N, M]
@@ -106,11 +109,10 @@ def reference_stats(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, co
     positive = scale * (video * text[offset:offset + n]).sum(1)
     row_ids, col_ids = signature or (None, None)
     masked = masked_pairs(row_ids, col_ids, 0, n, m, offset, video.device)
-    v2t = t2v = ()
     if k:
         negatives = logits.detach().masked_fill(masked, -torch.inf)
         v2t, t2v = exact_topk(negatives, k), exact_topk(negatives.T.contiguous(), k)
     else:
-        v2t, t2v = no_negatives(n, video.device), no_negatives(m, video.device)
+        v2t, t2v = no_negatives(n, k, video), no_negatives(m, k, video)
     mined = Mined(v2t[0], v2t[1].float(), t2v[0], t2v[1].float())
     return Stats(_log_sum_exp(logits, masked, 1), _log_sum_exp(logits, masked, 0), positive, mined)

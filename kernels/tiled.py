@@ -1,21 +1,24 @@
 """The same statistics without the matrix, in plain PyTorch: the CPU's version.
 
-The rows are cut into tiles of about 4 million logits (16 MiB: they stay in the last-level cache), and nothing larger is ever
-made, forward or backward. A row sees all its columns inside one tile, so its log-sum-exp and its k hardest are finished there.
-A column is met once per tile and keeps running results: a maximum and a sum relative to it (online log-sum-exp)
+The rows are cut into tiles of about 4 million logits (16 MiB), and nothing larger is ever made, forward or backward.
+A row sees all its columns inside one tile, so its log-sum-exp and its k hardest are finished there. A column is met
+once per tile and keeps running results: a maximum and a sum relative to it (online log-sum-exp)
 
     new_max = max(old_max, max of tile)        sum = sum · exp(old_max − new_max) + Σ exp(a − new_max)
 
-and its k hardest so far. A column is only looked at again where the tile's maximum beats its k-th place: that is
-certain for the first tile and happens in k of n rows by the n-th, so most of the columns of most tiles are skipped.
+and its k hardest so far. A column is only looked at again where the tile's maximum beats its k-th place: certain for
+the first tile, but with probability ~k/n for the n-th, so most columns of most tiles are skipped.
+
+One product makes a tile of logits, knowledge included, because the concepts are further columns of the embeddings:
+
+    a = L·Rᵀ        L = [s·v | β·c_v]  [N, E + K]        R = [t | c_t]  [M, E + K]
 
 Backward: with g the gradients that arrive at the outputs, and the saved log-sum-exps,
 
-    dL/da_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)    for negatives
-    dL/da_ij = g_pos_i                                                                          for positives
+    dA_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)        at the negatives
 
-so a tile of logits is computed a second time (one product more) instead of being remembered, and then
-dV = s · dA·T, dT = s · dAᵀ·V, ds = Σ_ij dA_ij v_i·t_j = Σ_i v_i·(dA·T)_i (no pass of its own), dβ = Σ dA_ij κ_ij.
+so a tile of logits is computed a second time (one product more) instead of being remembered. Then dA·R = [dA·T | dA·C]
+holds dV = s · (dA·T + g_pos ⊙ t), ds = Σ_i v_i·dV_i / s and dβ = Σ_i c_i·(dA·C)_i, and dT = dAᵀ·(s·V) + s · g_pos ⊙ v.
 """
 
 import torch
@@ -26,55 +29,66 @@ from kernels.reference import accumulate_dtype, exact_topk, masked_pairs, no_neg
 TILE = 1 << 22  # logits in a tile
 
 
-def _row_tiles(n: int, m: int):
-    rows = max(1, min(n, TILE // m))
-    return ((first, min(first + rows, n)) for first in range(0, n, rows))
-
-
-def _cast(video, text, concepts, scale, beta):
-    """Everything in the dtype of the sums; the two scalars as Python numbers (CPU tensors: nothing waits)."""
+def _factors(video, text, scale, beta, concepts) -> tuple[Tensor, Tensor]:
+    """L [N, E + K] and R [M, E + K], whose product is the logits, in the dtype of the sums."""
     dtype = accumulate_dtype(video.dtype)
-    return (video.to(dtype), text.to(dtype), tuple(c.to(dtype) for c in concepts) if concepts is not None else None,
-            float(scale), float(beta))
+    left, right = video.to(dtype) * scale, text.to(dtype)
+    if concepts is None:
+        return left, right
+    return torch.cat([left, concepts[0].to(dtype) * beta], 1), torch.cat([right, concepts[1].to(dtype)], 1)
 
 
-def _logits(video, text, scale, beta, concepts, signature, offset, first, last) -> tuple[Tensor, Tensor | None]:
-    """Rows first..last: (logits [rows, M], −inf where no negative; their κ [rows, M] or None)."""
-    logits = (video[first:last] @ text.T).mul_(scale)
-    overlap = None
-    if concepts is not None:
-        overlap = concepts[0][first:last] @ concepts[1].T
-        logits.add_(overlap, alpha=beta)
-    row_ids, col_ids = signature or (None, None)
-    masked = masked_pairs(row_ids, col_ids, first, last - first, len(text), offset, text.device)
-    return logits.masked_fill_(masked, -torch.inf), overlap
+class _Tiles:
+    """Iterates over (rows, logits of these rows, scratch of the same shape), in two buffers that are allocated once.
+
+    Fresh memory costs more than the arithmetic on it: the operating system clears it, page by page.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, signature, offset: int):
+        self.left, self.right, self.offset = left, right, offset
+        self.row_ids, self.col_ids = signature or (None, None)
+
+    def __iter__(self):
+        n, m = len(self.left), len(self.right)
+        size = max(1, min(n, TILE // m))
+        buffer, scratch = self.left.new_empty(size, m), self.left.new_empty(size, m)
+        for first in range(0, n, size):
+            rows = slice(first, min(first + size, n))
+            count = rows.stop - first
+            logits = torch.mm(self.left[rows], self.right.T, out=buffer[:count])
+            masked = masked_pairs(self.row_ids, self.col_ids, first, count, m, self.offset, logits.device)
+            yield rows, logits.masked_fill_(masked, -torch.inf), scratch[:count]
 
 
 def tiled_forward(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, signature, offset: int, k: int
                   ) -> tuple[Tensor, ...]:
-    """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index, t2v_score [M, k])."""
-    video, text, concepts, s, b = _cast(video, text, concepts, scale, beta)
-    n, m = len(video), len(text)
-    positive = s * (video * text[offset:offset + n]).sum(1)
-    row_negatives = video.new_empty(n)
-    col_max, col_sum = video.new_full((m,), -torch.inf), video.new_zeros(m)
-    v2t = [], []
-    t2v = torch.full((m, k), -1, device=video.device), video.new_full((m, k), -torch.inf)
-    for first, last in _row_tiles(n, m):
-        logits, _ = _logits(video, text, s, b, concepts, signature, offset, first, last)
+    """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index, t2v_score [M, k])"""
+    left, right = _factors(video, text, scale, beta, concepts)
+    (n, m), width, device = (len(video), len(text)), video.shape[1], video.device
+    positive = (left[:, :width] * right[offset:offset + n, :width]).sum(1)
+    row_negatives = left.new_empty(n)
+    col_max, col_sum = left.new_full((m,), -torch.inf), left.new_zeros(m)
+    v2t = [no_negatives(0, k, left)]
+    t2v = torch.full((m, k), -1, device=device), left.new_full((m, k), -torch.inf)
+    for rows, logits, scratch in _Tiles(left, right, signature, offset):
         tile_max = logits.amax(0)
         if k:
-            for found, part in zip(v2t, exact_topk(logits, k)):
-                found.append(part)
-            _update_columns(*t2v, logits, tile_max, first)
+            v2t.append(exact_topk(logits, k))
+            _update_columns(*t2v, logits, tile_max, rows.start)
+        row_max = _finite(v2t[-1][1][:, 0] if k else logits.amax(1))
+        row_negatives[rows] = torch.sub(logits, row_max[:, None], out=scratch).exp_().sum(1).log_() + row_max
         new_max = torch.maximum(col_max, tile_max)
-        zero = new_max.masked_fill(new_max == -torch.inf, 0)  # no negative yet: any finite reference does
-        col_sum = col_sum * (col_max - zero).exp() + (logits - zero).exp_().sum(0)
+        zero = _finite(new_max)
+        col_sum = col_sum * (col_max - zero).exp() + torch.sub(logits, zero, out=scratch).exp_().sum(0)
         col_max = new_max
-        row_negatives[first:last] = logits.logsumexp(1)
-    col_negatives = col_sum.log() + col_max.masked_fill(col_max == -torch.inf, 0)
-    v2t = tuple(torch.cat(part) for part in v2t) if k else no_negatives(n, video.device)
+    col_negatives = col_sum.log() + _finite(col_max)
+    v2t = [torch.cat(part) for part in zip(*v2t)] if k else no_negatives(n, k, left)
     return row_negatives, col_negatives, positive, v2t[0], v2t[1].float(), t2v[0], t2v[1].float()
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """Where there is no negative yet, the maximum is −inf; any finite reference does for a sum of nothing."""
+    return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
 def _update_columns(index: Tensor, score: Tensor, logits: Tensor, tile_max: Tensor, first_row: int) -> None:
@@ -88,29 +102,24 @@ def _update_columns(index: Tensor, score: Tensor, logits: Tensor, tile_max: Tens
         index[better] = torch.where(place < k, torch.where(place < 0, -1, kept), place - k + first_row)
 
 
-def tiled_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor, beta: Tensor,
-                   concepts, signature, offset: int, row_negatives: Tensor, col_negatives: Tensor
+def tiled_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor,
+                   beta: Tensor, concepts, signature, offset: int, row_negatives: Tensor, col_negatives: Tensor
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of the first three outputs of `tiled_forward`."""
-    dtypes = video.dtype, text.dtype
-    video, text, concepts, s, b = _cast(video, text, concepts, scale, beta)
-    n, m = len(video), len(text)
+    """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of `tiled_forward`'s first three outputs."""
+    left, right = _factors(video, text, scale, beta, concepts)
+    n, width = video.shape
     # no negatives: exp(−inf − ∞) = 0, where −inf − (−inf) would be NaN
-    row_lse = row_negatives.masked_fill(row_negatives == -torch.inf, torch.inf)
-    col_lse = col_negatives.masked_fill(col_negatives == -torch.inf, torch.inf)
-    d_video, d_text = torch.empty_like(video), torch.zeros_like(text)
-    d_beta = video.new_zeros(())
-    for first, last in _row_tiles(n, m):
-        rows = slice(first, last)
-        logits, overlap = _logits(video, text, s, b, concepts, signature, offset, first, last)
-        d_logits = (logits - row_lse[rows, None]).exp_().mul_(g_row[rows, None])
+    row_lse, col_lse = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in (row_negatives, col_negatives))
+    d_left = torch.empty_like(left)                                                      # dA·R, [N, E + K]
+    d_text = right.new_zeros(len(text), width)
+    for rows, logits, scratch in _Tiles(left, right, signature, offset):
+        d_logits = torch.sub(logits, row_lse[rows, None], out=scratch).exp_().mul_(g_row[rows, None])
         d_logits.addcmul_(logits.sub_(col_lse).exp_(), g_col)
-        torch.mm(d_logits, text, out=d_video[rows])
-        d_text.addmm_(d_logits.T, video[rows])
-        if overlap is not None:
-            d_beta += torch.dot(d_logits.view(-1), overlap.view(-1))
+        torch.mm(d_logits, right, out=d_left[rows])
+        d_text.addmm_(d_logits.T, left[rows, :width])
     positives = slice(offset, offset + n)
-    d_video.addcmul_(g_pos[:, None], text[positives])
-    d_text[positives].addcmul_(g_pos[:, None], video)
-    d_scale = torch.dot(video.view(-1), d_video.view(-1))
-    return d_video.mul_(s).to(dtypes[0]), d_text.mul_(s).to(dtypes[1]), d_scale, d_beta
+    d_video = d_left[:, :width].addcmul_(g_pos[:, None], right[positives, :width])
+    d_text[positives].addcmul_(g_pos[:, None], left[:, :width])
+    d_scale = (video * d_video).sum()
+    d_beta = (concepts[0] * d_left[:, width:]).sum() if concepts is not None else torch.zeros_like(beta)
+    return (d_video * scale).to(video.dtype), d_text.to(text.dtype), d_scale, d_beta.to(beta.dtype)

@@ -4,13 +4,13 @@
           = e_ij · (g_row_i / rowsum_i + g_col_j / colsum_j)            e_ij = exp(a_ij − shift), as in the forward
     dV = s · (dA·T + g_pos ⊙ t)        dT = s · (dAᵀ·V + g_pos ⊙ v)        the positives are not in dA: no cancellation
 
-One kernel recomputes e and writes dA for ~4,096 rows at a time in half precision; cuBLAS does the two products with float32
-results. That is 6·B²·D FLOP and 3 passes over 2·B² bytes; a backward in the shape of flash attention, one kernel per side
-that never writes dA, recomputes e twice (8·B²·D) and has to keep [128, D] float32 accumulators in registers, which fit up to
-D = 256 only. No atomics: the same bits every time.
+One kernel recomputes e and writes dA for ~4,096 rows at a time in half precision; cuBLAS does the two products with
+float32 results. That is 6·B²·D FLOP and 3 passes over 2·B² bytes; a backward in the shape of flash attention, one
+kernel per side that never writes dA, recomputes e twice (8·B²·D) and has to keep [128, D] float32 accumulators in
+registers, which fit up to D = 256 only. No atomics: the same bits every time.
 
-The packed texts carry the concepts as extra columns (triton_layout.py), so dA·[T | C] also gives dβ = Σ_ij dA_ij κ_ij = Σ_i c_i·(dA·C)_i,
-and ds = Σ_ij dA_ij v_i·t_j = Σ_i v_i·dV_i / s costs no pass over the matrix.
+The packed texts carry the concepts as extra columns (triton_layout.py), so dA·[T | C] also gives dβ = Σ_ij dA_ij κ_ij
+= Σ_i c_i·(dA·C)_i, and ds = Σ_ij dA_ij v_i·t_j = Σ_i v_i·dV_i / s costs no pass over the matrix.
 """
 
 import torch
@@ -18,17 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_layout import (CELL, LOG2E, ROW_MULTIPLE, Side, as_argument, is_marked, load_tile, pack, store_tile,
-                                   tile_for, zero_masked)
+from kernels.triton_layout import (CELL, LOG2E, ROW_MULTIPLE, Side, as_argument, is_marked, load_tile, on_device, pack,
+                                   store_tile, tile_for, zero_masked)
 
 SLAB = 1 << 28  # numbers in a slab: 512 MiB in half precision
 GROUP = 8       # programs walk down 8 tiles before they step to the right: their operands meet in L2
 
 
 @triton.jit
-def slab_kernel(x_rows, y_rows, x_ids, y_ids, marks, mark_stride_x, scalars, x_weight, y_weight, slab, x_first, x_count, n_x, n_y,
-                D: tl.constexpr, IDS: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, BD: tl.constexpr, CELL: tl.constexpr,
-                GROUP: tl.constexpr, HALF: tl.constexpr, TMA: tl.constexpr):
+def slab_kernel(x_rows, y_rows, x_ids, y_ids, marks, mark_stride_x, scalars, x_weight, y_weight, slab, x_first, x_count,
+                n_x, n_y, D: tl.constexpr, IDS: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, BD: tl.constexpr,
+                CELL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, TMA: tl.constexpr):
     """slab[x − x_first, y] = dA_xy, one tile a program. x_rows, y_rows, slab: descriptors."""
     program = tl.program_id(0)
     x_tiles, y_tiles = tl.cdiv(x_count, BX), tl.cdiv(n_y, BY)
@@ -64,18 +64,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def triton_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor, beta: Tensor,
-                    concepts, signature, offset: int, row_negatives: Tensor, col_negatives: Tensor
+@on_device
+def triton_backward(g_row: Tensor, g_col: Tensor, g_pos: Tensor, video: Tensor, text: Tensor, scale: Tensor,
+                    beta: Tensor, concepts, signature, offset: int, row_negatives: Tensor, col_negatives: Tensor
                     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of the first three outputs of `triton_forward`."""
-    with torch.cuda.device_of(video):
-        return _backward(g_row, g_col, g_pos, video, text, scale, beta, concepts, signature, offset, row_negatives, col_negatives)
-
-
-def _backward(g_row, g_col, g_pos, video, text, scale, beta, concepts, signature, offset, row_negatives, col_negatives):
+    """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of `triton_forward`'s first three outputs."""
     layout = pack(video, text, scale, beta, concepts, signature, offset)
     x, y = layout.video, layout.text
-    n, m, width, used = len(video), len(text), video.shape[1], video.shape[1] + (concepts[1].shape[1] if concepts else 0)
+    n, width = video.shape
+    used = width + (concepts[1].shape[1] if concepts is not None else 0)
     # dA as stored is at most 2 · gain whatever the upstream gradient: float16 would lose g = 1 / 2B
     largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax()).clamp(min=torch.finfo(torch.float32).tiny)
     gain = 1024.0 if x.rows.dtype == torch.float16 else 1.0
@@ -92,11 +89,13 @@ def _backward(g_row, g_col, g_pos, video, text, scale, beta, concepts, signature
         count = min(rows, len(x.rows) - first)
         real = min(rows, n - first)
         slab_kernel[triton.cdiv(count, tile.owned) * triton.cdiv(len(y.rows), tile.streamed),](
-            as_argument(x.rows, tile.owned, tile.depth, tile.tma), as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
+            as_argument(x.rows, tile.owned, tile.depth, tile.tma),
+            as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
             x.ids, y.ids, layout.marks, layout.marks.stride(0), scalars, x_weight, y_weight,
-            as_argument(slab, tile.owned, tile.streamed, tile.tma), first, count,
-            len(x.rows), len(y.rows), D=x.rows.shape[1], IDS=len(x.ids), BX=tile.owned, BY=tile.streamed, BD=tile.depth, CELL=CELL,
-            GROUP=GROUP, HALF=getattr(tl, str(slab.dtype).removeprefix("torch.")), TMA=tile.tma, num_warps=tile.warps, num_stages=tile.stages)
+            as_argument(slab, tile.owned, tile.streamed, tile.tma), first, count, len(x.rows), len(y.rows),
+            D=x.rows.shape[1], IDS=len(x.ids), BX=tile.owned, BY=tile.streamed, BD=tile.depth, CELL=CELL, GROUP=GROUP,
+            HALF=getattr(tl, str(slab.dtype).removeprefix("torch.")), TMA=tile.tma,
+            num_warps=tile.warps, num_stages=tile.stages)
         d_video[order[first:first + real]] = _product(slab[:real], y.rows[:, :used])
         d_text += _product(slab[:count].T, x.rows[first:first + count, :width])
     unit = largest / gain

@@ -2,19 +2,21 @@
 
 The caller's rows are copied once into a packed form (a copy of B·E numbers costs thousandths of the B²·E products):
 
-columns   [v | β/s · c_v] and [t | c_t]: the concept vectors are extra columns, so that one dot product, on the matrix unit, is
-          v·t + β/s · κ = a / s, and the kernels know nothing of knowledge. Padded with zeros to a multiple of the tile's depth.
-          (In half precision the concepts are rounded to it like the embeddings.)
-rows      padded to a multiple of 256, and reordered: pairs that share an id (a video, some knowledge, or being each other's positive)
-          come to lie near the diagonal, anything else at random. The first makes masks rare: `mark_tiles` notes which tiles hold a
-          masked or padded pair, and only there does a kernel compare ids. The second spreads a batch that was *sampled*
-          in groups of hard negatives evenly over the lanes of the running top-k (triton_forward.py).
+columns   [v | β/s · c_v] and [t | c_t]: the concept vectors are further columns, so that one dot product, on the matrix
+          unit, is v·t + β/s · κ = a / s, and the kernels know nothing of knowledge. Padded with zeros to a multiple of
+          the tile's depth. Any number of concepts works; K of them make a product (E + K) / E as dear. In half
+          precision they are rounded like the embeddings.
+rows      padded to a multiple of 256, and reordered: pairs that share an id (a video, some knowledge, or being each
+          other's positive) come to lie near the diagonal, anything else at random. The first makes masks rare:
+          `mark_tiles` notes which tiles hold a masked or padded pair, and only there does a kernel compare ids. The
+          second spreads a batch that was *sampled* in groups of hard negatives over the lanes of the running top-k.
 ids       [C, rows] int32: the pair number (−1: padding), then the signature ids, renumbered densely: no hash collides.
 
-Nothing here waits for the GPU. One thing differs in Triton's interpreter: its bfloat16 arithmetic is silently wrong, so there
-the packed copies are float32.
+Nothing here waits for the GPU. One thing differs in Triton's interpreter: its bfloat16 arithmetic is silently wrong,
+so there the packed copies are float32.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -31,18 +33,18 @@ CELL = 128  # rows and columns of a marked cell
 
 
 class Tile(NamedTuple):
-    """A tile of the matrix, the depth of one step of its product, and how the compiler shall spend the multiprocessor."""
+    """A tile of the matrix, the depth of one step of its product, and what the compiler may spend on it."""
     owned: int
     streamed: int
     depth: int
     warps: int
     stages: int
-    tma: bool  # rows arrive by tensor descriptors (Hopper's copy engine: no address registers) or by pointers (cp.async)
+    tma: bool  # rows arrive by tensor descriptors (Hopper's copy engine: no address registers) or by pointers
 
 
-# What each kernel runs with; each line is compiled and inspected by tests/test_kernels_aot.py. "large": GPUs that give a block
-# 227 KiB of shared memory (Hopper, data-centre Blackwell); "small": all others from Ampere on; "fp32": exact float32
-# products, without the matrix unit: for checking, not for speed.
+# What each kernel runs with; each line is compiled and inspected by tests/test_kernels_aot.py. "large": GPUs that
+# give a block 227 KiB of shared memory (Hopper, data-centre Blackwell); "small": all others from Ampere on; "fp32":
+# exact float32 products, without the matrix unit: for checking, not for speed.
 TILES = {
     "large": {"sums": Tile(256, 128, 64, 8, 4, True), "mine": Tile(128, 128, 64, 8, 4, True),
               "slab": Tile(128, 256, 64, 8, 3, True)},
@@ -56,8 +58,16 @@ def tile_for(mode: str, packed: Tensor) -> Tile:
     """The shipped tile of kernel `mode` for the packed dtype and the device."""
     if packed.dtype == torch.float32:
         return TILES["fp32"][mode]
-    room = torch.cuda.get_device_properties(packed.device).shared_memory_per_block_optin
-    return TILES["large" if room >= 227 * 1024 else "small"][mode]
+    return TILES["large" if torch.cuda.get_device_capability(packed.device)[0] in (9, 10) else "small"][mode]
+
+
+def on_device(function):
+    """`function` with the GPU of its first tensor as the current one, where Triton launches."""
+    @functools.wraps(function)
+    def wrapped(first: Tensor, *others):
+        with torch.cuda.device_of(first):
+            return function(first, *others)
+    return wrapped
 
 
 def as_argument(matrix: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescriptor:
@@ -104,20 +114,15 @@ class Layout(NamedTuple):
 def _dense(ids: Tensor) -> Tensor:
     """Any integers [L] -> 0, 1, 2, … in the order of their values, equal where they were equal; without a wait."""
     value, order = ids.sort()
-    rank = _starts(value).cumsum(0)
+    rank = torch.cat([value.new_zeros(1), (value[1:] != value[:-1]).cumsum(0)])
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
-def _starts(value: Tensor) -> Tensor:
-    """[L] sorted -> 1 where a new value begins, 0 at the first."""
-    return torch.cat([value.new_zeros(1), (value[1:] != value[:-1]).to(value.dtype)])
-
-
 def _sort_key(ids: Tensor) -> Tensor:
-    """[C, L] dense ids -> a key [L] that is (nearly always) equal for rows connected by equal ids, and random otherwise.
+    """Dense ids [C, L] -> a key [L], (nearly always) equal for rows connected by equal ids, and random otherwise.
 
-    Connected components by two rounds of "take the smallest label among those who share an id". Components that need more are
-    only slower: `mark_tiles` looks at every pair.
+    Connected components by two rounds of "take the smallest label among those who share an id". Components that need
+    more are only slower: `mark_tiles` looks at every pair.
     """
     label = ids[0]
     for _ in range(2):
@@ -128,7 +133,8 @@ def _sort_key(ids: Tensor) -> Tensor:
     return (key ^ (key >> 16)) * 0x45D9F3B % (1 << 32)
 
 
-def _pack(embeddings: Tensor, concepts: Tensor | None, ids: Tensor, key: Tensor, depth: int, dtype: torch.dtype) -> Side:
+def _pack(embeddings: Tensor, concepts: Tensor | None, ids: Tensor, key: Tensor, depth: int, dtype: torch.dtype
+          ) -> Side:
     n, width = embeddings.shape
     order = key.argsort(stable=True)
     packed = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -161,7 +167,7 @@ def mark_tiles(video_ids, text_ids, marks, video_rows, text_rows, IDS: tl.conste
 
 @triton.jit
 def zero_masked(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: tl.constexpr):
-    """The tile [rows, cols] with 0 where a pair is no negative: padding, or any id is equal. One id after the other: few registers."""
+    """The tile [rows, cols] with 0 where a pair is no negative. One id after the other: fewer registers."""
     tile = tl.where((tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :], 0.0, tile)
     for c in tl.static_range(IDS):
         same = tl.load(row_ids + c * n_rows + rows)[:, None] == tl.load(col_ids + c * n_cols + cols)[None, :]
@@ -182,10 +188,11 @@ def is_marked(marks, stride_row, stride_col, row, col, ROWS: tl.constexpr, COLS:
 def _range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -> Tensor:
     """float32 [3] on the device: s · log2 e, shift, s, where exp2(a · log2 e − shift) needs no running maximum.
 
-    |a| ≤ bound = s · max‖v‖ · max‖t‖ + |β| · max‖c_v‖ · max‖c_t‖. The shift puts exp(bound) at most at 2^head, so high that a sum of all
-    columns just fits into float32 (2^127), and no higher than it is (small arguments of exp2 have more digits): what is 2^(head + 126) times smaller, 163 nats at B = 131,072, is lost. At the clamp s = 100
-    that is a cosine of −0.6, which no row has as its *hardest*. Where not even a logit of 0 would survive (s = 100 and
-    β > 60) or anything is not finite, everything becomes NaN instead of silently wrong.
+    |a| ≤ bound = s · max‖v‖ · max‖t‖ + |β| · max‖c_v‖ · max‖c_t‖. The shift puts exp(bound) at most at 2^head, so
+    high that a sum of all columns just fits into float32 (2^127), and no higher than it is (small arguments of exp2
+    have more digits): what is 2^(head + 126) times smaller, 163 nats at B = 131,072, is lost. At the clamp s = 100
+    that is a cosine of −0.6, which no row has as its *hardest*. Where not even a logit of 0 would survive (s = 100
+    and β > 60) or anything is not finite, everything becomes NaN instead of silently wrong.
     """
     def longest(x):
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()
@@ -217,5 +224,6 @@ def pack(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, sig
     text_side = _pack(text, col_concepts, ids[:, n:], key[n:], depth, dtype)
     cells = len(video_side.rows) // CELL, len(text_side.rows) // CELL
     marks = torch.empty(cells, dtype=torch.int8, device=device)
-    mark_tiles[cells](video_side.ids, text_side.ids, marks, len(video_side.rows), len(text_side.rows), IDS=len(ids), CELL=CELL)
+    mark_tiles[cells](video_side.ids, text_side.ids, marks, len(video_side.rows), len(text_side.rows), IDS=len(ids),
+                      CELL=CELL)
     return Layout(video_side, text_side, marks, _range(video, text, scale, beta, concepts))

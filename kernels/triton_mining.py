@@ -1,17 +1,19 @@
 """From lanes to the exact top-k: select, certify, repair, score again.
 
-triton_forward.py leaves, for each column x and each of its ~512 lanes, the two largest e = exp(a − shift) among the ~B/512 rows that
-share the lane, cut to 23 − CODE_BITS bits, with the place they came from. Programs of this kernel own a few x each:
+triton_forward.py leaves, for each column x and each of its ~512 lanes, the two largest e = exp(a − shift) among the
+~B/512 rows that share the lane, cut to 23 − CODE_BITS bits, with the place they came from. Programs of this kernel
+own a few x each:
 
 1. Select. k times: take the largest key of all lanes, and strike it. Keys are (cut e, lowest index first) in 64 bits.
-2. Certify. A lane that kept only two can have lost a value only if it is no larger than its second. So every lane whose second lies
-   below the k-th selected value is *certainly* complete. At k = 16 a random batch has 0.2 other lanes a row.
-3. Repair. Those lanes, ~B/512 pairs each, are computed again, one by one, and merged: 1/500 of the work of computing the row again.
-4. Score. The selected, and what ties with the k-th in the cut bits, are scored once more as float32 logits, and sorted by (score, index).
+2. Certify. What a lane lost is no larger than the second that it kept. So a lane whose second lies below the k-th
+   selected value is *certainly* complete. At k = 16 a random batch has 0.2 other lanes a row.
+3. Repair. Those lanes, ~B/512 pairs each, are computed again, one by one, and merged: a 500th of the row's work.
+4. Score. The selected, and what ties with the k-th in the cut bits, are scored once more as float32 logits, and
+   sorted by (score, index).
 
-The result is exact: every lane is complete or was searched completely. It does not depend on the layout's random order, except
-that more than KC − k ≥ 8 logits which differ by less than 2^-16 around place k keep their cut order. A batch of equal
-embeddings repairs every lane, that is, computes the matrix without the matrix unit: slow, and still right.
+The result is exact: every lane is complete or was searched completely. One limit: where more than KC − k ≥ 8 logits
+around place k differ by less than the cut (2^-15 at most), their order is by index. A batch of equal embeddings repairs
+every lane, that is, computes the matrix without the matrix unit: slow, and still right.
 """
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from kernels.triton_layout import INTERPRETED
 
-LAUNCH = dict(num_warps=4, maxnreg=255)  # without the second, ptxas spills three values to fit a fifth block into a multiprocessor
+LAUNCH = dict(num_warps=4, maxnreg=255)  # unless told, ptxas spills some to fit one more block into a multiprocessor
 
 
 @triton.jit
@@ -31,10 +33,10 @@ def flip(index):
 
 
 @triton.jit
-def take_largest(a, b, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """The COUNT largest keys of [R, A] and [R, B] together, in order, as [R, SIZE]; distinct but for −1 = nothing."""
-    place = tl.arange(0, SIZE)[None, :]
-    taken = tl.full([a.shape[0], SIZE], -1, tl.int64)
+def take_largest(a, b, COUNT: tl.constexpr):
+    """The COUNT largest keys of [R, A] and [R, B] together, in order; keys are distinct but for −1 = nothing."""
+    place = tl.arange(0, COUNT)[None, :]
+    taken = tl.full([a.shape[0], COUNT], -1, tl.int64)
     for i in range(COUNT):
         top = tl.maximum(tl.max(a, 1), tl.max(b, 1))[:, None]
         taken = tl.where(place == i, top, taken)
@@ -57,15 +59,16 @@ def dot_rows(x_rows, y_rows, x, y, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def locate(split, lane, code, split_size, BY: tl.constexpr):
-    """The packed row that lane `lane` (0 … BY/2 − 1) of `split` met as number `code`: triton_forward.fold, backwards."""
+    """The packed row that lane `lane` (of BY / 2) of `split` met as number `code`: triton_forward.fold, backwards."""
     return split * split_size + code // 2 * BY + lane // 8 * 16 + code % 2 * 8 + lane % 8
 
 
 @triton.jit
-def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place, scalars, index, score, n_x, n_y, split_size,
-                  D: tl.constexpr, IDS: tl.constexpr, BY: tl.constexpr, LANES: tl.constexpr, CODES: tl.constexpr,
-                  CODE_BITS: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
-    """Rows x = R·program … of `index`, `score` [n, K]. LANES: all of all splits; CODES ≥ rows of a lane; KC ≥ K candidates."""
+def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place, scalars, index, score, n_x, n_y,
+                  split_size, D: tl.constexpr, IDS: tl.constexpr, BY: tl.constexpr, LANES: tl.constexpr,
+                  CODES: tl.constexpr, CODE_BITS: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, R: tl.constexpr,
+                  BD: tl.constexpr):
+    """Rows R·program … of `index`, `score` [n, K]. LANES: of all splits; CODES ≥ rows of a lane; KC > K candidates."""
     half: tl.constexpr = BY // 2
     x = tl.program_id(0) * R + tl.arange(0, R)
     real = tl.load(x_ids + x) >= 0
@@ -81,11 +84,13 @@ def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place,
     second_y = locate(lane // half, lane % half, second & code_mask, split_size, BY)
     first_key = ((first >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + first_y)).to(tl.int64)
     second_key = ((second >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + second_y)).to(tl.int64)
-    taken = take_largest(tl.where(first >> CODE_BITS > 0, first_key, -1), tl.where(second >> CODE_BITS > 0, second_key, -1), KC, KC)
+    first_key = tl.where(first >> CODE_BITS > 0, first_key, -1)
+    second_key = tl.where(second >> CODE_BITS > 0, second_key, -1)
+    taken = take_largest(first_key, second_key, KC)
 
     # 2. certify
     candidate = tl.arange(0, KC)[None, :]
-    threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32  # the cut value at place K; −1: fewer than K so far
+    threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32  # the cut value at place K; −1: fewer than K
     open_lanes = (second >> CODE_BITS > 0) & ((second >> CODE_BITS).to(tl.int64) >= threshold[:, None]) & real[:, None]
 
     # 3. repair
@@ -96,7 +101,8 @@ def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place,
         open_lanes = open_lanes & (lane != chosen)
         code = tl.arange(0, CODES)[None, :]
         y = locate(chosen // half, chosen % half, code, split_size, BY)
-        new = (chosen < LANES) & (code // 2 * BY < split_size) & (y < n_y) & (code != kept_first) & (code != kept_second)
+        new = (chosen < LANES) & (code // 2 * BY < split_size) & (y < n_y)
+        new = new & (code != kept_first) & (code != kept_second)
         y = tl.where(new, y, 0)
         e = tl.math.exp2(tl.fma(dot_rows(x_rows, y_rows, x, y, D, BD), scale2, -shift))
         new = new & (tl.load(y_ids + y) >= 0)
@@ -104,7 +110,7 @@ def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place,
             new = new & (tl.load(y_ids + c * n_y + y) != tl.load(x_ids + c * n_x + x)[:, None])
         cut = e.to(tl.int32, bitcast=True) >> CODE_BITS
         key = (cut.to(tl.int64) << 32) | flip(tl.load(y_order + y)).to(tl.int64)
-        taken = take_largest(taken, tl.where(new & (cut > 0), key, -1), KC, KC)
+        taken = take_largest(taken, tl.where(new & (cut > 0), key, -1), KC)
 
     # 4. score
     threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32
@@ -126,15 +132,16 @@ def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place,
 
 
 def hardest(matrix_pass, k: int, n: int) -> tuple[Tensor, Tensor]:
-    """(index [n, k] int64, score [n, k] float32) for the n owned rows of a mining `triton_forward.Pass`, in the caller's order."""
+    """(index [n, k] int64, score [n, k] float32) of the n owned rows of a mining `Pass`, in the caller's order."""
     x, y, tile, best = matrix_pass.x, matrix_pass.y, matrix_pass.tile, matrix_pass.best
     device = best.device
     index = torch.empty(n, k, dtype=torch.int64, device=device)
     score = torch.empty(n, k, device=device)
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs
     mining_kernel[len(x.rows) // rows,](
-        best, x.rows, y.rows, x.ids, y.ids, x.order, y.order, y.place, matrix_pass.scalars, index, score, len(x.rows), len(y.rows),
-        matrix_pass.split_size, D=x.rows.shape[1], IDS=len(x.ids), BY=tile.streamed, LANES=len(best) * tile.streamed // 2,
+        best, x.rows, y.rows, x.ids, y.ids, x.order, y.order, y.place, matrix_pass.scalars, index, score, len(x.rows),
+        len(y.rows), matrix_pass.split_size, D=x.rows.shape[1], IDS=len(x.ids), BY=tile.streamed,
+        LANES=len(best) * tile.streamed // 2,
         CODES=triton.next_power_of_2(matrix_pass.split_size // tile.streamed * 2), CODE_BITS=matrix_pass.code_bits,
         K=k, KC=triton.next_power_of_2(k + 8), R=rows, BD=tile.depth, **LAUNCH)
     return index, score

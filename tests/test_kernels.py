@@ -1,7 +1,8 @@
 """The contrastive op against its definition in float64, and against loops that share no code with it.
 
-The same tests run twice: here on `reference` and `tiled` (and `triton` where there is a GPU), and, through `test_in_the_interpreter`,
-in a process of their own with TRITON_INTERPRET=1, which must be set before triton is imported, on `triton`.
+The same tests run twice: here on `reference` and `tiled` (and `triton` where there is a GPU), and, through
+`test_in_the_interpreter`, in a process of their own with TRITON_INTERPRET=1, which must be set before triton is
+imported, on `triton`.
 """
 
 import math
@@ -27,7 +28,7 @@ torch.set_num_threads(1)  # several test processes share few cores
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """torch.empty gives NaN or the largest integer, so nothing unwritten can pass; tiles so small that there are several."""
+    """torch.empty gives NaN or the largest integer, so nothing unwritten passes; small problems get several tiles."""
     torch.use_deterministic_algorithms(True)
     monkeypatch.setattr(tiled, "TILE", 1000)
     yield
@@ -85,7 +86,8 @@ def test_error_at_most_twice_plain_pytorchs(impl, dtype, n, scale):
     loss, _, grads = run(impl, video, text, concepts, ids, scale=scale, beta=1.5)
     true_loss, _, true_grads = truth(video, text, concepts, ids, scale=scale, beta=1.5)
     plain_loss, plain_grads = plain_pytorch(video, text, concepts, ids, scale, 1.5)
-    # plain PyTorch may be exact by luck: allow what the float32 rounding of one logit of size `scale` does to its exponential
+    # plain PyTorch may be exact by luck: allow what the float32 rounding of one logit of size `scale` does to its
+    # exponential
     ulp = torch.finfo(torch.float32).eps * max(4, scale / 2)
     assert abs(loss - true_loss) <= 2 * abs(plain_loss - true_loss) + ulp * (1 + abs(true_loss))
     for name, grad, true, plain in zip(("video", "text", "logit_scale", "beta"), grads, true_grads, plain_grads):
@@ -105,8 +107,8 @@ def test_against_loops(impl):
     video = video.roll(1, 0)
     ids[offset + 1, 0] = ids[7, 0]  # at least these share an id: row 1 and column 7
     kappa = (concepts[offset:offset + n] @ concepts.T).tolist()
-    stats = knowledge_nce_stats(video, text, math.log(s), concepts=(concepts[offset:offset + n], concepts), beta=b, offset=offset,
-                                signature=(ids[offset:offset + n], ids), k=k, impl=impl)
+    stats = knowledge_nce_stats(video, text, math.log(s), concepts=(concepts[offset:offset + n], concepts), beta=b,
+                                offset=offset, signature=(ids[offset:offset + n], ids), k=k, impl=impl)
     sim, ids = (video @ text.T).tolist(), ids.tolist()
     a = {}
     for i in range(n):
@@ -121,7 +123,8 @@ def test_against_loops(impl):
             hardest = sorted(line)[:k]
             assert lse[x].item() == pytest.approx(math.log(sum(math.exp(z) for *_, z in line)), abs=1e-5)
             assert index[x].tolist() == [y for _, y, _ in hardest] + [-1] * (k - len(hardest))
-            assert score[x].tolist() == pytest.approx([z for *_, z in hardest] + [-math.inf] * (k - len(hardest)), abs=1e-5)
+            scores = [z for *_, z in hardest] + [-math.inf] * (k - len(hardest))
+            assert score[x].tolist() == pytest.approx(scores, abs=1e-5)
     assert stats.positive.tolist() == pytest.approx([s * sim[i][offset + i] for i in range(n)], abs=1e-5)
 
 
@@ -144,7 +147,7 @@ def test_each_output_has_its_own_gradient(impl):
     upstream = [torch.randn(size, generator=g).to(DEVICE) for size in (20, 50, 20)]
     grads = {}
     for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in (video, text, torch.tensor(2.5, device=DEVICE), torch.tensor(1.5, device=DEVICE))]
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (video, text, torch.tensor(2.5), torch.tensor(1.5))]
         stats = knowledge_nce_stats(*leaves[:3], concepts=(concepts[30:], concepts), beta=leaves[3], offset=30,
                                     signature=(ids[30:], ids), impl=name)
         total = sum((x.masked_fill(x == -torch.inf, 0) * u).sum() for x, u in zip(stats, upstream))
@@ -192,10 +195,10 @@ def test_constant_similarity_takes_the_lowest_indices(impl):
 
 @impls
 def test_duplicates_tie_by_lowest_index(impl):
-    """Entries are small integers over a power of two, so every sum is exact and equal rows are equal to the last bit."""
+    """Entries are small integers over a power of two: every sum is exact, and equal rows are equal to the last bit."""
     g = torch.Generator().manual_seed(1)
     base = torch.randint(-1, 2, (12, 16), generator=g).float() / 4  # |row| ≤ 1
-    video, text = base[torch.randint(0, 12, (70,), generator=g)].to(DEVICE), base[torch.randint(0, 12, (70,), generator=g)].to(DEVICE)
+    video, text = (base[torch.randint(0, 12, (70,), generator=g)].to(DEVICE) for _ in range(2))
     _, mined = knowledge_nce(video, text, math.log(16.0), k=20, impl=impl)
     eye = torch.eye(70, dtype=torch.bool, device=DEVICE)
     sim = (video @ text.T).masked_fill(eye, -torch.inf)
@@ -259,7 +262,8 @@ def test_order_of_the_batch_does_not_matter(impl):
 def test_the_same_bits_every_time(impl):
     inputs = problem(45)
     first, second = (run(impl, *inputs, beta=1.0) for _ in range(2))
-    assert first[0] == second[0] and all(torch.equal(a, b) for a, b in zip(first[1] + tuple(first[2]), second[1] + tuple(second[2])))
+    assert first[0] == second[0]
+    assert all(torch.equal(a, b) for a, b in zip((*first[1], *first[2]), (*second[1], *second[2])))
 
 
 @impls
@@ -268,12 +272,12 @@ def test_ranks_add_up_to_the_whole(impl):
     video, text, concepts, ids = problem(37)
     options = dict(beta=1.0, k=6, impl=impl)
     whole = knowledge_nce_stats(video, text, 3.0, concepts=(concepts, concepts), signature=(ids, ids), **options)
-    parts = [knowledge_nce_stats(video[a:b], text, 3.0, concepts=(concepts[a:b], concepts), signature=(ids[a:b], ids), offset=a, **options)
-             for a, b in ((0, 20), (20, 37))]
+    parts = [knowledge_nce_stats(video[a:b], text, 3.0, concepts=(concepts[a:b], concepts), signature=(ids[a:b], ids),
+                                 offset=a, **options) for a, b in ((0, 20), (20, 37))]
     torch.testing.assert_close(torch.cat([p.row_negatives for p in parts]), whole.row_negatives)
     torch.testing.assert_close(torch.logsumexp(torch.stack([p.col_negatives for p in parts]), 0), whole.col_negatives)
-    index = torch.cat([parts[0].mined.t2v_index, torch.where(parts[1].mined.t2v_index < 0, -1, parts[1].mined.t2v_index + 20)], 1)
-    index, _ = merge_hardest(index, torch.cat([p.mined.t2v_score for p in parts], 1), 6)
+    index = [torch.where(p.mined.t2v_index < 0, -1, p.mined.t2v_index + first) for p, first in zip(parts, (0, 20))]
+    index, _ = merge_hardest(torch.cat(index, 1), torch.cat([p.mined.t2v_score for p in parts], 1), 6)
     assert torch.equal(index, whole.mined.t2v_index)
     assert torch.equal(torch.cat([p.mined.v2t_index for p in parts]), whole.mined.v2t_index)
 
@@ -283,15 +287,13 @@ def test_ranks_add_up_to_the_whole(impl):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_is_an_error_with_a_name(impl, broken, value):
     video, text, concepts, _ = problem(8)
-    arguments = dict(video=video, text=text, concepts=concepts, scale=torch.tensor(2.0, device=DEVICE), beta=torch.tensor(1.0, device=DEVICE))
-    arguments[broken].view(-1)[-1] = value
+    scale, beta = torch.tensor(2.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    dict(video=video, text=text, concepts=concepts, scale=scale, beta=beta)[broken].view(-1)[-1] = value
     if broken == "scale" and value == math.inf:
         return  # clamped to 100: a value like any other
     with pytest.raises(FloatingPointError, match=broken):
-        knowledge_nce(arguments["video"], arguments["text"], arguments["scale"], concepts=concepts, beta=arguments["beta"], impl=impl,
-                      check=True)
-    loss, mined = knowledge_nce(arguments["video"], arguments["text"], arguments["scale"], concepts=concepts, beta=arguments["beta"],
-                                impl=impl, check=False, k=3)
+        knowledge_nce(video, text, scale, concepts=concepts, beta=beta, impl=impl, check=True)
+    loss, mined = knowledge_nce(video, text, scale, concepts=concepts, beta=beta, impl=impl, check=False, k=3)
     assert not torch.isfinite(loss)
     assert (mined.v2t_index < 8).all()
 
@@ -330,11 +332,12 @@ def test_autocast_decides_the_dtype_of_the_products_only(impl):
 @pytest.mark.skipif(INTERPRETED, reason="the compiler sees the same opaque operator as with tiled")
 @impls
 def test_under_torch_compile(impl):
-    """One graph without a break around the op, forward and backward (the reference breaks it where ties depend on data)."""
+    """One graph without a break around the op, forward and backward (the reference breaks it: its ties are data)."""
     video, text, concepts, ids = problem(21)
 
     def step(v, t, s, b):
-        loss, mined = knowledge_nce(F.normalize(v, dim=1), t, s, concepts=concepts, beta=b, signature=ids, k=3, impl=impl)
+        v = F.normalize(v, dim=1)
+        loss, mined = knowledge_nce(v, t, s, concepts=concepts, beta=b, signature=ids, k=3, impl=impl)
         return loss * 2 + mined.v2t_score.sum() * 0
     results = []
     for function in (step, torch.compile(step, backend="aot_eager", fullgraph=impl != "reference")):
@@ -361,15 +364,16 @@ def test_tiled_never_makes_the_matrix():
     video, text, concepts, ids = problem(300, dim=8)
     pair = dict(concepts=(concepts[:, :3], concepts[:, :3]), signature=(ids, ids))
     with _Largest() as mode:
-        out = tiled.tiled_forward(video, text, torch.tensor(20.0), torch.tensor(1.0), **pair, offset=0, k=4)
-        tiled.tiled_backward(out[2], out[2], out[2], video, text, torch.tensor(20.0), torch.tensor(1.0), **pair, offset=0,
-                             row_negatives=out[0], col_negatives=out[1])
-    assert 900 <= mode.numel <= 300 * 8, "rows of 1000-element tiles and the embeddings, not 300 x 300"
+        inputs = video, text, torch.tensor(20.0), torch.tensor(1.0)
+        row_negatives, col_negatives, g, *_ = tiled.tiled_forward(*inputs, **pair, offset=0, k=4)
+        saved = dict(row_negatives=row_negatives, col_negatives=col_negatives)
+        tiled.tiled_backward(g, g, g, *inputs, **pair, offset=0, **saved)
+    assert 900 <= mode.numel <= 300 * (8 + 3), "tiles of 1000 elements, embeddings with concepts, but no 300 x 300"
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's tiles")
 @pytest.mark.parametrize("family", ["large", "small"])
 @pytest.mark.parametrize("k", [0, 5])
 def test_shipped_tiles(family, k, monkeypatch):
-    """Tile shapes, tensor descriptors and several splits, of which the interpreter would take the smallest and fewest."""
+    """Tile shapes, tensor descriptors, splits and slabs, of which small problems reach the smallest and fewest."""
     from kernels import triton_backward, triton_layout
     monkeypatch.setitem(triton_layout.TILES, "fp32", triton_layout.TILES[family])
     monkeypatch.setattr(triton_backward, "SLAB", 512 * 256)  # two slabs
@@ -385,12 +389,13 @@ def test_shipped_tiles(family, k, monkeypatch):
     (fast, fast_grads), (true, true_grads) = results
     for a, b in zip((*fast[:3], *fast_grads), (*true[:3], *true_grads)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert torch.equal(fast.mined.v2t_index, true.mined.v2t_index) and torch.equal(fast.mined.t2v_index, true.mined.t2v_index)
+    assert torch.equal(fast.mined.v2t_index, true.mined.v2t_index)
+    assert torch.equal(fast.mined.t2v_index, true.mined.t2v_index)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's lanes")
 def test_lanes_are_repaired():
-    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64 rows, laid out in their order."""
+    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64, in the order given."""
     from kernels import triton_layout
     n, k = 512, 6
     order = torch.arange(n)
