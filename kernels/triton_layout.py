@@ -192,7 +192,7 @@ def _range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -
     high that a sum of all columns just fits into float32 (2^127), and no higher than it is (small arguments of exp2
     have more digits): what is 2^(head + 126) times smaller, 163 nats at B = 131,072, is lost. At the clamp s = 100
     that is a cosine of −0.6, which no row has as its *hardest*. Where not even a logit of 0 would survive (s = 100
-    and β > 60) or anything is not finite, everything becomes NaN instead of silently wrong.
+    and β > 58) or anything is not finite, everything becomes NaN instead of silently wrong.
     """
     def longest(x):
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()

@@ -393,6 +393,16 @@ def test_shipped_tiles(family, k, monkeypatch):
     assert torch.equal(fast.mined.t2v_index, true.mined.t2v_index)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's fixed shift")
+def test_out_of_range_is_nan_not_wrong():
+    video, text, concepts, _ = problem(8)
+    loss, _ = knowledge_nce(video, text, math.log(100.0), concepts=concepts, beta=100.0, impl="triton")
+    assert loss.isnan()
+    loss, _ = knowledge_nce(video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="triton")
+    expected, _ = knowledge_nce(video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="reference")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's lanes")
 def test_lanes_are_repaired():
     """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64, in the order given."""
@@ -409,6 +419,13 @@ def test_lanes_are_repaired():
         _, mined = knowledge_nce(video, text, math.log(10.0), k=k, impl="triton")
     expected = [[j for j in range(0, n, 64) if j != i][:k] for i in range(n)]
     assert mined.v2t_index.tolist() == expected
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about the CPU's versions")
+def test_demo():
+    done = subprocess.run([sys.executable, "-m", "kernels"], capture_output=True, text=True, check=True)
+    hardest = [line.split(": ")[-1] for line in done.stdout.splitlines() if "loss" in line]
+    assert len(hardest) == 2 and hardest[0] == hardest[1], done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
