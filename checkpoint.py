@@ -1,12 +1,13 @@
 """One file that carries all: weights, sizes, vocabulary, concepts, and what a run needs to go on.
 
-A checkpoint is a safetensors file (https://github.com/huggingface/safetensors): a JSON header, then raw tensors. Reading it
-runs no code. `model.*` are the weights; `training.*` what only a resumed run wants (optimizer moments, random states). The
-header's metadata holds JSON: model sizes, tokenizer, concept vocabulary, the run's configuration, step, and a SHA-256 over
-names and bytes of all tensors, verified at every read. So evaluation never needs a second file, and never takes a damaged one.
+A checkpoint is a safetensors file (https://github.com/huggingface/safetensors): a JSON header, then raw tensors.
+Reading it runs no code. `model.*` are the weights; `training.*` what only a resumed run wants (optimizer moments,
+random states). The header's metadata holds JSON: model sizes, tokenizer, concept vocabulary, the run's configuration,
+step, and a SHA-256 over names and bytes of all tensors, verified at every read. So evaluation never needs a second
+file, and never takes a damaged one.
 
-Written to a temporary file in the same folder, flushed to disk, then renamed over the target: whoever reads sees the old
-file or the new one, never half of one. (The alternative, `torch.save`, is a pickle: reading one runs what is in it.)
+Written to a temporary file in the same folder, flushed to disk, then renamed over the target: whoever reads sees the
+old file or the new one, never half of one. (`torch.save` would write a pickle: reading one runs what is in it.)
 
     python checkpoint.py runs/toy      # what is in the newest checkpoint there (without a path: in a fresh model's)
 """
@@ -46,7 +47,7 @@ class Checkpoint:
 
 def save_checkpoint(path, model, tokenizer, concept_vocab, *, config: dict, step: int, progress: dict | None = None,
                     training: dict[str, torch.Tensor] | None = None) -> str:
-    """Write atomically; returns the SHA-256. Raises UserError where the folder cannot be written or the disk is full."""
+    """Write atomically; returns the SHA-256. Raises UserError if the folder cannot be written or the disk is full."""
     path = Path(path)
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"training.{name}": t for name, t in (training or {}).items()}
@@ -68,30 +69,35 @@ def save_checkpoint(path, model, tokenizer, concept_vocab, *, config: dict, step
 
 
 def load_checkpoint(path, device="cpu", *, training: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint file, or the newest in a folder. Raises UserError: missing, damaged, or not one of ours."""
+    """Read and verify a checkpoint file, or the newest in a folder. Raises UserError: missing, damaged, or not ours."""
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train one with `python train.py` or name another with --checkpoint")
+        raise UserError(f"{path}: no such checkpoint; "
+                        "train one with `python train.py` or name another with --checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["clop"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except KeyError as error:
-        raise UserError(f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); it was not written by train.py") from error
+        raise UserError(f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); "
+                        "it was not written by train.py") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error}); use an earlier checkpoint") from error
     if _hash(tensors) != header["sha256"]:
         raise UserError(f"{path}: damaged, its tensors do not match their checksum; use an earlier checkpoint")
     try:
         model = CLOP(ModelConfig(**header["model"]))
-        model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+        model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()
+                               if name.startswith("model.")})
         return Checkpoint(
             model=model.to(device).eval(), tokenizer=Tokenizer.from_dict(header["tokenizer"]),
             concept_vocab=ConceptVocab.from_dict(header["concept_vocab"]), config=header["config"], step=header["step"],
             progress=header["progress"], sha256=header["sha256"], path=path,
-            training={name.removeprefix("training."): t for name, t in tensors.items() if training and name.startswith("training.")})
+            training={name.removeprefix("training."): t for name, t in tensors.items()
+                      if training and name.startswith("training.")})
     except (KeyError, TypeError, RuntimeError) as error:  # whole, but the layout of another version of this code
-        raise UserError(f"{path}: written by another version of this code ({str(error).splitlines()[0]}); use that version, or train again") from error
+        raise UserError(f"{path}: written by another version of this code ({str(error).splitlines()[0]}); "
+                        "use that version, or train again") from error
 
 
 def list_checkpoints(folder) -> list[Path]:
@@ -121,13 +127,15 @@ def main():
         path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/fresh.safetensors"
         if len(sys.argv) == 1:
             captions = ["a dog chases a cat", "two red balls bounce"]
-            tokenizer, vocab = Tokenizer.train(captions, 300), ConceptVocab.build(map(extract_knowledge, captions), min_count=1)
+            tokenizer = Tokenizer.train(captions, 300)
+            vocab = ConceptVocab.build(map(extract_knowledge, captions), min_count=1)
             model = CLOP(build_config("toy", vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
             save_checkpoint(path, model, tokenizer, vocab, config={}, step=0)
         found = load_checkpoint(path)
         print(f"{found.path}: step {found.step}, sha256 {found.sha256[:16]}…, {found.path.stat().st_size / 1e6:.1f} MB")
         print("model:", asdict(found.model.config))
-        print(f"{found.tokenizer.vocab_size} tokens; {len(found.concept_vocab)} concepts:", *found.concept_vocab.names[:8])
+        print(f"{found.tokenizer.vocab_size} tokens; {len(found.concept_vocab)} concepts:",
+              *found.concept_vocab.names[:8])
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ Every script declares its options once, as a dataclass whose trailing comments a
 
     config = parse_config(TrainConfig)          # --steps 600 --out runs/toy --compile / --no-compile
 
-`int`, `float`, `str`, `bool`, `X | None` and `Literal[...]` (choices) are all that is needed. The alternative, one argparse
-call per option, says everything twice and lets the help drift away from the default.
+`int`, `float`, `str`, `bool`, `X | None` and `Literal[...]` (choices) are all that is needed. The alternative, one
+argparse call per option, says everything twice and lets the help drift away from the default.
 
-`run` also tells the C library to keep freed memory: a training step frees and asks again for the same megabytes some hundred
-times, and giving them back to the kernel each time made a toy step several times slower (page faults; LOG.md).
+`run` also tells the C library to keep freed memory: a training step frees and asks again for the same megabytes some
+hundred times, and giving them back to the kernel each time made a toy step several times slower (page faults; LOG.md).
 
 A mistake of the person at the keyboard (path, flag, broken file) is raised as `UserError` with one line that holds the
-value, what is wrong and the remedy; `run` prints it to stderr and exits with status 2. A mistake of the programmer is an
-`assert`, and keeps its traceback.
+value, what is wrong and the remedy; `run` prints it to stderr and exits with status 2. A mistake of the programmer is
+an `assert`, and keeps its traceback.
 """
 
 import argparse

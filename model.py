@@ -3,22 +3,24 @@
     video  [B, T, C, H, W] ── VideoEncoder ──> video_emb [B, E] ─┐  unit vectors: their dot product is the cosine
     tokens [B, L]          ── TextEncoder  ──> text_emb  [B, E] ─┘  and exp(logit_scale) its sharpness
 
-Where does time enter a ViT? Attention over all T·P patches of a video at once would cost (T·P)². Each block here divides it
-(TimeSformer, arXiv 2102.05095): first every patch looks along time at *its own place* in the other frames, then, frame by
-frame, every patch looks at the other patches of its frame. The products that dominate grow linearly with T, and any T works.
+Where does time enter a ViT? Attention over all T·P patches of a video at once would cost (T·P)². Each block here
+divides it (TimeSformer, arXiv 2102.05095): first every patch looks along time at *its own place* in the other frames,
+then, frame by frame, every patch looks at the other patches of its frame. The products that dominate grow linearly with
+T, and any T works.
 
     x ── + time_attn(x)  T tokens, for each of the P + 1 places     <- output projection starts at zero
       ── + attn(x)       P + 1 tokens, for each frame               <- CLIP's own block from here on
       ── + mlp(x)
 
-Because the temporal projection and the time embedding start at zero, a fresh model *is* the image ViT applied to each frame,
-and the video embedding is the mean over frames of its class tokens: pretrained image weights stay intact at initialisation
-(the idea of Frozen in Time, arXiv 2104.00650). The towers are CLIP's to the letter (arXiv 2103.00020: pre-norm, class
-token, learned positions, text pooled at the end-of-text token), so that CLIP's weights fit; `quick_gelu` is its activation.
+Because the temporal projection and the time embedding start at zero, a fresh model *is* the image ViT applied to each
+frame, and the video embedding is the mean over frames of its class tokens: pretrained image weights stay intact at
+initialisation (the idea of Frozen in Time, arXiv 2104.00650). The towers are CLIP's to the letter (arXiv 2103.00020:
+pre-norm, class token, learned positions, text pooled at the end-of-text token), so that CLIP's weights fit;
+`quick_gelu` is its activation.
 
-Small models trained from scratch on a CPU take liberties that CLIP does not: `frames_per_patch` > 1 makes a patch a little
-cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which divides the tokens and lets the very first layer see
-motion; convolutions cut the patches (`conv_stem`); and the exact GELU, which PyTorch fuses on a CPU.
+Small models trained from scratch on a CPU take liberties that CLIP does not: `frames_per_patch` > 1 makes a patch a
+little cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which divides the tokens and lets the very first
+layer see motion; convolutions cut the patches (`conv_stem`); and the exact GELU, which PyTorch fuses on a CPU.
 
 Simplified: no dropout (contrastive batches regularise, and ranks stay reproducible), no relative positions.
 
@@ -62,7 +64,8 @@ class ModelConfig:
 
 
 PRESETS = {
-    "toy": dict(image_size=32, patch_size=8, frames_per_patch=4, conv_stem=True, video_width=128, video_layers=4, video_heads=4,
+    "toy": dict(image_size=32, patch_size=8, frames_per_patch=4, conv_stem=True,
+                video_width=128, video_layers=4, video_heads=4,
                 text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=128),
     "small": dict(image_size=112, patch_size=16, video_width=384, video_layers=8, video_heads=6,
                   text_width=256, text_layers=6, text_heads=4, text_length=48, vocab_size=8192, embed_dim=256),
@@ -104,7 +107,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU() if quick_gelu else nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU() if quick_gelu else nn.GELU(),
+                                 nn.Linear(4 * width, width))
 
     def forward(self, x, causal: bool = False):
         x = x + self.attn(self.norm1(x), causal)
@@ -135,20 +139,22 @@ class PatchEmbed(nn.Linear):
         self.patch_size = patch_size
 
     def forward(self, x):
-        return super().forward(rearrange(x, "n f c (h p1) (w p2) -> n (h w) (f c p1 p2)", p1=self.patch_size, p2=self.patch_size))
+        patches = rearrange(x, "n f c (h p1) (w p2) -> n (h w) (f c p1 p2)", p1=self.patch_size, p2=self.patch_size)
+        return super().forward(patches)
 
 
 class ConvStem(nn.Module):
     """log2(p) convolutions of stride 2, the channels doubling up to D: [N, f, C, H, W] -> [N, P, D].
 
-    The last one merges the f frames of a patch; those before it see single frames, so what they learn of shapes is shared by all.
+    The last merges the f frames of a patch; those before it see single frames, so all share what they learn of shapes.
     Small models learn much sooner from overlapping, translated filters than from one cut (arXiv 2106.14881; LOG.md).
     """
 
     def __init__(self, frames: int, patch_size: int, width: int):
         super().__init__()
         stages = int(math.log2(patch_size))
-        assert 2**stages == patch_size > 2, f"a convolutional stem halves the side: patch_size = {patch_size} must be a power of two from 4 on"
+        assert 2**stages == patch_size > 2, (
+            f"a convolutional stem halves the side: patch_size = {patch_size} must be a power of two from 4 on")
         widths = [3, *(width >> (stages - 1 - i) for i in range(stages))]
         self.each_frame = nn.Sequential(*(layer for c_in, c_out in zip(widths, widths[1:-1])
                                           for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU())))
@@ -167,29 +173,31 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.frames_per_patch = config.frames_per_patch
         width, places = config.video_width, (config.image_size // config.patch_size) ** 2 + 1
-        self.patch_embed = (ConvStem if config.conv_stem else PatchEmbed)(self.frames_per_patch, config.patch_size, width)
+        self.patch_embed = (ConvStem if config.conv_stem else PatchEmbed)(
+            self.frames_per_patch, config.patch_size, width)
         self.class_embed = nn.Parameter(torch.empty(width))
         self.place_embed = nn.Parameter(torch.empty(places, width))
         self.time_embed = nn.Parameter(torch.zeros(math.ceil(config.num_frames / self.frames_per_patch), width))
         self.norm_in = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(SpaceTimeBlock(width, config.video_heads, config.quick_gelu) for _ in range(config.video_layers))
+        self.blocks = nn.ModuleList(
+            SpaceTimeBlock(width, config.video_heads, config.quick_gelu) for _ in range(config.video_layers))
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.embed_dim, bias=False)
         self.checkpointing = False
 
     def forward(self, video):
-        short = -video.shape[1] % self.frames_per_patch                         # a last tubelet that is not full repeats the last frame
+        short = -video.shape[1] % self.frames_per_patch               # a last tubelet not full repeats the last frame
         if short:
             video = torch.cat([video, video[:, -1:].expand(-1, short, -1, -1, -1)], dim=1)
         B = len(video)
         x = self.patch_embed(rearrange(video, "b (t f) c h w -> (b t) f c h w", f=self.frames_per_patch))
-        x = rearrange(x, "(b t) p d -> b t p d", b=B)                           # [B, T', P, D]
+        x = rearrange(x, "(b t) p d -> b t p d", b=B)                 # [B, T', P, D]
         T = x.shape[1]
         x = torch.cat([repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T), x], dim=2) + self.place_embed
-        x = self.norm_in(x) + self.time_embedding(T)[:, None]                   # [B, T', P + 1, D]
+        x = self.norm_in(x) + self.time_embedding(T)[:, None]         # [B, T', P + 1, D]
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
-        return self.project(self.norm_out(x[:, :, 0]).mean(dim=1))              # class tokens, mean over time: [B, E]
+        return self.project(self.norm_out(x[:, :, 0]).mean(dim=1))    # class tokens, mean over time: [B, E]
 
     def time_embedding(self, T: int):
         """[T, D]: the learned table, stretched or shrunk linearly to T steps."""
@@ -206,7 +214,8 @@ class TextEncoder(nn.Module):
         width = config.text_width
         self.token_embed = nn.Embedding(config.vocab_size, width)
         self.position_embed = nn.Parameter(torch.empty(config.text_length, width))
-        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.quick_gelu) for _ in range(config.text_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, config.text_heads, config.quick_gelu) for _ in range(config.text_layers))
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.embed_dim, bias=False)
         self.checkpointing = False
@@ -214,10 +223,11 @@ class TextEncoder(nn.Module):
     def forward(self, tokens, text_mask):
         B, L = tokens.shape
         assert L <= len(self.position_embed), f"{L} tokens, but the model holds {len(self.position_embed)}"
-        x = self.token_embed(tokens) + self.position_embed[:L]                  # [B, L, D]
+        x = self.token_embed(tokens) + self.position_embed[:L]        # [B, L, D]
         for block in self.blocks:
-            x = checkpoint(block, x, True, use_reentrant=False) if self.checkpointing and self.training else block(x, causal=True)
-        last = text_mask.sum(dim=1).long() - 1                                  # the end-of-text token has seen the whole caption
+            x = (checkpoint(block, x, True, use_reentrant=False) if self.checkpointing and self.training
+                 else block(x, causal=True))
+        last = text_mask.sum(dim=1).long() - 1                        # the end-of-text token has seen the whole caption
         return self.project(self.norm_out(x[torch.arange(B, device=x.device), last]))
 
 
@@ -230,8 +240,8 @@ class CLOP(nn.Module):
         self.video = VideoEncoder(config)
         self.text = TextEncoder(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # Paper: SKP "pulls together the latent representations of similar videos". We predict from the very vector that retrieval
-        # compares, not from a layer before it, so that the pull acts where it is wanted.
+        # Paper: SKP "pulls together the latent representations of similar videos". We predict from the very vector that
+        # retrieval compares, not from a layer before it, so that the pull acts where it is wanted.
         self.concept_head = nn.Linear(config.embed_dim, config.num_concepts) if config.num_concepts else None
         self.reset_parameters()
 
@@ -253,7 +263,8 @@ class CLOP(nn.Module):
                     nn.init.zeros_(block.time_attn.out.weight)
             nn.init.normal_(tower.project.weight, std=width**-0.5)
         video, text = self.video, self.text
-        if isinstance(video.patch_embed, PatchEmbed):  # a stem keeps PyTorch's small weights: larger ones learned slower (LOG.md)
+        # a stem keeps PyTorch's small weights: larger ones learned slower (LOG.md)
+        if isinstance(video.patch_embed, PatchEmbed):
             nn.init.normal_(video.patch_embed.weight, std=0.02)
         nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
         nn.init.normal_(video.place_embed, std=self.config.video_width**-0.5)
@@ -273,12 +284,15 @@ class CLOP(nn.Module):
         return F.normalize(self.text(tokens, text_mask).float(), dim=-1)
 
     def predict_concepts(self, video_emb):
-        """SKP: unit vectors [B, E] -> concept logits [B, K]. The factor √E gives the coordinates unit variance, as a linear layer expects."""
+        """SKP: unit vectors [B, E] -> concept logits [B, K].
+
+        The factor √E gives the coordinates unit variance, as a linear layer expects.
+        """
         assert self.concept_head is not None, "the model was built with num_concepts=0: it has no SKP head"
         return self.concept_head(video_emb * self.config.embed_dim**0.5)
 
     def forward(self, video, tokens, text_mask):
-        """-> video_emb [B, E], text_emb [B, E], concept logits [B, K] (None without an SKP head): all that the losses need."""
+        """-> video_emb, text_emb [B, E], concept logits [B, K] (None without an SKP head): all that the losses need."""
         video_emb, text_emb = self.encode_video(video), self.encode_text(tokens, text_mask)
         return video_emb, text_emb, self.predict_concepts(video_emb) if self.concept_head is not None else None
 

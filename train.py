@@ -1,18 +1,21 @@
 """Train CLOP: one loop, top to bottom, on a laptop or on many GPUs.
 
-    python train.py                                        # embedded toy world, no data and no GPU needed: minutes on two cores
+    python train.py                              # embedded toy world, no data and no GPU needed: minutes on two cores
     python train.py --dataset csv --data train.csv --val-data val.csv --preset small --out runs/mine
-    python train.py --gpus 8 …                             # eight processes, one a GPU (torchrun train.py … works as well)
+    python train.py --gpus 8 …                   # eight processes, one a GPU (torchrun train.py … works as well)
 
 1. data         captions → knowledge → concept vocabulary, tokenizer; videos → frame cache (decoded once)
 2. model        preset, optimizer; a run that was interrupted goes on from the newest checkpoint in --out
-3. loop         batch → embeddings → loss → step, a line every --log-every steps, validation and checkpoint every --eval-every
+3. loop         batch → embeddings → loss → step, a line every --log-every steps,
+                validation and checkpoint every --eval-every
 4. the end      curves.png; for the toy world also the test gallery, metrics.json and report.html
 
-Everything that is drawn at random (batch order, frames) is a pure function of (seed, epoch, sample): a resumed run sees what it would
-have seen. The same command starts and resumes; a folder that holds a run with other settings is refused, never overwritten.
+Everything that is drawn at random (batch order, frames) is a pure function of (seed, epoch, sample): a resumed run sees
+what it would have seen. The same command starts and resumes; a folder that holds a run with other settings is refused,
+never overwritten.
 
-Output in --out: log.jsonl (first line: settings, versions, commit, hardware; then a line a logged step), step-*.safetensors, curves.png.
+Output in --out: log.jsonl (first line: settings, versions, commit, hardware; then a line a logged step),
+step-*.safetensors, curves.png.
 """
 
 import itertools
@@ -65,7 +68,7 @@ class TrainConfig:
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
     guided_share: float = 0.5                # KCL: share of a batch that is sampled by knowledge
-    guided_from: float = 0.3                 # … after this share of the steps (from the start it slows early learning, LOG.md)
+    guided_from: float = 0.3                 # … after this share of the steps (earlier it slows learning, LOG.md)
     mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
     # machine
     gpus: int = 0                            # start this many processes, one a GPU; 0 = this process alone
@@ -90,7 +93,8 @@ def main():
 def launch(processes: int):
     """Replace this process by `processes` copies of the command, started by torch.distributed.run."""
     if processes > torch.cuda.device_count():
-        raise UserError(f"--gpus {processes}: this machine has {torch.cuda.device_count()} GPU(s); lower it, or leave it out for a CPU")
+        raise UserError(f"--gpus {processes}: this machine has {torch.cuda.device_count()} GPU(s); "
+                        "lower it, or leave it out for a CPU")
     arguments = ["--standalone", f"--nproc-per-node={processes}", *sys.argv]
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments])
 
@@ -103,14 +107,15 @@ def train(config: TrainConfig):
     if config.batch_size % world_size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {world_size} processes; choose a multiple")
 
-    # ---- 1. data: captions -> knowledge and tokens, videos -> frames ------------------------------------------------------
+    # ---- 1. data: captions -> knowledge and tokens, videos -> frames -------------------------------------------------
     started = time.perf_counter()
     train_split, val_split = load_data(config)
     sizes = build_config(config.preset, num_frames=config.num_frames)
     cache = open_cache(Path(config.cache) / "frames", sizes)
     usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=main_process)
     train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
-    knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge", progress=main_process)
+    knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge",
+                             progress=main_process)
     resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
     if resumed:
         check_same_run(resumed, config, out)
@@ -118,22 +123,25 @@ def train(config: TrainConfig):
     else:
         tokenizer, vocab = Tokenizer.train(train_split.captions, sizes.vocab_size), ConceptVocab.build(knowledge)
     dataset = PairDataset(train_split, cache, tokenizer, vocab, knowledge, length=sizes.text_length)
+    guided_from = config.guided_from * config.steps * config.accumulate  # batches
     sampler = KnowledgeBatchSampler(
-        dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size, seed=config.seed,
-        guided_share=lambda epoch: config.guided_share if epoch * len(sampler) >= config.guided_from * config.steps * config.accumulate else 0.0,
-        drop_last=True, rank=rank, world_size=world_size)
+        dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
+        seed=config.seed, drop_last=True, rank=rank, world_size=world_size,
+        guided_share=lambda epoch: config.guided_share if epoch * len(sampler) >= guided_from else 0.0)
     idf = torch.from_numpy(vocab.idf).to(device)
-    say(f"{len(dataset)} captions of {len(train_split.video_paths)} videos, {len(vocab)} concepts, {tokenizer.vocab_size} tokens; "
-        f"ready after {time.perf_counter() - started:.0f} s")
+    say(f"{len(dataset)} captions of {len(train_split.video_paths)} videos, {len(vocab)} concepts, "
+        f"{tokenizer.vocab_size} tokens; ready after {time.perf_counter() - started:.0f} s")
 
-    # ---- 2. model and optimizer --------------------------------------------------------------------------------------------
+    # ---- 2. model and optimizer --------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    model = CLOP(replace(sizes, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab) if config.skp_weight else 0)).to(device)
+    num_concepts = len(vocab) if config.skp_weight else 0
+    model = CLOP(replace(sizes, vocab_size=tokenizer.vocab_size, num_concepts=num_concepts)).to(device)
     model.use_checkpointing(config.checkpointing)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]  # biases, norms, logit_scale: decay would only pull them off their scale
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)],
-                                  betas=(0.9, 0.98), eps=1e-6, fused=True)
+    # biases, norms, logit_scale: decay would only pull them off their scale
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
+                                   dict(params=others, weight_decay=0.0)], betas=(0.9, 0.98), eps=1e-6, fused=True)
     step = 0
     if resumed:
         step = resumed.step
@@ -142,14 +150,15 @@ def train(config: TrainConfig):
         say(f"{resumed.path}: goes on from step {step} of {config.steps}")
     towers = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     towers = torch.compile(towers) if config.compile else towers
-    losses = LossConfig(skp_weight=config.skp_weight, beta=config.beta, hard_k=config.hard_k, hard_weight=config.hard_weight,
-                        mask_false_negatives=config.mask_false_negatives)
+    losses = LossConfig(skp_weight=config.skp_weight, beta=config.beta, hard_k=config.hard_k,
+                        hard_weight=config.hard_weight, mask_false_negatives=config.mask_false_negatives)
 
-    # ---- 3. the loop --------------------------------------------------------------------------------------------------------
+    # ---- 3. the loop -------------------------------------------------------------------------------------------------
     log = Log(out / "log.jsonl") if main_process else None
     if main_process:
-        log.write(dict(config=asdict(config), world_size=world_size, parameters=sum(p.numel() for p in model.parameters()),
-                       **machine_facts(device.type), resumed_at=step))
+        log.write(dict(config=asdict(config), world_size=world_size,
+                       parameters=sum(p.numel() for p in model.parameters()), **machine_facts(device.type),
+                       resumed_at=step))
     saved = resumed.path if resumed else None
     batches = prefetch(lambda job: dataset.batch(job[1], num_frames=config.num_frames, seed=config.seed, epoch=job[0]),
                        endless_batches(sampler, start=step * config.accumulate))
@@ -163,26 +172,28 @@ def train(config: TrainConfig):
             batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
             data_time += time.perf_counter() - waited
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                video_emb, text_emb, concept_logits = towers(prepare_video(batch["video"]), batch["tokens"], batch["text_mask"])
+                video_emb, text_emb, concept_logits = towers(
+                    prepare_video(batch["video"]), batch["tokens"], batch["text_mask"])
             loss, parts = clop_loss(
-                video_emb, text_emb, model.logit_scale, losses, concept_logits=concept_logits, concepts=batch["concepts"],
-                knowledge=concept_vectors(batch["concepts"], idf) if config.beta else None,
+                video_emb, text_emb, model.logit_scale, losses, concept_logits=concept_logits,
+                concepts=batch["concepts"], knowledge=concept_vectors(batch["concepts"], idf) if config.beta else None,
                 signature=torch.stack([batch["video_id"], batch["meaning_id"]], dim=1))
             (loss / config.accumulate).backward()
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
         if not math.isfinite(sums["loss"] + grad_norm):
-            raise UserError(f"step {step + 1}: loss {sums['loss']} with gradient norm {grad_norm} is not finite; the last good checkpoint is "
-                            f"{saved or 'none, this run saved none yet'}; lower --lr or raise --warmup")
+            raise UserError(f"step {step + 1}: loss {sums['loss']} with gradient norm {grad_norm} is not finite; "
+                            f"the last good checkpoint is {saved or 'none, this run saved none yet'}; "
+                            "lower --lr or raise --warmup")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         if main_process and (step % config.log_every == 0 or step == config.steps):
             seconds = (time.perf_counter() - clock) / (step - logged_step)
-            log.step(step, config, sums, scale=model.logit_scale.exp().item(), grad_norm=grad_norm, lr=learning_rate(step - 1, config),
-                     step_s=seconds, data_s=data_time / (step - logged_step))
+            log.step(step, config, sums, scale=model.logit_scale.exp().item(), grad_norm=grad_norm,
+                     lr=learning_rate(step - 1, config), step_s=seconds, data_s=data_time / (step - logged_step))
             data_time, logged_step, clock = 0.0, step, time.perf_counter()
         if step % config.eval_every == 0 or step == config.steps:
             paused = time.perf_counter()
@@ -190,12 +201,13 @@ def train(config: TrainConfig):
                 if val_split:
                     log.validation(step, evaluate_retrieval(model, tokenizer, val_split, cache))
                 saved = out / f"step-{step:06d}.safetensors"
-                save_checkpoint(saved, model, tokenizer, vocab, config=asdict(config), step=step, training=optimizer_tensors(optimizer, model))
+                save_checkpoint(saved, model, tokenizer, vocab, config=asdict(config), step=step,
+                                training=optimizer_tensors(optimizer, model))
                 for old in list_checkpoints(out)[:-2]:
                     old.unlink()
             clock += time.perf_counter() - paused
 
-    # ---- 4. the end ---------------------------------------------------------------------------------------------------------
+    # ---- 4. the end --------------------------------------------------------------------------------------------------
     if main_process:
         plot_curves(out / "log.jsonl", out / "curves.png")
         say(f"{saved}, {out / 'log.jsonl'}, {out / 'curves.png'}")
@@ -230,11 +242,13 @@ def load_data(config: TrainConfig):
 
 def check_same_run(resumed, config: TrainConfig, out: Path):
     """A folder holds one run: raise UserError if its checkpoint was made with settings that change the result."""
-    free = {"out", "cache", "gpus", "workers", "log_every", "eval_every", "checkpointing", "compile", "max_broken", "test"}
+    free = {"out", "cache", "gpus", "workers", "log_every", "eval_every",
+            "checkpointing", "compile", "max_broken", "test"}
     changed = [f"--{name.replace('_', '-')} {old} → {getattr(config, name)}" for name, old in resumed.config.items()
                if name not in free and getattr(config, name) != old]
     if changed:
-        raise UserError(f"{out}: holds a run with other settings ({', '.join(changed)}); choose another --out, or delete the folder")
+        raise UserError(f"{out}: holds a run with other settings ({', '.join(changed)}); "
+                        "choose another --out, or delete the folder")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -246,7 +260,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def endless_batches(sampler, start: int):
-    """(epoch, sample indices) of batch number `start`, `start` + 1, … of the run: resuming skips, and replays nothing."""
+    """(epoch, sample indices) of batch `start`, `start` + 1, … of the run: resuming skips, and replays nothing."""
     epoch, start = divmod(start, len(sampler))
     for epoch in itertools.count(epoch):
         for indices in sampler.batches(epoch, start):
@@ -256,7 +270,8 @@ def endless_batches(sampler, start: int):
 
 def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:
     """{"<moment>.<parameter>": tensor}: AdamW's state under the parameters' names, so that order does not matter."""
-    return {f"{moment}.{name}": value for name, p in model.named_parameters() for moment, value in optimizer.state[p].items()}
+    return {f"{moment}.{name}": value for name, p in model.named_parameters()
+            for moment, value in optimizer.state[p].items()}
 
 
 def restore_optimizer(optimizer, model, tensors):
@@ -281,15 +296,18 @@ class Log:
 
     def step(self, step, config: TrainConfig, sums, *, scale, grad_norm, lr, step_s, data_s):
         pairs_per_s = config.batch_size * config.accumulate / step_s
-        self.write(dict(step=step, **sums, logit_scale=scale, grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_per_s, step_s=step_s, data_s=data_s))
+        self.write(dict(step=step, **sums, logit_scale=scale, grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_per_s,
+                        step_s=step_s, data_s=data_s))
         parts = " ".join(f"{name} {value:.3f}" for name, value in sums.items())
         left = (config.steps - step) * step_s
-        print(f"step {step}/{config.steps}  {parts}  scale {scale:.1f}  grad {grad_norm:.2f}  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s  "
-              f"step {1000 * step_s:.0f} ms (data {1000 * data_s:.0f})  {left / 60:.1f} min left", flush=True)
+        print(f"step {step}/{config.steps}  {parts}  scale {scale:.1f}  grad {grad_norm:.2f}  lr {lr:.1e}  "
+              f"{pairs_per_s:.0f} pairs/s  step {1000 * step_s:.0f} ms (data {1000 * data_s:.0f})  "
+              f"{left / 60:.1f} min left", flush=True)
 
     def validation(self, step: int, metrics: dict):
         self.write(dict(step=step, validation=metrics))
-        print(f"step {step}  validation: " + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()), flush=True)
+        print(f"step {step}  validation: " + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()),
+              flush=True)
 
 
 def plot_curves(log_path: Path, picture: Path):

@@ -8,4 +8,5 @@ import toyworld
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
     """A folder with 48 training, 12 validation and 12 test videos in the layout of the toy world."""
-    return toyworld.generate(tmp_path_factory.mktemp("world"), train=48, val=12, test=12, seed=0, workers=1, progress=False)
+    folder = tmp_path_factory.mktemp("world")
+    return toyworld.generate(folder, train=48, val=12, test=12, seed=0, workers=1, progress=False)

@@ -24,7 +24,8 @@ def parts():
     tokenizer = Tokenizer.train(CAPTIONS, 300)
     vocab = ConceptVocab.build([extract_knowledge(c) for c in CAPTIONS], min_count=1)
     torch.manual_seed(0)
-    model = CLOP(build_config("toy", video_layers=1, text_layers=1, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
+    model = CLOP(build_config("toy", video_layers=1, text_layers=1, vocab_size=tokenizer.vocab_size,
+                              num_concepts=len(vocab)))
     return model, tokenizer, vocab
 
 
@@ -90,7 +91,8 @@ def test_a_checkpoint_of_another_version(tmp_path, parts, monkeypatch):
 
 
 def test_demo_runs():
-    done = subprocess.run([sys.executable, "checkpoint.py"], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "checkpoint.py"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "concepts: noun:" in done.stdout, done.stderr
 
 

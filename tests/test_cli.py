@@ -31,7 +31,8 @@ def test_defaults_and_flags():
 
 
 def test_positional_words_are_joined():
-    assert parse_config(Config, ["two", "dogs", "--steps", "1"], positional="words") == Config(steps=1, words="two dogs")
+    given = parse_config(Config, ["two", "dogs", "--steps", "1"], positional="words")
+    assert given == Config(steps=1, words="two dogs")
     assert parse_config(Config, [], positional="words").words == ""
 
 

@@ -1,4 +1,4 @@
-"""losses.py: plain InfoNCE is the exact special case; SKP, β and mining do what their equations say; ranks sum to the whole."""
+"""losses.py: plain InfoNCE is the exact special case; SKP, β, mining follow their equations; ranks sum to the whole."""
 
 import math
 import socket
@@ -22,9 +22,13 @@ def problem(B=12, E=16, K=9, dtype=torch.float64, scale=10.0):
     video_emb, text_emb = (F.normalize(torch.randn(B, E, dtype=dtype), dim=1).requires_grad_() for _ in range(2))
     concepts = (torch.rand(B, K) < 0.3).to(dtype)
     concepts[2] = 0                                                    # a caption without concepts
-    return dict(video_emb=video_emb, text_emb=text_emb, logit_scale=torch.tensor(math.log(scale), dtype=dtype, requires_grad=True),
-                knowledge=F.normalize(concepts, dim=1), concepts=concepts, concept_logits=torch.randn(B, K, dtype=dtype, requires_grad=True),
-                signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]))   # 4 ~ 5 by video, 8 ~ 9 by meaning
+    return dict(
+        video_emb=video_emb, text_emb=text_emb,
+        logit_scale=torch.tensor(math.log(scale), dtype=dtype, requires_grad=True),
+        knowledge=F.normalize(concepts, dim=1), concepts=concepts,
+        concept_logits=torch.randn(B, K, dtype=dtype, requires_grad=True),
+        # 4 ~ 5 by video, 8 ~ 9 by meaning
+        signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]))
 
 
 def by_hand(p, config: LossConfig):
@@ -37,10 +41,12 @@ def by_hand(p, config: LossConfig):
     for matrix in (a, a.T):
         for i in range(B):
             same = [bool((p["signature"][i] == p["signature"][j]).any()) for j in range(B)]
-            negatives = torch.stack([matrix[i, j] + config.beta * kappa[i, j] for j in range(B) if j != i and not (config.mask_false_negatives and same[j])])
+            negatives = torch.stack([matrix[i, j] + config.beta * kappa[i, j] for j in range(B)
+                                     if j != i and not (config.mask_false_negatives and same[j])])
             total = total + torch.cat([matrix[i, i][None], negatives]).logsumexp(0) - matrix[i, i]
             if config.hard_k:
-                hard = hard + torch.cat([matrix[i, i][None], negatives.topk(config.hard_k).values]).logsumexp(0) - matrix[i, i]
+                hardest = negatives.topk(config.hard_k).values
+                hard = hard + torch.cat([matrix[i, i][None], hardest]).logsumexp(0) - matrix[i, i]
     skp = 0
     for i in range(B):
         if config.skp_weight and p["concepts"][i].sum():
@@ -91,7 +97,8 @@ def test_beta_pushes_hardest_where_knowledge_is_shared():
     p = problem()
     p["knowledge"] = torch.zeros(12, 2, dtype=torch.float64)
     p["knowledge"][:2, 0] = 1                                          # only pair 0, 1 shares knowledge
-    grad = [torch.autograd.grad(run_clop(p, LossConfig(beta=beta))[0], p["text_emb"], retain_graph=True)[0] for beta in (0.0, 3.0)]
+    grad = [torch.autograd.grad(run_clop(p, LossConfig(beta=beta))[0], p["text_emb"], retain_graph=True)[0]
+            for beta in (0.0, 3.0)]
     pull = [g[1] @ p["video_emb"].detach()[0] for g in grad]           # how text 1 is pushed along video 0
     assert pull[1] > 2 * pull[0] > 0
 
@@ -150,10 +157,12 @@ def free_port() -> int:
 
 def _rank_loss(rank, world_size, port, results):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                         world_size=world_size)
     p = problem()
     n = len(p["video_emb"]) // world_size
-    local = {name: value[rank * n:(rank + 1) * n].detach().requires_grad_(value.requires_grad) if value.ndim else value for name, value in p.items()}
+    local = {name: value[rank * n:(rank + 1) * n].detach().requires_grad_(value.requires_grad) if value.ndim else value
+             for name, value in p.items()}
     loss, _ = run_clop(local, ALL_ON)
     grads = gradients(loss, local)
     results.put((rank, loss.item(), [g.numpy() for g in grads]))
@@ -165,14 +174,15 @@ def _rank_loss(rank, world_size, port, results):
 def test_gradient_of_ranks_is_the_gradient_of_the_whole(world_size):
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    ranks = mp.start_processes(_rank_loss, (world_size, free_port(), results), nprocs=world_size, join=False, start_method="spawn")
+    ranks = mp.start_processes(_rank_loss, (world_size, free_port(), results), nprocs=world_size, join=False,
+                               start_method="spawn")
     answers = sorted(results.get() for _ in range(world_size))
     ranks.join()
     p = problem()
     whole, _ = run_clop(p, ALL_ON)
     expected = [g.numpy() for g in gradients(whole, p)]
     assert sum(loss for _, loss, _ in answers) / world_size == pytest.approx(whole.item(), rel=1e-12)
-    for i, whole_gradient in enumerate(expected):                      # DDP averages over ranks: rows scatter, the scale is shared
+    for i, whole_gradient in enumerate(expected):                      # DDP averages: rows scatter, the scale is shared
         parts = [torch.from_numpy(grads[i]) for _, _, grads in answers]
         merged = sum(parts) / world_size if parts[0].ndim == 0 else torch.cat(parts) / world_size
         torch.testing.assert_close(merged, torch.from_numpy(whole_gradient))
@@ -187,10 +197,12 @@ def test_fifty_steps_with_the_tiled_op_equal_fifty_with_the_reference():
         optimizer, world = torch.optim.SGD(parameters, lr=0.1), torch.randn(50, 64, 20)
         history = []
         for x in world:
-            video_emb, text_emb = (F.normalize(tower(y), dim=1) for tower, y in zip(towers, (x, x + 0.3 * x.roll(1, 1))))
+            video_emb, text_emb = (F.normalize(tower(y), dim=1)
+                                   for tower, y in zip(towers, (x, x + 0.3 * x.roll(1, 1))))
             concepts = (x[:, :9] > 0.8).float()
-            loss, _ = clop_loss(video_emb, text_emb, logit_scale, ALL_ON, knowledge=F.normalize(concepts, dim=1), concepts=concepts,
-                                signature=torch.randint(0, 40, (64, 2)), concept_logits=head(video_emb), impl=impl)
+            loss, _ = clop_loss(
+                video_emb, text_emb, logit_scale, ALL_ON, knowledge=F.normalize(concepts, dim=1), concepts=concepts,
+                signature=torch.randint(0, 40, (64, 2)), concept_logits=head(video_emb), impl=impl)
             optimizer.zero_grad()
             loss.backward()
             history.append([loss.item(), *(p.grad.double().norm().item() for p in parameters)])

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 def tiny(**overrides):
     torch.manual_seed(0)
-    sizes = dict(image_size=16, patch_size=8, conv_stem=False, video_width=32, video_layers=2, video_heads=2, text_width=32, text_layers=2, text_heads=2,
-                 text_length=12, vocab_size=50, embed_dim=16, num_frames=4)
+    sizes = dict(image_size=16, patch_size=8, conv_stem=False, video_width=32, video_layers=2, video_heads=2,
+                 text_width=32, text_layers=2, text_heads=2, text_length=12, vocab_size=50, embed_dim=16, num_frames=4)
     return CLOP(build_config("toy", **sizes | overrides)).eval()
 
 
@@ -31,7 +31,7 @@ def test_any_number_of_frames(T, frames_per_patch):
 
 def test_fresh_model_is_the_image_vit_averaged_over_frames():
     model, video = tiny(frames_per_patch=1), torch.randn(2, 4, 3, 16, 16)
-    frames = torch.stack([model.video(video[:, t:t + 1]) for t in range(4)])           # each frame on its own: [T, B, E]
+    frames = torch.stack([model.video(video[:, t:t + 1]) for t in range(4)])      # each frame on its own: [T, B, E]
     torch.testing.assert_close(model.video(video), frames.mean(0))
 
 
@@ -59,12 +59,13 @@ def test_conv_stem_gives_one_vector_a_patch(patch_size):
     stem, frames = ConvStem(2, patch_size, 32), torch.zeros(2, 2, 3, 32, 48)
     out = stem(frames)
     assert out.shape == (2, 32 * 48 // patch_size**2, 32)
-    frames[0, 1, :, -1, -1] = 5                                                         # the last pixel moves the last patch
+    frames[0, 1, :, -1, -1] = 5                                                   # the last pixel moves the last patch
     assert (stem(frames) - out).abs().amax(dim=(0, 2)).argmax() == out.shape[1] - 1
 
 
 def test_block_equals_pytorchs_own_pre_norm_layer():
-    ours, theirs = Block(32, 4, quick_gelu=False), nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+    ours = Block(32, 4, quick_gelu=False)
+    theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
     theirs.load_state_dict({
         "self_attn.in_proj_weight": ours.attn.qkv.weight, "self_attn.in_proj_bias": ours.attn.qkv.bias,
         "self_attn.out_proj.weight": ours.attn.out.weight, "self_attn.out_proj.bias": ours.attn.out.bias,
@@ -95,7 +96,8 @@ def test_checkpointing_changes_memory_not_gradients():
         model = tiny(num_concepts=5).train()
         model.use_checkpointing(on)
         torch.manual_seed(1)
-        video_emb, text_emb, logits = model(torch.randn(2, 4, 3, 16, 16), torch.randint(0, 50, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
+        video_emb, text_emb, logits = model(torch.randn(2, 4, 3, 16, 16), torch.randint(0, 50, (2, 6)),
+                                            torch.ones(2, 6, dtype=torch.bool))
         ((video_emb * text_emb).sum() + logits.sum()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() == {name for name, _ in model.named_parameters()} - {"logit_scale"}
