@@ -49,7 +49,8 @@ import torch
 import toyworld
 from checkpoint import Checkpoint, load_checkpoint
 from cli import UserError, parse_config, run
-from data import Question, Split, keep_decodable, load_questions, load_split, load_videos, open_cache, prefetch, prepare_video
+from data import (Question, Split, keep_decodable, load_questions, load_split, load_videos, open_cache, prefetch,
+                  prepare_video)
 from knowledge import extract_many
 from report import Results, write_report
 from video import FrameCache
