@@ -54,7 +54,7 @@ class TrainConfig:
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
     seed: int = 0                            # of weights, batch order and frames
     # optimisation
-    steps: int = 1000                        # optimizer steps
+    steps: int = 1150                        # optimizer steps
     batch_size: int = 128                    # pairs in the global batch, over all processes
     accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
     lr: float = 1e-3                         # peak learning rate
@@ -67,7 +67,7 @@ class TrainConfig:
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
-    guided_share: float = 0.5                # KCL: share of a batch that is sampled by knowledge
+    guided_share: float = 0.75               # KCL: share of a batch that is sampled by knowledge
     guided_from: float = 0.3                 # … after this share of the steps (earlier it slows learning, LOG.md)
     mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
     # machine
@@ -78,7 +78,7 @@ class TrainConfig:
     workers: int = 2                         # processes that decode and tag before training
     # rhythm
     log_every: int = 20                      # steps
-    eval_every: int = 250                    # steps between validations, each with a checkpoint
+    eval_every: int = 230                    # steps between validations, each with a checkpoint
     max_broken: float = 0.05                 # share of unreadable videos that stops the run
     test: bool = True                        # toy: at the end, evaluate on the test gallery
 
