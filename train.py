@@ -23,8 +23,10 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -107,8 +109,12 @@ def train(config: TrainConfig):
     if config.batch_size % world_size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {world_size} processes; choose a multiple")
 
+    make_folder(out)  # fail before the work, not after it
+
     # ---- 1. data: captions -> knowledge and tokens, videos -> frames -------------------------------------------------
     started = time.perf_counter()
+    if not main_process:
+        dist.barrier()  # the first rank renders, decodes and tags; the others find all of it in the cache
     train_split, val_split = load_data(config)
     sizes = build_config(config.preset, num_frames=config.num_frames)
     cache = open_cache(Path(config.cache) / "frames", sizes)
@@ -116,6 +122,8 @@ def train(config: TrainConfig):
     train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
     knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge",
                              progress=main_process)
+    if main_process and world_size > 1:
+        dist.barrier()
     resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
     if resumed:
         check_same_run(resumed, config, out)
@@ -226,8 +234,19 @@ def set_up_process() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # the first rank may decode for hours while the others wait
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def make_folder(out: Path):
+    """Make the run's folder. Raises UserError where nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
 
 
 def load_data(config: TrainConfig):
@@ -284,11 +303,7 @@ class Log:
     """log.jsonl: one JSON object a line, and the same for people on stdout."""
 
     def __init__(self, path: Path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path.parent}: cannot write there ({error.strerror}); choose another --out") from error
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, entry: dict):
         self.file.write(json.dumps(entry) + "\n")

@@ -1,6 +1,7 @@
 """train.py: learns, resumes exactly, and answers each kind of bad input with one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,19 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(tiny_world, tmp_pa
     assert losses_of(halves) == {step: loss for step, loss in losses_of(whole).items() if step > 3}
     a, b = (load_checkpoint(out, training=True) for out in (whole, halves))
     assert a.sha256 == b.sha256 and a.training["exp_avg.logit_scale"] == b.training["exp_avg.logit_scale"]
+
+
+def test_two_processes_train_as_one(tiny_world, tmp_path, cache):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in dict(
+        dataset="csv", data=tiny_world / "train.csv", cache=cache, steps=4, batch_size=16, num_frames=2, warmup=2, log_every=1,
+        guided_from=0.0, hard_k=2, hard_weight=0.5, workers=1, seed=3).items()]
+    for processes in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                               "train.py", *flags, f"--out={tmp_path / str(processes)}"], cwd=ROOT, capture_output=True, text=True,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr
+    one, two = (load_checkpoint(tmp_path / str(processes)).model.state_dict() for processes in (1, 2))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
 
 
 def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
@@ -141,7 +155,7 @@ def test_unusable_data_is_one_line(make, said, tmp_path, cache):
     path = make(tmp_path)
     with pytest.raises(UserError, match=said) as error:
         train.train(TrainConfig(dataset="csv", data=path and str(path), out=str(tmp_path / "out"), cache=cache))
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value) and not any((tmp_path / "out").iterdir())
 
 
 def test_broken_videos_are_skipped_and_listed(tmp_path, cache, good_rows, capsys):
