@@ -234,8 +234,8 @@ def prepare_video(video: torch.Tensor) -> torch.Tensor:
     To be called where the model is: bytes travel to the device, not floats.
     """
     assert video.dtype == torch.uint8 and video.shape[-1] == 3, f"{video.dtype} {[*video.shape]}: not uint8 [..., 3]"
-    mean, std = (torch.tensor(values, device=video.device) for values in (PIXEL_MEAN, PIXEL_STD))
-    return rearrange((video.float() / 255 - mean) / std, "b t h w c -> b t c h w").contiguous()
+    mean, std = (torch.tensor(values, device=video.device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    return rearrange(video, "b t h w c -> b t c h w").contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 class PairDataset:
