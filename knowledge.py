@@ -455,10 +455,10 @@ class ConceptVocab:
 
 def multi_hot(sets: Sequence[np.ndarray], size: int) -> torch.Tensor:
     """float32 [B, K]: 1 where caption b holds concept k. `sets`: B arrays of ids; `size`: K."""
-    concepts = torch.zeros(len(sets), size)
+    concepts = np.zeros((len(sets), size), np.float32)
     for row, ids in enumerate(sets):
-        concepts[row, torch.as_tensor(np.asarray(ids), dtype=torch.long)] = 1
-    return concepts
+        concepts[row, ids] = 1
+    return torch.from_numpy(concepts)
 
 
 def concept_vectors(concepts: torch.Tensor, idf: torch.Tensor | np.ndarray) -> torch.Tensor:
