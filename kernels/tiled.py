@@ -9,7 +9,7 @@ once per tile and keeps running results: a maximum and a sum relative to it (onl
 and its k hardest so far. Mining sorts only what can win; both ways are exact:
 
 - Row: its k hardest lie in the k groups of 32 with the highest maxima, since each group that goes before theirs holds
-  one that does. So 32·k candidates are left of M.
+  one that does. So 32·k candidates of M are left.
 - Column: what enters must beat the column's k-th place. Of the n-th tile's rows only about k/n do, if the batch is in
   no order: the work of all tiles is k·ln N a column (and where it is sorted by hardness more, but no less exact).
 
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from kernels.reference import accumulate_dtype, exact_topk, no_negatives
 
-TILE = 1 << 22  # logits in a tile
-GROUP = 32      # logits of a row whose maximum stands for all of them when mining
-FEW = 8         # the same of a column, where they do not lie side by side
+TILE = 1 << 22    # logits in a tile
+ROW_GROUP = 32    # neighbours in a row: mining looks at their maximum first
+COLUMN_GROUP = 8  # the same in a column, where a closer look costs more, since they lie apart in memory
 
 
 def _factors(video, text, scale, beta, concepts) -> tuple[Tensor, Tensor]:
@@ -108,14 +108,15 @@ def _finite(maximum: Tensor) -> Tensor:
 def _hardest_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`exact_topk` of a tile [rows, M], by way of the k best groups of each row."""
     rows, m = logits.shape
-    if m < 2 * k * GROUP:
+    if m < 2 * k * ROW_GROUP:
         return exact_topk(logits, k)
-    head = m - m % GROUP                                                           # what is left over always competes
-    groups = logits[:, :head].unflatten(1, (-1, GROUP))                                  # [rows, M / GROUP, GROUP]
-    best = exact_topk(groups.amax(2), k)[0].clamp(min=0).sort(1).values                  # by position, as ties want it
-    columns = (best[:, :, None] * GROUP + torch.arange(GROUP, device=best.device)).flatten(1)
+    head = m - m % ROW_GROUP                                            # the few behind it always compete
+    groups = logits[:, :head].unflatten(1, (-1, ROW_GROUP))             # [rows, M / ROW_GROUP, ROW_GROUP]
+    best = exact_topk(groups.amax(2), k)[0].sort(1).values              # in the order of columns, as ties want it
+    columns = (best[:, :, None] * ROW_GROUP + torch.arange(ROW_GROUP, device=best.device)).flatten(1)
     columns = torch.cat([columns, torch.arange(head, m, device=best.device).expand(rows, -1)], 1)
-    place, score = exact_topk(logits.gather(1, columns), k)
+    scores = logits.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -torch.inf)  # group −1: nothing in it
+    place, score = exact_topk(scores, k)
     return columns.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1), score
 
 
@@ -124,16 +125,16 @@ def _update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int
 
     Returns the columns' maxima [M].
     """
-    (m, k), done, maxima, member = score.shape, 0, [], torch.arange(FEW, device=logits.device)
+    (m, k), done, maxima, member = score.shape, 0, [], torch.arange(COLUMN_GROUP, device=logits.device)
     while done < len(logits):
         part = logits[done:done + max(k, first_row + done)]  # as many rows as were seen before: about k·M of them enter
         kth = score[:, -1].contiguous()                      # what equals it comes too late: its index is higher
-        group_max = torch.stack([group.amax(0) for group in part.split(FEW)])            # [rows / FEW, M]
+        group_max = torch.stack([group.amax(0) for group in part.split(COLUMN_GROUP)])     # [groups of rows, M]
         group, column = (group_max > kth).nonzero().unbind(1)
-        row = group[:, None] * FEW + member                                              # [groups that matter, FEW]
+        row = group[:, None] * COLUMN_GROUP + member                                       # [groups, COLUMN_GROUP]
         value = part.view(-1)[row.clamp(max=len(part) - 1) * m + column[:, None]]
         enters = (value > kth[column, None]) & (row < len(part))
-        column, order = column[:, None].expand_as(row)[enters].sort(stable=True)         # by column, then by row
+        column, order = column[:, None].expand_as(row)[enters].sort(stable=True)           # by column, then by row
         if len(column):
             hit, line, count = column.unique_consecutive(return_inverse=True, return_counts=True)
             # a line for each column that changes: the k kept, then the new, so that places stand in the order of rows

@@ -369,6 +369,28 @@ def test_tiled_never_makes_the_matrix():
         saved = dict(row_negatives=row_negatives, col_negatives=col_negatives)
         tiled.tiled_backward(g, g, g, *inputs, **pair, offset=0, **saved)
     assert 900 <= mode.numel <= 300 * (8 + 3), "tiles of 1000 elements, embeddings with concepts, but no 300 x 300"
+@pytest.mark.skipif(INTERPRETED, reason="about the tiled version")
+@pytest.mark.parametrize("order", ["random", "harder and harder", "ties", "hardly a negative"])
+def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
+    """So many columns and rows that groups decide, with a rest that fills none."""
+    monkeypatch.setattr(tiled, "TILE", 19 * 413)
+    video, text, _, ids = problem(133, m=413, dim=8)
+    if order == "harder and harder":  # every row beats all before it, in every column
+        video, text = video * torch.arange(1, 134)[:, None], text.abs() * video.sign().sum(0).sign()
+    elif order == "ties":
+        video, text = video.sign(), text.sign()
+    elif order == "hardly a negative":
+        ids = torch.where(torch.arange(413)[:, None] % 149 == 3, ids, torch.zeros_like(ids))
+    pairs = dict(signature=(ids[70:203], ids), offset=70, k=5)
+    mined, expected = (knowledge_nce_stats(video, text, 0.0, impl=impl, **pairs).mined
+                       for impl in ("tiled", "reference"))
+    for name, value, right in zip(mined._fields, mined, expected):
+        if name.endswith("index"):
+            assert value.equal(right), name
+        else:
+            torch.testing.assert_close(value, right)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's tiles")
 @pytest.mark.parametrize("family", ["large", "small"])
 @pytest.mark.parametrize("k", [0, 5])
