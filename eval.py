@@ -49,10 +49,11 @@ import torch
 import toyworld
 from checkpoint import Checkpoint, load_checkpoint
 from cli import UserError, parse_config, run
-from data import (Question, Split, keep_decodable, load_questions, load_split, load_videos, open_cache, prefetch,
-                  prepare_video)
+from data import keep_decodable, load_videos, prefetch, prepare_video
+from datasets import load_questions, load_split
 from knowledge import extract_many
 from report import Results, write_report
+from splits import Question, Split
 from video import FrameCache
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

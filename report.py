@@ -27,8 +27,8 @@ import numpy as np
 from einops import rearrange
 
 from cli import run
-from data import Question, Split
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
+from splits import Question, Split
 from video import VideoError, read_frames, write_video
 
 FRAME_SIZE = 104            # pixels of one moment; four make a picture

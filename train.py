@@ -36,7 +36,8 @@ import torch.distributed as dist
 import toyworld
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cli import UserError, parse_config, run
-from data import KnowledgeBatchSampler, PairDataset, keep_decodable, load_split, open_cache, prefetch, prepare_video
+from data import KnowledgeBatchSampler, PairDataset, keep_decodable, open_cache, prefetch, prepare_video
+from datasets import load_split
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids
 from losses import LossConfig, clop_loss
