@@ -24,6 +24,7 @@ where it was expected, so that it is counted and listed as missing, never droppe
 **What a complete result is.** Each entry of DATASETS states how many videos and captions its splits hold by protocol
 (None: not fixed; links die), and eval.py writes "N of M: not comparable" beside a result on any other number.
 
+    python datasets.py                                 the sizes and protocols
     python data.py --check msrvtt --root FOLDER        what is there, what is missing, what does not decode
 """
 
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, run
 from splits import (Question, Split, check_name, check_row, check_text, read_captions_pickle, read_columns, read_csv,
                     read_entries, read_json, read_jsonl, read_list, read_pairs)
 
@@ -235,7 +236,9 @@ def load_lsmdc(root: Path, role: str) -> Split:
     def pairs() -> Iterator[tuple[str, str]]:
         for where, row in read_columns(path, columns):
             clip = row["CLIP_ID"].strip()
-            yield finder.find(f"{clip.rpartition('_')[0]}/{clip}.avi", where), row["SENTENCE"].strip()
+            if not (film := clip.rpartition("_")[0]):
+                raise UserError(f"{where}: CLIP_ID is {clip[:40]!r}, expected FILM_START-END; expected {', '.join(row)}")
+            yield finder.find(f"{film}/{clip}.avi", where), row["SENTENCE"].strip()
 
     return Split.from_pairs(pairs())
 
@@ -393,3 +396,14 @@ def load_split(dataset: str, data: str | Path, role: str = "train", *, root: str
     if dataset == "csv":
         return load_pairs(data, role, None if root is None else Path(root))
     return entry.load(data, role)
+
+
+def main():
+    """The protocols."""
+    for name, entry in DATASETS.items():
+        sizes = ", ".join(f"{role} {'any' if count is None else f'{count:,}'}" for role, count in entry.videos.items())
+        print(f"{name:12s} {sizes}" + (f"\n             {entry.protocol}" if entry.protocol else ""))
+
+
+if __name__ == "__main__":
+    run(main)

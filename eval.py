@@ -374,13 +374,15 @@ def save_similarities(path: str | Path, results: Results) -> None:
     which gives exactly the reported numbers (`retrieval_metrics`); video_of_text [n_text] int64; videos [n_video] and
     captions [n_text], each a JSON list in one string; option_scores [questions, options], answers [questions]. Above
     MATRIX_LIMIT entries sim is left out, which is printed: `similarity(text_emb, video_emb)` gives any part of it.
+    Without captions there is no sim, and text_emb, video_emb are empty.
     """
     parts = dict(text_emb=results.text_emb, video_emb=results.video_emb, video_of_text=results.split.video_of_caption,
                  videos=json.dumps(results.split.video_paths), captions=json.dumps([*results.split.captions]),
                  option_scores=results.option_scores, answers=np.array([q.answer for q in results.questions], np.int64))
-    if (entries := len(results.text_emb) * len(results.video_emb)) <= MATRIX_LIMIT:
+    entries = len(results.text_emb) * len(results.video_emb)
+    if 0 < entries <= MATRIX_LIMIT:
         parts["sim"] = similarity(results.text_emb, results.video_emb).numpy()
-    else:
+    elif entries:
         print(f"{path}: without sim, whose {entries:,} entries take {8 * entries / 2**30:.0f} GiB; it is "
               "similarity(text_emb, video_emb), of any rows and columns")
     with open(path, "wb") as file:  # given a name, numpy would append .npz to it
