@@ -1,7 +1,8 @@
 """Videos with captions → batches of tensors, and which pairs share a batch.
 
-A split is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is one (video,
-caption) pair: a video with twenty captions is twenty samples, seen twenty times an epoch, each time with other frames.
+A split (splits.py) is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is
+one (video, caption) pair: a video with twenty captions is twenty samples, seen twenty times an epoch, each time with
+other frames.
 
     load_split → Split → keep_decodable (fills the frame cache, drops broken videos) → PairDataset.batch(indices) → dict
         video       uint8   [B, T, H, W, 3]    prepare_video → float32 [B, T, C, H, W], on the model's device
@@ -23,176 +24,31 @@ copies release the interpreter lock, so worker processes, with their start-up ti
 would buy little here. No picture is flipped or turned: captions say "left" and "upside down".
 
     python data.py train.csv        a random and a guided batch of its captions (without a file: of some made-up ones)
+    python data.py --check msrvtt --root FOLDER --out list.csv      is all of a data set there, and does it decode?
 """
 
 import collections
 import concurrent.futures
-import csv
-import io
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from cli import UserError, run
+from check import print_check
+from cli import UserError, parse_config, run
+from datasets import load_split
 from knowledge import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
+from splits import Split
 from tokenizer import Tokenizer
 from video import FrameCache, frame_indices
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# ---- splits: what the files say --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Split:
-    """Videos, captions, and which video each caption is of."""
-
-    video_paths: list[str]
-    captions: list[str]
-    video_of_caption: np.ndarray  # int64 [number of captions], index into video_paths
-    broken: dict[str, str] = field(default_factory=dict)  # {path: why} of videos that belong here but cannot be used
-
-    @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
-        """From (video path, caption) pairs; the same path is the same video."""
-        number, captions, video_of_caption = {}, [], []
-        for path, caption in pairs:
-            captions.append(caption)
-            video_of_caption.append(number.setdefault(path, len(number)))
-        return cls(list(number), captions, np.array(video_of_caption, np.int64))
-
-    def without(self, broken: dict[str, str]) -> "Split":
-        """This split without some videos ({path: why}) and their captions."""
-        kept = np.array([path not in broken for path in self.video_paths], bool)
-        keep_caption = kept[self.video_of_caption]
-        return Split([path for path in self.video_paths if path not in broken],
-                     list(itertools.compress(self.captions, keep_caption)),
-                     (np.cumsum(kept) - 1)[self.video_of_caption[keep_caption]], self.broken | broken)
-
-    def describe_broken(self, at_most: int = 20) -> str:
-        """Lines for the user: which videos are not used, and why; "" if there are none."""
-        total = len(self.video_paths) + len(self.broken)
-        lines = [f"{len(self.broken)} of {total} videos cannot be used:"] + list(self.broken.values())[:at_most]
-        if len(self.broken) > at_most:
-            lines.append(f"… and {len(self.broken) - at_most} more")
-        return "\n    ".join(lines) if self.broken else ""
-
-
-@dataclass
-class Question:
-    """Which of these captions is the video's?"""
-
-    video: str
-    options: list[str]
-    answer: int   # index of the right option
-    kind: str     # what the wrong ones differ in
-
-
-def load_split(dataset: str, data: str | Path, role: str = "train") -> Split:
-    """The "train", "val" or "test" split of a data set (one of LOADERS) at the path `data`.
-
-    Raises UserError, with file, line and what was expected, where a file is missing, empty or malformed. Videos are not
-    looked at: `keep_decodable` finds the missing and the broken ones.
-    """
-    assert role in ("train", "val", "test"), f"{role=}: train, val or test"
-    if dataset not in LOADERS:
-        raise UserError(f"{dataset}: no such data set; one of {', '.join(LOADERS)}")
-    return LOADERS[dataset](Path(data), role)
-
-
-def load_pairs(path: Path, role: str) -> Split:
-    """A csv (with header) or jsonl file with `video` and `caption`; or a folder with train.csv, val.csv, test.csv."""
-    path = path / f"{role}.csv" if path.is_dir() else path
-    pairs = ((str(path.parent / row["video"]), row["caption"]) for _, row in _rows(path, ("video", "caption")))
-    split = Split.from_pairs(pairs)
-    if not split.captions:
-        raise UserError(f"{path}: no samples in it; expected a line with video and caption for each")
-    return split
-
-
-LOADERS: dict[str, Callable[[Path, str], Split]] = {"toy": load_pairs, "csv": load_pairs}  # a data set is one function
-
-
-def load_questions(path: str | Path) -> list[Question]:
-    """Multiple choice from a jsonl file: {"video", "options": [caption, …], "answer": index, "kind"} a line."""
-    path, questions = Path(path), []
-    for line, row in _rows(path, ("video", "kind"), others=("options", "answer")):
-        options, answer = row["options"], row["answer"]
-        if not (isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) for option in options)):
-            raise UserError(f"{path}, line {line}: options must be a list of two or more captions")
-        if type(answer) is not int or not 0 <= answer < len(options):
-            raise UserError(f"{path}, line {line}: answer is {answer!r}, expected 0 … {len(options) - 1}")
-        questions.append(Question(str(path.parent / row["video"]), options, answer, row["kind"]))
-    if not questions:
-        raise UserError(f"{path}: no questions in it; expected one JSON object a line")
-    return questions
-
-
-def _rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a csv file with header or a jsonl file, which has `texts` (strings) and `others`."""
-    expected = f"expected {', '.join(texts + others)}"
-    rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
-    for line, row in rows(path, _read_text(path), texts + others, expected):
-        for name in texts:
-            if not isinstance(row[name], str):
-                raise UserError(f"{path}, line {line}: {name} is {str(row[name])[:40]}, not a text; {expected}")
-        if not row["video"].strip():
-            raise UserError(f"{path}, line {line}: video is empty; expected a path relative to the folder of this file")
-        yield line, row
-
-
-def _csv_rows(path, text, names, expected):
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if missing := [name for name in names if name not in header]:
-            raise UserError(f"{path}, line 1: the header {','.join(header)[:80]!r} has no {' or '.join(missing)}; "
-                            f"{expected}")
-        for row in reader:
-            if row and len(row) != len(header):
-                raise UserError(f"{path}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}; "
-                                f"{expected} (a caption with a comma stands in double quotes)")
-            if row:
-                yield reader.line_num, dict(zip(header, row))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid csv ({error}); {expected}") from error
-
-
-def _jsonl_rows(path, text, names, expected):
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {line}: not valid JSON; {expected} in an object on each line") from error
-            if not isinstance(row, dict) or (missing := [name for name in names if name not in row]):
-                what = f"has no {' or '.join(missing)}" if isinstance(row, dict) else "is not an object"
-                raise UserError(f"{path}, line {line}: the row {what}; {expected} in an object on each line")
-            yield line, row
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a csv or jsonl file") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; expected a csv or jsonl file with video and caption")
-    return text
-
 
 # ---- samples: what the model sees ------------------------------------------------------------------------------------
 
@@ -204,7 +60,8 @@ def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05,
     Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be used, or none is
     left.
     """
-    kept = split.without(cache.fill(split.video_paths, workers=workers, progress=progress))
+    start, end = split.window
+    kept = split.without(cache.fill(split.video_paths, start=start, end=end, workers=workers, progress=progress))
     total = len(kept.video_paths) + len(kept.broken)
     if len(kept.broken) > max_broken * total or not kept.video_paths:
         raise UserError(f"{len(kept.broken)} of {total} videos cannot be used, more than the {max_broken:.0%} that "
@@ -219,12 +76,17 @@ def open_cache(folder: str | Path, model_config) -> FrameCache:
     return FrameCache(folder, size=model_config.image_size, num_frames=2 * model_config.num_frames)
 
 
-def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None) -> torch.Tensor:
-    """T of the cached frames of each video, uint8 [B, T, H, W, 3]: uniform, or by segments with a Generator a video."""
+def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None,
+                window: tuple[float, float | None] = (0.0, None)) -> torch.Tensor:
+    """T of the cached frames of each video, uint8 [B, T, H, W, 3]: uniform, or by segments with a Generator a video.
+
+    window: the seconds of each video that count (see Split).
+    """
     video = np.empty((len(paths), num_frames, cache.size, cache.size, 3), np.uint8)
     sampling = "segment" if rngs else "uniform"
     for i, path in enumerate(paths):
-        video[i] = cache.get(path)[frame_indices(cache.num_frames, num_frames, sampling, rngs[i] if rngs else None)]
+        wanted = frame_indices(cache.num_frames, num_frames, sampling, rngs[i] if rngs else None)
+        video[i] = cache.get(path, *window)[wanted]
     return torch.from_numpy(video)
 
 
@@ -262,7 +124,8 @@ class PairDataset:
         video_id = self.video_of_sample[indices]
         tokens, text_mask = self.tokenizer.encode_batch([self.split.captions[i] for i in indices], self.length)
         return dict(
-            video=load_videos(self.cache, [self.split.video_paths[i] for i in video_id], num_frames, rngs),
+            video=load_videos(self.cache, [self.split.video_paths[i] for i in video_id], num_frames, rngs,
+                              self.split.window),
             tokens=tokens, text_mask=text_mask,
             concepts=multi_hot([self.concept_sets[i] for i in indices], self.num_concepts),
             video_id=torch.from_numpy(video_id), meaning_id=torch.from_numpy(self.meaning_id[indices]))
@@ -454,9 +317,29 @@ class KnowledgeBatchSampler:
         return np.concatenate(groups)
 
 
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """Show a random and a guided batch of a file's captions; or, with --check, say whether a data set is whole."""
+
+    captions: str = ""          # csv or jsonl file with video and caption; without it, made-up captions
+    check: str | None = None    # name of a data set (msrvtt, msvd, … as in datasets.py) to check
+    root: str | None = None     # check: its folder
+    sample: int = 50            # check: videos of each split to decode, drawn at random
+    seed: int = 0               # check: of that sample
+    out: str | None = None      # check: csv file for the list of missing and broken videos
+
+
 def main():
-    if len(sys.argv) > 1:
-        split = load_split("csv", sys.argv[1])
+    config = parse_config(DataConfig, positional="captions")
+    if config.check:
+        if not config.root:
+            raise UserError(f"--check {config.check}: needs --root FOLDER, where its annotation files and videos are")
+        sys.exit(not print_check(config.check, config.root, sample=config.sample, seed=config.seed, out=config.out))
+    if config.captions:
+        split = load_split("csv", config.captions)
         captions, video_of_caption = split.captions, split.video_of_caption
         print(f"{len(captions)} captions of {len(split.video_paths)} videos")
     else:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import toyworld
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
-from data import Split, load_videos, prepare_video
+from data import load_videos, prepare_video
 from eval import (EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval, multiple_choice_accuracy,
                   retrieval_metrics, retrieval_metrics_from_embeddings, retrieval_ranks, similarity)
 from knowledge import ConceptVocab, extract_many
 from model import CLOP, build_config
+from splits import Split
 from tokenizer import Tokenizer
 from video import FrameCache, write_video
 

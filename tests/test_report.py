@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data import Question, Split
 from knowledge import ConceptVocab, extract_many
 from report import MAX_PICTURE_BYTES, Results, picture, visible, write_report
+from splits import Question, Split
 from video import write_video
 
 EVIL = ('<script>alert("x")</script> & \x00\x1b[31m\u202eevil\u2066 \ud800 '
