@@ -9,7 +9,7 @@ that silently vanished changes every number that is measured afterwards.
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +37,16 @@ class Split:
         paths, captions = Strings.columns(pairs, 2)
         first, video_of_caption = paths.distinct()
         return cls(paths.take(first), captions, video_of_caption)
+
+    @classmethod
+    def join(cls, splits: Sequence["Split"]) -> "Split":
+        """Several data sets as one, in their order; a video that is in two of them is one video."""
+        paths = Strings.concatenate([split.video_paths for split in splits])
+        first, index = paths.distinct()
+        shift = np.cumsum([0, *(len(split.video_paths) for split in splits)])
+        return cls(paths.take(first), Strings.concatenate([split.captions for split in splits]),
+                   index[np.concatenate([split.video_of_caption + n for split, n in zip(splits, shift)])],
+                   {path: reason for split in splits for path, reason in split.broken.items()})
 
     def without(self, broken: dict[str, str]) -> "Split":
         """This split without some videos ({path: why}) and their captions."""

@@ -60,6 +60,13 @@ class Strings(Sequence):
                 end.append(len(blob))
         return [cls(np.frombuffer(blob, np.uint8), np.frombuffer(end, np.int64)) for blob, end in zip(blobs, ends)]
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Strings"]) -> "Strings":
+        """The strings of all parts, one part after the other."""
+        starts = np.cumsum([0, *(len(part.blob) for part in parts)])
+        return cls(np.concatenate([np.zeros(0, np.uint8), *(part.blob for part in parts)]),
+                   np.concatenate([np.zeros(1, np.int64), *(part.offsets[1:] + n for part, n in zip(parts, starts))]))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -32,6 +32,8 @@ def test_it_is_a_list_of_these_strings(strings, data):
     first, index = packed.distinct()
     assert packed.take(first) == list(dict.fromkeys(strings))  # in order of appearance
     assert packed.take(first[index]) == strings and first.dtype == index.dtype == np.int64
+    assert Strings.concatenate([packed, packed[:3], packed]) == strings + strings[:3] + strings
+    assert Strings.concatenate([]) == []
 
 
 def test_what_it_is_not():
