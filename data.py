@@ -55,7 +55,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05, workers: int | None = None,
                    progress: bool = True) -> Split:
-    """Fill the cache with the split's videos; the split without those that are missing or broken (see its `broken`).
+    """Fill the cache with the split's videos; the split without those that are missing or broken (see its `broken`),
+    its strings in files beside the frames that all processes share.
 
     Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be used, or none is
     left.
@@ -68,7 +69,7 @@ def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05,
                         f"may be broken; the first: {next(iter(kept.broken.values()))}")
     if progress and kept.broken:
         print(kept.describe_broken())
-    return kept
+    return kept.stored(cache.folder / "strings")
 
 
 def open_cache(folder: str | Path, model_config) -> FrameCache:

@@ -339,7 +339,7 @@ def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: floa
     if len({len(question.options) for question in questions}) > 1:
         raise UserError("the questions have different numbers of options: their accuracies cannot be averaged")
 
-    texts = [*split.captions] + [option for question in questions for option in question.options]
+    texts = [*split.captions, *(option for question in questions for option in question.options)]
     text_emb, option_emb = embed_texts(model, tokenizer, texts).tensor_split([len(split.captions)])
     video_emb = embed_videos(model, cache, usable.video_paths, window)
     place = {path: i for i, path in enumerate(usable.video_paths)}

@@ -35,6 +35,7 @@ Simplified: English only, no parse tree, no synonyms, no coreference ("it" is no
 import csv
 import hashlib
 import importlib.metadata
+import itertools
 import multiprocessing
 import os
 import re
@@ -52,6 +53,7 @@ import torch
 from tqdm import tqdm
 
 from cli import UserError, parse_config, run
+from strings import Strings
 from tagger import SUBORDINATORS, WEIGHTS_SHA256, Sentence, load_tagger, parse
 
 # Words that say "this is a caption", only count, or stand for others: no concepts. Relations look through the nouns
@@ -328,9 +330,9 @@ def extract_many(captions: Iterable[str], *, workers: int | None = None, cache: 
 
     workers: processes (default: the cores this process may use; small jobs stay in this one). cache: a folder with one
     file for each set of captions and version of this code, written atomically; a damaged one is named and rebuilt. Raises UserError where the tagger's weights are missing or the cache cannot be written. """
-    row: dict[str, int] = {}
-    row_of = np.fromiter((row.setdefault(caption, len(row)) for caption in captions), np.int64)
-    distinct = list(row)
+    captions = Strings.pack(captions)
+    first, row_of = captions.distinct()
+    distinct = captions.take(first)
     path = Path(cache) / f"{_cache_key(distinct)}.npz" if cache else None
     found = _read_cache(path) if path else None
     if found is None:
@@ -341,34 +343,36 @@ def extract_many(captions: Iterable[str], *, workers: int | None = None, cache: 
     return Knowledge(found.names, found.sets, row_of)
 
 
-def _extract_distinct(captions: list[str], workers: int | None, progress: bool) -> Knowledge:
-    chunks = [captions[i:i + 500] for i in range(0, len(captions), 500)]
+def _extract_distinct(captions: Strings, workers: int | None, progress: bool) -> Knowledge:
+    starts = range(0, len(captions), 500)
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(cores, len(chunks) // 4)  # starting a process costs as much as 2,000 captions
-    with tqdm(total=len(captions), desc="knowledge", unit=" captions", disable=not progress or len(chunks) < 2) as bar:
+        workers = min(cores, len(starts) // 4)  # starting a process costs as much as 2,000 captions
+    with tqdm(total=len(captions), desc="knowledge", unit=" captions", disable=not progress or len(starts) < 2) as bar:
         def counted(parts):
             for part in parts:
                 bar.update(len(part))
                 yield part
         if workers < 2:
-            return Knowledge.concatenate(counted(map(_extract_chunk, chunks)))
+            return Knowledge.concatenate(counted(_extract_chunk(captions[i:i + 500]) for i in starts))
         # fork shares the loaded tagger; elsewhere it is unsafe (macOS) or missing (Windows)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(workers, context) as pool:
-            return Knowledge.concatenate(counted(pool.map(_extract_chunk, chunks)))
+            waves = (starts[i:i + 64] for i in range(0, len(starts), 64))  # `map` would copy all captions into its queue
+            return Knowledge.concatenate(counted(itertools.chain.from_iterable(
+                pool.map(_extract_chunk, [captions[i:i + 500] for i in wave]) for wave in waves)))
 
 
-def _extract_chunk(captions: list[str]) -> Knowledge:
+def _extract_chunk(captions: Strings) -> Knowledge:
     return Knowledge.pack(map(extract_knowledge, captions))
 
 
-def _cache_key(captions: list[str]) -> str:
+def _cache_key(captions: Strings) -> str:
     """Hash of all that the result depends on: this code, the tagger's weights, the packages, the captions."""
     here = Path(__file__).parent
     digest = hashlib.sha256((here / "knowledge.py").read_bytes() + (here / "tagger.py").read_bytes())
     versions = [f"{name}=={importlib.metadata.version(name)}" for name in ("nltk", "lemminflect")]
-    for text in [WEIGHTS_SHA256, *versions, *GRANULARITIES, *captions]:
+    for text in itertools.chain([WEIGHTS_SHA256, *versions, *GRANULARITIES], captions):
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()[:40]
 
@@ -506,14 +510,11 @@ def meaning_ids(captions: Sequence[str], knowledge: Sequence[dict[str, list[str]
     packed = Knowledge.pack(knowledge)
     assert len(captions) == len(packed), (len(captions), len(packed))
     names = np.array(packed.names, object)
-    of_row = [_hash64("\n".join(sorted(names[ids]))) if len(ids) else None for ids in packed.sets]
-    ids = np.empty(len(captions), np.int64)
-    for i, (caption, row) in enumerate(zip(captions, packed.row_of)):
-        if of_row[row] is None:
-            text = unicodedata.normalize("NFKC", caption).lower()
-            ids[i] = _hash64("text " + (" ".join(re.findall(r"\w+", text)) or " ".join(text.split())))
-        else:
-            ids[i] = of_row[row]
+    of_row = np.fromiter((_hash64("\n".join(sorted(names[ids]))) for ids in packed.sets), np.int64, len(packed.sets))
+    ids = of_row[packed.row_of]
+    for i in np.flatnonzero(np.diff(packed.sets.offsets)[packed.row_of] == 0).tolist():
+        text = unicodedata.normalize("NFKC", captions[i]).lower()
+        ids[i] = _hash64("text " + (" ".join(re.findall(r"\w+", text)) or " ".join(text.split())))
     return ids
 
 

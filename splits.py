@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, run
+from strings import Strings
 from tagger import load_plain_pickle
 
 
@@ -41,29 +42,44 @@ from tagger import load_plain_pickle
 class Split:
     """Videos, captions, and which video each caption is of."""
 
-    video_paths: list[str]
-    captions: Sequence[str]
+    video_paths: Strings          # any sequence of str is packed: millions of them must not be Python objects
+    captions: Strings
     video_of_caption: np.ndarray  # int64 [number of captions], index into video_paths
     broken: dict[str, str] = field(default_factory=dict)  # {path: why} of videos that belong here but cannot be used
     window: tuple[float, float | None] = (0.0, None)      # the seconds of each video that belong to it, None = the end
 
+    def __post_init__(self):
+        self.video_paths, self.captions = Strings.pack(self.video_paths), Strings.pack(self.captions)
+
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
         """From (video path, caption) pairs; the same path is the same video."""
-        number, captions, video_of_caption = {}, [], []
-        for path, caption in pairs:
-            captions.append(caption)
-            video_of_caption.append(number.setdefault(path, len(number)))
-        return cls(list(number), captions, np.array(video_of_caption, np.int64))
+        paths, captions = Strings.columns(pairs, 2)
+        first, video_of_caption = paths.distinct()
+        return cls(paths.take(first), captions, video_of_caption)
+
+    @classmethod
+    def join(cls, splits: Sequence["Split"]) -> "Split":
+        """Several data sets as one, in their order; a video that is in two of them is one video."""
+        assert len({split.window for split in splits}) == 1, "a split has one window for all of its videos"
+        paths = Strings.concatenate([split.video_paths for split in splits])
+        first, index = paths.distinct()
+        shift = np.cumsum([0, *(len(split.video_paths) for split in splits)])
+        return cls(paths.take(first), Strings.concatenate([split.captions for split in splits]),
+                   index[np.concatenate([split.video_of_caption + n for split, n in zip(splits, shift)])],
+                   {path: reason for split in splits for path, reason in split.broken.items()}, splits[0].window)
 
     def without(self, broken: dict[str, str]) -> "Split":
         """This split without some videos ({path: why}) and their captions."""
-        kept = np.array([path not in broken for path in self.video_paths], bool)
+        kept = np.fromiter((path not in broken for path in self.video_paths), bool, len(self.video_paths))
         keep_caption = kept[self.video_of_caption]
-        return replace(self, video_paths=[path for path in self.video_paths if path not in broken],
-                       captions=list(itertools.compress(self.captions, keep_caption)),
+        return replace(self, video_paths=self.video_paths.take(kept), captions=self.captions.take(keep_caption),
                        video_of_caption=(np.cumsum(kept) - 1)[self.video_of_caption[keep_caption]],
                        broken=self.broken | broken)
+
+    def stored(self, folder: str | Path) -> "Split":
+        """This split with its strings mapped from files in `folder`, which all processes share (see strings.py)."""
+        return replace(self, video_paths=self.video_paths.stored(folder), captions=self.captions.stored(folder))
 
     def describe_broken(self, at_most: int = 20) -> str:
         """Lines for the user: which videos are not used, and why; "" if there are none."""

@@ -69,6 +69,7 @@ class TrainConfig:
     weight_decay: float = 0.1                # of matrices only
     grad_clip: float = 1.0                   # largest gradient norm
     num_frames: int = 8                      # T, frames of a video that the model sees
+    frames_curriculum: str | None = None     # begin with fewer: 1,4,8 = a third of the steps each; ends with num_frames
     # CLOP
     skp_weight: float = 1.0                  # SKP: weight of the concept prediction
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
@@ -114,6 +115,7 @@ def train(config: TrainConfig):
     if config.batch_size % world_size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {world_size} processes; choose a multiple")
 
+    stages = frames_stages(config)
     make_folder(out)  # fail before the work, not after it
 
     # ---- 1. data: captions -> knowledge and tokens, videos -> frames -------------------------------------------------
@@ -173,8 +175,9 @@ def train(config: TrainConfig):
                        parameters=sum(p.numel() for p in model.parameters()), **machine_facts(device.type),
                        resumed_at=step))
     saved = resumed.path if resumed else None
-    batches = prefetch(lambda job: dataset.batch(job[1], num_frames=config.num_frames, seed=config.seed, epoch=job[0]),
-                       endless_batches(sampler, start=step * config.accumulate))
+    jobs = ((frames_at(number // config.accumulate, stages, config.steps), epoch, indices)
+            for number, epoch, indices in endless_batches(sampler, start=step * config.accumulate))
+    batches = prefetch(lambda job: dataset.batch(job[2], num_frames=job[0], seed=config.seed, epoch=job[1]), jobs)
     data_time, logged_step, clock = 0.0, step, time.perf_counter()
     while step < config.steps:
         for group in optimizer.param_groups:
@@ -290,13 +293,34 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def frames_stages(config: TrainConfig) -> list[int]:
+    """T of each equal share of the steps. Raises UserError where the curriculum is no such list.
+
+    Few frames first: most of what a caption says, a single frame shows, at a fraction of the cost (Frozen in Time,
+    https://arxiv.org/abs/2104.00650).
+    """
+    text = str(config.num_frames) if config.frames_curriculum is None else config.frames_curriculum
+    stages = [int(stage) if stage.strip().isdecimal() else 0 for stage in text.split(",")]
+    if min(stages) < 1 or stages[-1] != config.num_frames or len(stages) > config.steps:
+        raise UserError(f"--frames-curriculum {text}: expected numbers of frames with commas, the last of them "
+                        f"--num-frames ({config.num_frames}), and no more of them than --steps ({config.steps})")
+    return stages
+
+
+def frames_at(step: int, stages: list[int], steps: int) -> int:
+    """T of this step; a batch that is read ahead beyond the last step has the last one's."""
+    return stages[min(step, steps - 1) * len(stages) // steps]
+
+
 def endless_batches(sampler, start: int):
-    """(epoch, sample indices) of batch `start`, `start` + 1, … of the run: resuming skips, and replays nothing."""
-    epoch, start = divmod(start, len(sampler))
+    """(number, epoch, sample indices) of batch `start`, `start` + 1, … of the run: resuming skips, and replays
+    nothing."""
+    epoch, first = divmod(start, len(sampler))
+    numbers = itertools.count(start)
     for epoch in itertools.count(epoch):
-        for indices in sampler.batches(epoch, start):
-            yield epoch, indices
-        start = 0
+        for indices in sampler.batches(epoch, first):
+            yield next(numbers), epoch, indices
+        first = 0
 
 
 def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:

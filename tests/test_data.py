@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from data import PIXEL_MEAN, PIXEL_STD, KnowledgeBatchSampler, PairDataset, keep
 from datasets import load_split
 from knowledge import ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from splits import Split
+from strings import Strings
 from tokenizer import Tokenizer
 from video import FrameCache, frame_indices, write_video
 
@@ -99,6 +101,37 @@ def test_broken_videos_are_dropped_and_listed(folder, tmp_path, capsys):
     (tmp_path / "lost.csv").write_text("video,caption\nabsent.mp4,gone")
     with pytest.raises(UserError, match="1 of 1 videos"):
         keep_decodable(load_split("csv", tmp_path / "lost.csv"), cache, max_broken=1.0, workers=1, progress=False)
+
+
+def test_joined_data_sets_are_one(folder):
+    a = Split.from_pairs([("x", "x1"), ("y", "y1"), ("x", "x2")])
+    b = Split.from_pairs([("z", "z1"), ("y", "y2")]).without({"z": "why z"})
+    joined = Split.join([a, b, a])
+    assert joined.video_paths == ["x", "y"] and joined.captions == ["x1", "y1", "x2", "y2", "x1", "y1", "x2"]
+    assert joined.video_of_caption.tolist() == [0, 1, 0, 1, 0, 1, 0] and joined.broken == {"z": "why z"}
+
+
+def test_pictures_are_videos_of_one_frame(folder, tmp_path):
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / f"{i}.jpg"), np.full((30, 40, 3), 60 * i, np.uint8))
+    pictures = Split.from_pairs((str(tmp_path / f"{i}.jpg"), f"picture {i}") for i in range(4))
+    cache = FrameCache(tmp_path / "cache", size=16, num_frames=8)
+    split = keep_decodable(Split.join([load_split("csv", folder), pictures]), cache, workers=1, progress=False)
+    knowledge = extract_many(split.captions, progress=False)
+    tokenizer, vocab = Tokenizer.train(split.captions, 300), ConceptVocab.build(knowledge, min_count=1)
+    mixed = PairDataset(split, cache, tokenizer, vocab, knowledge, length=16)
+    for num_frames in (1, 4, 8):  # the stages of a curriculum
+        video = mixed.batch([0, 12, 15], num_frames=num_frames, seed=0)["video"]
+        assert video.shape == (3, num_frames, 16, 16, 3)
+        assert video[1].max() == 0 and abs(video[2].float().mean() - 180) < 2 and (video[2] == video[2, 0]).all()
+    assert sum(path.stat().st_size for path in cache.folder.glob("*/*.frames")) == 6 * 6164 + 4 * 788
+
+
+def test_captions_and_paths_are_mapped_files(dataset):
+    for strings in (dataset.split.captions, dataset.split.video_paths):
+        assert not strings.blob.flags.writeable and isinstance(strings, Strings)
+    names = {path.name for path in (dataset.cache.folder / "strings").iterdir()}
+    assert len(names) == 2 and all(name in Path("/proc/self/maps").read_text() for name in names)
 
 
 def test_dropping_keeps_captions_with_their_videos():

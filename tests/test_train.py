@@ -65,6 +65,35 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(tiny_world, tmp_pa
     assert a.sha256 == b.sha256 and a.training["exp_avg.logit_scale"] == b.training["exp_avg.logit_scale"]
 
 
+def test_frames_curriculum_is_a_function_of_the_step(tiny_world, tmp_path, cache, monkeypatch):
+    def batch(dataset, indices, *, num_frames, **kwargs):
+        seen.append(num_frames)
+        return real(dataset, indices, num_frames=num_frames, **kwargs)
+
+    seen, real = [], train.PairDataset.batch
+    monkeypatch.setattr(train.PairDataset, "batch", batch)
+    monkeypatch.setattr(train, "prefetch", map)
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    curriculum = dict(frames_curriculum="1,2,4", num_frames=4, accumulate=2)
+    train.train(settings(tiny_world, whole, cache, **curriculum))
+    assert seen == [1] * 4 + [2] * 4 + [4] * 4                              # 6 steps of 2 batches
+    seen.clear()
+    rest.mkdir()
+    shutil.copy(whole / "step-000003.safetensors", rest)
+    train.train(settings(tiny_world, rest, cache, **curriculum))
+    assert seen == [2] * 2 + [4] * 4
+    assert losses_of(rest) == {step: loss for step, loss in losses_of(whole).items() if step > 3}
+
+
+def test_frames_of_each_step():
+    assert train.frames_stages(TrainConfig()) == [8] and train.frames_at(700, [8], 1150) == 8
+    stages = train.frames_stages(TrainConfig(frames_curriculum="1, 4,8"))
+    assert [train.frames_at(step, stages, 10) for step in range(12)] == [1] * 4 + [4] * 3 + [8] * 5
+    for wrong in ("", "1,4", "0,8", "-1,8", "one,8", "1,,8", "1;8", "8," * 2000 + "8"):
+        with pytest.raises(UserError, match="--frames-curriculum .*expected numbers"):
+            train.frames_stages(TrainConfig(frames_curriculum=wrong))
+
+
 def test_two_processes_train_as_one(tiny_world, tmp_path, cache):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in dict(
         dataset="csv", data=tiny_world / "train.csv", cache=cache, steps=4, batch_size=16, num_frames=2, warmup=2, log_every=1,
