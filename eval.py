@@ -53,6 +53,7 @@ from data import (Question, Split, keep_decodable, load_questions, load_split, l
                   prepare_video)
 from knowledge import extract_many
 from report import Results, write_report
+from search import search_folder
 from video import FrameCache
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -232,12 +233,17 @@ class EvalConfig:
     """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
     checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
-    task: Literal["toy", "csv"] = "toy"     # toy: the embedded world; csv: your own videos (--data)
+    task: Literal["toy", "csv", "search"] = "toy"  # toy: embedded world; csv: your videos (--data); search: find some
     data: str | None = None                 # csv: file with video, caption; toy: a world's folder (default: CACHE/toy)
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
     out: str | None = None                  # folder for the results (default: eval-TASK-SPLIT beside the checkpoint)
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
+    videos: str | None = None               # search: folder of your videos
+    query: str | None = None                # search: what to look for (default: asked for, one a line)
+    top: int = 10                           # search: how many videos to show
+    window: float = 8.0                     # search: seconds of a video that are embedded at once (inf: all)
+    index: str | None = None                # search: folder of the index (default: CACHE/index/…)
     seed: int = 0                           # of the examples drawn for the report
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
 
@@ -345,6 +351,10 @@ def evaluate(config: EvalConfig) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
     checkpoint = load_checkpoint(config.checkpoint, device)
+    if config.task == "search":
+        return search_folder(checkpoint, config.videos, config.query, top=config.top, window=config.window,
+                             index=config.index, cache=config.cache,
+                             out=Path(config.out) if config.out else checkpoint.path.parent / "search")
     sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
     print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
     out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"

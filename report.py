@@ -73,7 +73,7 @@ def quote(text: str) -> str:
 
 @lru_cache(maxsize=512)
 def picture(path: str, start: float = 0.0, end: float | None = None) -> str:
-    """Four uniform moments of the video, or of its seconds start … end, 2×2 in reading order, as a JPEG in the page."""
+    """Four uniform moments of the video, or of its seconds start … end, 2×2 in reading order: a JPEG in the page."""
     name = visible(os.path.basename(path))
     try:
         frames = (read_frames(path, 4, size=FRAME_SIZE) if end is None else
@@ -335,7 +335,8 @@ def document(title: str, intro: str, body: str, footer: str) -> str:
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-            f'<body><header><h1>{title}</h1>{intro}</header><main>{body}</main><footer>{footer}</footer></body></html>\n')
+            f"<body><header><h1>{title}</h1>{intro}</header><main>{body}</main><footer>{footer}</footer></body>"
+            "</html>\n")
 
 
 def write_report(path, record: dict, results: Results, knowledge, vocab: ConceptVocab, *, queries: int = 5,
@@ -374,7 +375,8 @@ def write_report(path, record: dict, results: Results, knowledge, vocab: Concept
     title = f"CLOP on {visible(record['task'])}, {visible(record['split'])} split"
     warning = f'<p class="warn" role="note"><b>Incomplete:</b> {visible(record["note"])}</p>' if record["note"] else ""
     intro = f'<p class="soft">{visible(record["protocol"], 400)}</p>{warning}'
-    Path(path).write_text(document(title, intro, body, f"All examples were drawn at random (seed {seed})."), encoding="utf-8")
+    html_page = document(title, intro, body, f"All examples were drawn at random (seed {seed}).")
+    Path(path).write_text(html_page, encoding="utf-8")
 
 
 def main():
