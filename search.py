@@ -112,7 +112,7 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
                 add(place)
                 continue
             with os.scandir(real) as listing:
-                entries = list(listing)
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             if not place:
                 raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
@@ -126,14 +126,17 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
                 links.append(below)
             elif entry.is_dir():
                 folders.append(below)
+            elif f"{real}/{entry.name}" in seen:
+                repeated += 1
             else:
                 seen.add(f"{real}/{entry.name}")
                 with contextlib.suppress(FileNotFoundError):  # gone since the folder was listed
                     add(below)
-    skipped = [f"{others.total():,} other files ({', '.join(f'{n:,} {kind}' for kind, n in others.most_common(5))})",
-               f"{hidden:,} hidden names", f"{repeated:,} links to what is there already"]
-    skipped = [what for what, n in zip(skipped, (others.total(), hidden, repeated)) if n]
-    return sorted(files), [*(["skipped " + ", ".join(skipped)] if skipped else []), *troubles]
+    kinds = sorted((-n, kind) for kind, n in others.items())[:5]
+    skipped = [(others.total(), f"other files ({', '.join(f'{-n:,} {kind}' for n, kind in kinds)})"),
+               (hidden, "hidden names"), (repeated, "links to what is there already")]
+    skipped = ", ".join(f"{n:,} {what}" for n, what in skipped if n)
+    return sorted(files), [f"skipped {skipped}"] * bool(skipped) + troubles
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -317,8 +320,9 @@ def embed_new(model, index: Index, folder: Path, *, window: float, workers: int 
             if isinstance(item, tuple):
                 parts[i].append((item[:2], next(rows)))
                 continue
-            mine = [] if item else parts[i]  # what came before the break does not count
-            del parts[i]
+            mine = parts.pop(i, [])
+            if item:  # broken: what came before that does not count
+                mine = []
             if mine or os.path.exists(paths[i]):  # else gone: not broken, its disk may come back
                 done[todo[i]] = Record(str(item or "").removeprefix(f"{paths[i]}: "),
                                        np.array([span for span, _ in mine], np.float32).reshape(-1, 2),
@@ -334,7 +338,7 @@ def embed_new(model, index: Index, folder: Path, *, window: float, workers: int 
             for i, item in items:
                 waiting.append((i, item))
                 is_late = time.monotonic() - committed > COMMIT_SECONDS
-                if is_late or sum(isinstance(item, tuple) for _, item in waiting) == batch_size:
+                if is_late or sum(isinstance(item, tuple) for _, item in waiting) in (0, batch_size):  # 0: only ends
                     embed()
                 if is_late:
                     index.add(done)
@@ -497,8 +501,9 @@ def write_page(path: Path, root: Path, record: dict) -> None:
             cards.append(f'<li class="card"><p class="title"><b>{rank}</b>{clock(match.start, match.end)}<span '
                          f'class="score">{match.score:.3f}</span></p>{picture(str(video), match.start, match.end)}'
                          f'<p class="caption"><a href="{link}">{quote(match.path)}</a></p></li>')
-        articles.append(f'<article><h3>“{quote(given.query)}”</h3><p class="soft">{1000 * sum(given.seconds):.0f} ms</p>'
-                        f'<ol class="cards">{"".join(cards)}</ol></article>')
+        milliseconds = f'<p class="soft">{1000 * sum(given.seconds):.0f} ms</p>'
+        articles.append(f'<article><h3>“{quote(given.query)}”</h3>{milliseconds}<ol class="cards">{"".join(cards)}</ol>'
+                        "</article>")
     facts = "".join(f"<div><dt>{name.replace('_', ' ')}</dt><dd>{quote(str(value))}</dd></div>"
                     for name, value in record.items() if name not in ("broken", "answers"))
     lost = [f"<li>{quote(f'{name}: {reason}')}</li>" for name, reason in record["broken"].items()]
