@@ -55,6 +55,7 @@ from data import keep_decodable, load_videos, prefetch, prepare_video
 from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
 from knowledge import extract_many
 from report import DIRECTIONS, Results, write_report
+from search import search_folder
 from splits import Question, Split
 from video import FrameCache
 
@@ -248,7 +249,7 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-TaskName = Literal["toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc"]
+TaskName = Literal["toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc", "search"]
 
 
 @dataclass
@@ -256,7 +257,7 @@ class EvalConfig:
     """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
     checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
-    task: TaskName = "toy"                  # toy: the embedded world; csv: your own (--data); else see --data-root
+    task: TaskName = "toy"                  # toy: embedded world; csv: your own (--data); search: in --videos; else --data-root
     data_root: str | None = None            # annotations and videos of a published data set, see datasets.py
     data: str | None = None                 # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
@@ -265,6 +266,11 @@ class EvalConfig:
     sim_out: str | None = None              # npz file for embeddings and similarities
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
+    videos: str | None = None               # search: folder of your videos
+    query: str | None = None                # search: what to look for (default: asked for, one a line)
+    top: int = 10                           # search: how many videos to show
+    window: float = 8.0                     # search: seconds of a video that are embedded at once (inf: all)
+    index: str | None = None                # search: folder of the index (default: CACHE/index/…)
     seed: int = 0                           # of the examples drawn for the report
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
 
@@ -377,7 +383,7 @@ def save_similarities(path: str | Path, results: Results) -> None:
     Without captions there is no sim, and text_emb, video_emb are empty.
     """
     parts = dict(text_emb=results.text_emb, video_emb=results.video_emb, video_of_text=results.split.video_of_caption,
-                 videos=json.dumps(results.split.video_paths), captions=json.dumps([*results.split.captions]),
+                 videos=json.dumps([*results.split.video_paths]), captions=json.dumps([*results.split.captions]),
                  option_scores=results.option_scores, answers=np.array([q.answer for q in results.questions], np.int64))
     entries = len(results.text_emb) * len(results.video_emb)
     if 0 < entries <= MATRIX_LIMIT:
@@ -444,6 +450,10 @@ def evaluate(config: EvalConfig) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
     checkpoint = load_checkpoint(config.checkpoint, device)
+    if config.task == "search":
+        return search_folder(checkpoint, config.videos, config.query, top=config.top, window=config.window,
+                             index=config.index, cache=config.cache,
+                             out=Path(config.out) if config.out else checkpoint.path.parent / "search")
     sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
     print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
     out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"

@@ -29,7 +29,7 @@ from einops import rearrange
 from cli import run
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from splits import Question, Split
-from video import VideoError, read_frames, write_video
+from video import VideoError, glimpse, read_frames, write_video
 
 FRAME_SIZE = 104            # pixels of one moment; four make a picture
 MAX_PICTURE_BYTES = 14_000  # of a JPEG: some hundred pictures stay below 3 MB
@@ -60,8 +60,12 @@ def visible(text: str, limit: int = 220) -> str:
     Blanks are joined; joiners inside words (emoji, Indic scripts) stay; other unprintable characters become \\u + code.
     """
     text = " ".join(text[:10 * limit].split())
-    text = text if len(text) <= limit else text[:limit] + " …"
-    return html.escape("".join(c if c.isprintable() or c in "\u200c\u200d" else f"\\u{ord(c):04x}" for c in text))
+    return html.escape(printable(text if len(text) <= limit else text[:limit] + " …"))
+
+
+def printable(text: str) -> str:
+    """`text` safe to stand in a terminal: what cannot be seen, or would move the cursor, is shown by its code."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else f"\\u{ord(c):04x}" for c in text)
 
 
 def quote(text: str) -> str:
@@ -71,10 +75,11 @@ def quote(text: str) -> str:
 
 @lru_cache(maxsize=512)
 def picture(path: str, start: float = 0.0, end: float | None = None) -> str:
-    """Four uniform moments of the video's seconds start … end, 2×2 in reading order, as a JPEG inside the page."""
+    """Four uniform moments of the video, or of its seconds start … end, 2×2 in reading order: a JPEG in the page."""
     name = visible(os.path.basename(path))
     try:
-        frames = read_frames(path, 4, size=FRAME_SIZE, start=start, end=end)
+        frames = (read_frames(path, 4, size=FRAME_SIZE) if end is None else
+                  glimpse(path, 4, size=FRAME_SIZE, start=start, end=end))
     except VideoError:  # it decoded a moment ago, or lay in the cache: the page says what is so now
         return f'<div class="picture lost" role="img" aria-label="{name}, which cannot be read">not readable</div>'
     sheet = rearrange(frames, "(row column) h w c -> (row h) (column w) c", row=2)[..., ::-1]
@@ -330,6 +335,15 @@ text.v2t { fill: var(--ok) }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+def document(title: str, intro: str, body: str, footer: str) -> str:
+    """A whole document; the four parts are HTML already."""
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+            f"<body><header><h1>{title}</h1>{intro}</header><main>{body}</main><footer>{footer}</footer></body>"
+            "</html>\n")
+
+
 def write_report(path, record: dict, results: Results, knowledge, vocab: ConceptVocab, *, queries: int = 5,
                  pairs: int = 4, seed: int = 0) -> None:
     """Write the page to `path`. record: what metrics.json holds (eval.make_record).
@@ -365,13 +379,9 @@ def write_report(path, record: dict, results: Results, knowledge, vocab: Concept
                 "answered wrong, drawn at random.", asked and [f'<div class="questions">{"".join(asked)}</div>'])])
     title = f"CLOP on {visible(record['task'])}, {visible(record['split'])} split"
     warning = f'<p class="warn" role="note"><b>Mind:</b> {visible(record["note"])}</p>' if record["note"] else ""
-    Path(path).write_text(
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><header><h1>{title}</h1><p class="soft">{visible(record["protocol"], 400)}</p>{warning}</header>'
-        f"<main>{body}</main><footer>All examples were drawn at random (seed {seed}).</footer></body></html>\n",
-        encoding="utf-8")
+    intro = f'<p class="soft">{visible(record["protocol"], 400)}</p>{warning}'
+    html_page = document(title, intro, body, f"All examples were drawn at random (seed {seed}).")
+    Path(path).write_text(html_page, encoding="utf-8")
 
 
 def main():

@@ -400,6 +400,83 @@ def _seconds_allowed(path: str) -> float:
         return PATIENCE
 
 
+# ---- parts of long videos --------------------------------------------------------------------------------------------
+
+
+def read_windows(path: str | Path, num_frames: int, *, size: int,
+                 window: float) -> collections.abc.Iterator[tuple[float, float, np.ndarray]]:
+    """(start, end, frames) of each window of a video, in the order of time: the file is decoded once for all of them.
+
+    The video is cut into stretches of equally many frames that last about `window` seconds (¾ to 1½ times that; a
+    shorter video is one window). start, end: seconds by the frames' own time stamps, so they hold at a variable rate
+    too. frames: uint8 [T, H, W, 3], uniform, as of `read_frames`. One window is in memory at a time. Raises VideoError,
+    for a truncated file only where its frames end: what was yielded before is then not worth keeping.
+    """
+    assert window > 0, f"{window=}: must be positive"
+    path, position = str(path), 0
+    _check_name(path)
+    try:
+        capture = _open(path)
+        count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+        if not rate > 0:
+            raise VideoError(f"{path}: its header has no frame rate, so no second of it can be found")
+        if count <= 0:  # no claim: count first
+            count, capture = max(1, _grab(capture, None, size)[1]), _open(path)
+        edges = np.linspace(0, count, min(count, max(1, round(count / rate / window))) + 1).astype(np.int64)
+        for first, last in zip(edges.tolist(), edges[1:].tolist()):
+            wanted, frames, start, end = (first + frame_indices(last - first, num_frames)).tolist(), {}, 0.0, 0.0
+            while position < last and capture.grab():
+                end = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                if position == first:
+                    start = end
+                if position in wanted:
+                    decoded, image = capture.retrieve()
+                    if not decoded:
+                        break
+                    frames[position] = _square(image, size)
+                position += 1
+            if position < last and position < max(1, TRUNCATED_BELOW * count):
+                raise VideoError(f"{path}: truncated or damaged: {position} of {count} frames decode; fetch it again "
+                                 "or remove it")
+            if frames:
+                there = [frames[index] for index in wanted if index in frames]  # not all T where the frames end early
+                yield start, end + 1 / rate, np.stack([there[i] for i in frame_indices(len(there), num_frames)])
+            if position < last:
+                return
+    except cv2.error as error:
+        raise VideoError(f"{path}: OpenCV cannot decode it ({error.err}); fetch it again or remove it") from error
+
+
+def glimpse(path: str | Path, num_frames: int, *, size: int, start: float, end: float) -> np.ndarray:
+    """About the frames of seconds start … end, uint8 [T, H, W, 3], RGB, for a person to look at.
+
+    Seeks once, so that the end of a long film costs no more than its beginning; where the file's index is wrong, the
+    frames may be late: never for a model. Raises VideoError.
+    """
+    path, frames, shown = str(path), [], -1.0
+    _check_name(path)
+    capture = _open(path)
+    capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * start)
+    half = 0.5 / max(capture.get(cv2.CAP_PROP_FPS), 1.0)  # of a frame: time stamps are rounded
+    for moment in start + (np.arange(num_frames) + 0.5) / num_frames * (end - start):
+        while shown < moment - half and capture.grab():
+            shown = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        decoded, image = capture.retrieve()
+        if decoded:
+            frames.append(_square(image, size))
+    if not frames:
+        raise VideoError(f"{path}: no frame of seconds {start:.1f} to {end:.1f} decodes")
+    return np.stack([frames[i] for i in frame_indices(len(frames), num_frames)])  # [T, H, W, 3]
+
+
+def _check_name(path: str) -> None:
+    """OpenCV crashes (segmentation fault) on a name that is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise VideoError(f"{path!r}: OpenCV takes only names in UTF-8; rename the file") from error
+
+
 def write_video(path: str | Path, frames: np.ndarray, rate: float = 25.0) -> None:
     """Write uint8 [T, H, W, 3] RGB frames as an mp4 file (codec mp4v, lossy), by OpenCV."""
     height, width = frames.shape[1:3]

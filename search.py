@@ -1,0 +1,537 @@
+"""Find a moment in one's own videos by a sentence: an index on disk that follows a folder, and exact search in it.
+
+    python eval.py --task search --videos ~/clips --query "a dog runs on the beach" --checkpoint runs/mine
+
+A model that puts videos and texts into one space makes search a product. Embed every video once; embed a query when it
+is asked; the best matches are the largest dot products:
+
+    a file ── read_windows ──> windows of about 8 s ── model ──> emb [W, E] ─┐
+    "a dog runs …" ─────────────────────────────────── model ──> [E] ────────┴─> scores [W], best of each video, top k
+
+A long video is cut into windows, because one vector for an hour says nothing about a minute, and so that the answer can
+say *when*. 8 seconds: usual training clips last 5 to 20, and are described as a whole; `--window inf` cuts nothing.
+Nothing is approximate: 100,000 vectors are multiplied in a few hundredths of a second (bench/search.py). Approximate
+indexes (HNSW, inverted files) pay from tens of millions on, and miss neighbours.
+
+**The index** is a folder of *shards*, each written once and never changed:
+
+    <checkpoint>-<window>/<random>.shard = magic, crc32, length (16 bytes) | JSON: files | spans [W, 2] | emb [W, E]
+
+- There is no list of shards that could disagree with them: what their checksums vouch for is the index.
+- A shard is written to a temporary name, flushed to disk and renamed, every few seconds. Whatever kills the process,
+  power failure included, costs those seconds; the next call goes on from there. The unit is a video.
+- Shards have random names, so two runs at once cannot harm each other. (A lock would also keep them from doing the same
+  work twice, but a lock can outlive its owner on a network disk.) When there are many, small ones are joined: the
+  joined one is on disk before the others are removed, and a video that is then in two of them counts once.
+- A file is known by its path below the folder, its time and its size. Any other triple is a new video; a triple whose
+  file is gone is left out of the answers, and found again should its disk come back: nothing is thrown away, at 4·E
+  bytes a window. Broken files have an entry too, without windows: they are tried again when they change. Bits that a
+  disk lost fail the checksum: the videos of that shard are embedded again.
+- Another checkpoint, or another window, is another index: vectors of two models have nothing to say to each other.
+
+    python search.py        # two small videos and a model that has learned nothing
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import secrets
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import Checkpoint
+from cli import UserError, run
+from data import prepare_video
+from model import CLOP, build_config
+from report import document, picture, printable, quote, section
+from tokenizer import Tokenizer
+from video import VideoError, read_windows, write_video
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
+                  ".mts", ".m2ts"}  # not .ts: rarely a video
+BATCH_PIXELS = 2**21  # as in eval.py
+COMMIT_SECONDS = 5    # of work that an interruption may cost
+MOST_SHARDS = 64      # more are joined
+ANSWERS_SHOWN = 20    # on the page, where many queries are asked
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+class File(NamedTuple):
+    """A video as it was when it was looked at. `path` is relative to the folder, with "/" between its parts."""
+
+    path: str
+    mtime_ns: int
+    size: int
+
+
+def find_videos(folder: Path) -> tuple[list[File], list[str]]:
+    """(the video files below the folder, sorted by path; lines that say what was left out).
+
+    Names that begin with a dot are left out. Links are followed after all else, and only to what was not seen yet: no
+    file comes twice, no loop is endless. Raises UserError where the folder itself cannot be read.
+    """
+    files, others, hidden, repeated, troubles = [], Counter(), 0, 0, []
+    seen, folders, links = set(), [""], []  # real paths; paths below the folder
+
+    def add(place):
+        suffix = os.path.splitext(place)[1].lower()
+        status = os.stat(folder / place)
+        if suffix in VIDEO_SUFFIXES and stat.S_ISREG(status.st_mode):
+            files.append(File(place, status.st_mtime_ns, status.st_size))
+        else:
+            others[suffix or "without suffix"] += 1
+
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder / place)
+        if real in seen:
+            repeated += 1
+            continue
+        seen.add(real)
+        try:
+            if not os.path.isdir(real):
+                add(place)
+                continue
+            with os.scandir(real) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            if not place:
+                raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
+            troubles.append(f"{place}: cannot be read ({error.strerror})")
+            continue
+        for entry in entries:
+            below = f"{place}/{entry.name}" if place else entry.name
+            if entry.name.startswith("."):
+                hidden += 1
+            elif entry.is_symlink():
+                links.append(below)
+            elif entry.is_dir():
+                folders.append(below)
+            elif f"{real}/{entry.name}" in seen:
+                repeated += 1
+            else:
+                seen.add(f"{real}/{entry.name}")
+                with contextlib.suppress(FileNotFoundError):  # gone since the folder was listed
+                    add(below)
+    kinds = sorted((-n, kind) for kind, n in others.items())[:5]
+    skipped = [(others.total(), f"other files ({', '.join(f'{-n:,} {kind}' for n, kind in kinds)})"),
+               (hidden, "hidden names"), (repeated, "links to what is there already")]
+    skipped = ", ".join(f"{n:,} {what}" for n, what in skipped if n)
+    return sorted(files), [f"skipped {skipped}"] * bool(skipped) + troubles
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What is known of a video: its W windows, or the reason why there is none."""
+
+    reason: str
+    spans: np.ndarray  # [W, 2] float32: seconds from, to
+    emb: np.ndarray    # [W, E] float32, unit norm
+
+
+class Index:
+    """The shards in a folder, as far as they concern `files`; see the top of this file. No errors but UserError."""
+
+    HEADER = struct.Struct("<4sIQ")  # magic, crc32 of all that follows, bytes of JSON
+    MAGIC = b"IDX1"
+
+    def __init__(self, folder: Path, recipe: dict, files: list[File], embed_dim: int):
+        """`recipe`: what the vectors depend on besides the files; shards of another are not looked at."""
+        self.folder, self.recipe, self.embed_dim = folder, recipe, embed_dim
+        self.files = {file.path: file for file in files}
+        with self._one_line():
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob("*.tmp"):  # what a killed run left; of a living one it is younger
+                if time.time() - unfinished.stat().st_mtime > 3600:
+                    unfinished.unlink(missing_ok=True)
+            self.shards: dict[Path, dict[File, Record]] = self._read_all()
+
+    @contextlib.contextmanager
+    def _one_line(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot hold the index ({error.strerror}); make room or choose another "
+                            "--index") from error
+
+    def _read_all(self) -> dict[Path, dict[File, Record]]:
+        while True:
+            try:
+                shards = {path: self._read(path) for path in sorted(self.folder.glob("*.shard"))}
+                return {path: shard for path, shard in shards.items() if shard is not None}
+            except FileNotFoundError:  # another run has joined it with others: read the joined one
+                continue
+
+    def _read(self, path: Path) -> dict[File, Record] | None:
+        data = path.read_bytes()
+        if len(data) < self.HEADER.size or self.HEADER.unpack_from(data)[:2] != (
+                self.MAGIC, zlib.crc32(memoryview(data)[8:])):
+            print(f"{path}: damaged; its videos are embedded again")
+            path.unlink(missing_ok=True)
+            return None
+        start = self.HEADER.size + self.HEADER.unpack_from(data)[2]
+        about = json.loads(data[self.HEADER.size:start])
+        if about["recipe"] != self.recipe:
+            print(f"{path}: of another checkpoint or window; not used")
+            return None
+        ends = np.cumsum([windows for *_, windows, _ in about["videos"]]).tolist()
+        total = ends[-1]
+        spans = np.frombuffer(data, np.float32, 2 * total, start).reshape(total, 2)
+        emb = np.frombuffer(data, np.float32, offset=start + spans.nbytes).reshape(total, self.embed_dim)
+        return {File(name, mtime_ns, size): Record(reason, spans[end - windows:end], emb[end - windows:end])
+                for (name, mtime_ns, size, windows, reason), end in zip(about["videos"], ends)}
+
+    def add(self, records: dict[File, Record]) -> None:
+        """Put these on disk, for good."""
+        if not records:
+            return
+        with self._one_line():
+            self._write(records)
+            if len(self.shards) > MOST_SHARDS:
+                self._join()
+
+    def _write(self, records: dict[File, Record]) -> None:
+        videos = [(*file, len(record.emb), record.reason) for file, record in records.items()]
+        about = json.dumps(dict(recipe=self.recipe, videos=videos)).encode()
+        about += b" " * (-len(about) % 8)  # the numbers behind it stand at multiples of 8 bytes
+        body = b"".join([len(about).to_bytes(8, "little"), about, *(record.spans for record in records.values()),
+                         *(record.emb for record in records.values())])
+        path = self.folder / f"{secrets.token_hex(8)}.shard"
+        unfinished = path.with_suffix(".tmp")
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(self.MAGIC + zlib.crc32(body).to_bytes(4, "little"))
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:  # also on a full disk
+            unfinished.unlink(missing_ok=True)
+        self.shards[path] = records
+
+    def _join(self) -> None:
+        """Make one shard of the small ones: of half of all, and further ones that are no larger than those together."""
+        group, joined = [], {}
+        for path in sorted(self.shards, key=lambda path: len(self.shards[path])):
+            if len(group) > MOST_SHARDS // 2 and len(self.shards[path]) > len(joined):
+                break
+            group.append(path)
+            joined |= self.shards[path]
+        self._write(joined)
+        for path in group:  # the new one is on disk
+            del self.shards[path]
+            path.unlink(missing_ok=True)
+
+    def known(self) -> dict[File, Record]:
+        """What is known of those files that are there now, in the order of their paths."""
+        known = {file: record for shard in self.shards.values() for file, record in shard.items()}
+        return {file: known[file] for file in self.files.values() if file in known}
+
+
+# ---- new videos: threads decode, the model embeds --------------------------------------------------------------------
+
+
+def decode_ahead(paths: list[str], num_frames: int, *, size: int, window: float, workers: int) -> Iterator[tuple]:
+    """(i, (start, end, frames)) for the windows of video i, in order, then (i, None), or (i, VideoError): it is broken.
+
+    `workers` threads (OpenCV decodes without Python's lock) take a video each and run a few windows ahead, so that
+    memory is bounded by windows, not by films.
+    """
+    found, room, stopped = queue.SimpleQueue(), threading.Semaphore(4 * workers), threading.Event()
+
+    def put(item):
+        room.acquire()
+        found.put(item)
+
+    def decode(i):
+        try:
+            for part in read_windows(paths[i], num_frames, size=size, window=window):
+                put((i, part))
+                if stopped.is_set():
+                    return
+            put((i, None))
+        except Exception as error:  # VideoError is an answer; any other is raised where the items are awaited
+            put((i, error))
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            pool.map(decode, range(len(paths)))
+            running = len(paths)
+            while running:
+                i, item = found.get()
+                room.release()
+                if isinstance(item, Exception) and not isinstance(item, VideoError):
+                    raise item
+                running -= not isinstance(item, tuple)
+                yield i, item
+        finally:  # the consumer may stop early
+            stopped.set()
+            room.release(2 * workers)
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@torch.inference_mode()
+def embed_windows(model, windows: list[np.ndarray]) -> np.ndarray:
+    """[n, E] float32, unit norm, of the frames of n windows, uint8 [T, H, W, 3] each."""
+    video = torch.from_numpy(np.stack(windows)).to(model.logit_scale.device)  # [n, T, H, W, 3]
+    emb = model.encode_video(prepare_video(video)).cpu().numpy()
+    if not np.isfinite(emb).all():
+        raise UserError("video embeddings: NaN or infinity inside; the model has diverged or its checkpoint is damaged")
+    return emb
+
+
+def embed_new(model, index: Index, folder: Path, *, window: float, workers: int | None = None) -> dict[File, Record]:
+    """Embed the index's files that it does not know yet, and put them into it as they come; returns them.
+
+    Raises UserError where the model yields NaN, or the index cannot be written.
+    """
+    known = index.known()
+    todo = [file for file in index.files.values() if file not in known]
+    paths = [str(folder / file.path) for file in todo]
+    num_frames, size = model.config.num_frames, model.config.image_size
+    batch_size = max(1, BATCH_PIXELS // (num_frames * size**2))
+    waiting, parts, done, new = [], defaultdict(list), {}, {}
+
+    def embed():  # what waits; videos whose windows are complete go to `done`
+        windows = [item[2] for _, item in waiting if isinstance(item, tuple)]
+        rows = iter(embed_windows(model, windows) if windows else ())
+        for i, item in waiting:
+            if isinstance(item, tuple):
+                parts[i].append((item[:2], next(rows)))
+                continue
+            mine = parts.pop(i, [])
+            if item:  # broken: what came before that does not count
+                mine = []
+            if mine or os.path.exists(paths[i]):  # else gone: not broken, its disk may come back
+                done[todo[i]] = Record(str(item or "").removeprefix(f"{paths[i]}: "),
+                                       np.array([span for span, _ in mine], np.float32).reshape(-1, 2),
+                                       np.array([row for _, row in mine], np.float32).reshape(-1, index.embed_dim))
+            bar.update()
+        waiting.clear()
+
+    items = decode_ahead(paths, num_frames, size=size, window=window, workers=workers or os.cpu_count())
+    bar = tqdm(total=len(todo), desc="embed videos", unit="video", disable=not todo)
+    with bar, contextlib.closing(items):
+        committed = time.monotonic()
+        try:
+            for i, item in items:
+                waiting.append((i, item))
+                is_late = time.monotonic() - committed > COMMIT_SECONDS
+                if is_late or sum(isinstance(item, tuple) for _, item in waiting) in (0, batch_size):  # 0: only ends
+                    embed()
+                if is_late:
+                    index.add(done)
+                    new, done, committed = new | done, {}, time.monotonic()
+            embed()
+        finally:  # also after Ctrl-C
+            index.add(done)
+    return new | done
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+class Match(NamedTuple):
+    """A video that answers a query, and its best window. `path` as in File; seconds."""
+
+    score: float
+    path: str
+    start: float
+    end: float
+
+
+@dataclass
+class Answer:
+    """Best first."""
+
+    query: str
+    matches: list[Match]
+    seconds: tuple[float, float]  # to embed the query, to search
+
+
+class Library:
+    """All windows of all videos in memory, ready for queries."""
+
+    def __init__(self, records: dict[File, Record]):
+        """`records`: of videos with windows, at least one."""
+        self.paths = [file.path for file in records]
+        lengths = [len(record.emb) for record in records.values()]
+        assert lengths and min(lengths) > 0, "a video without windows cannot be found"
+        self.first = np.cumsum([0, *lengths])[:-1]                                       # [N]: row of its first window
+        self.spans = np.concatenate([record.spans for record in records.values()])       # [W, 2]
+        self.emb = np.concatenate([record.emb for record in records.values()])           # [W, E]
+
+    def search(self, text_emb: np.ndarray, top: int) -> list[Match]:
+        """The `top` videos whose best window has the largest product with `text_emb` [E]; of equals the first path."""
+        scores = self.emb @ text_emb                                                     # [W]
+        best = np.maximum.reduceat(scores, self.first)                                   # [N]
+        top = min(top, len(best))
+        candidates = np.flatnonzero(best >= np.partition(best, -top)[-top])              # `top`, more where some tie
+        matches = []
+        for video in candidates[np.argsort(-best[candidates], kind="stable")][:top].tolist():
+            rows = slice(self.first[video], self.first[video + 1] if video + 1 < len(best) else None)
+            row = self.first[video] + np.argmax(scores[rows])
+            matches.append(Match(float(scores[row]), self.paths[video], *self.spans[row].tolist()))
+        return matches
+
+
+@torch.inference_mode()
+def answer(checkpoint: Checkpoint, library: Library, query: str, top: int) -> Answer:
+    """The videos that the query describes best. A query may be longer than the model reads: a line says so."""
+    started = time.perf_counter()
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    length, device = model.config.text_length, model.logit_scale.device
+    tokens, text_mask = tokenizer.encode_batch([query], length)                          # [1, L]
+    if len(tokenizer.encode(query, length + 1)) > length:
+        print(f"the query is long: the model reads its first {length - 2} tokens, up to "
+              f"“{printable(tokenizer.decode(tokens[0].tolist())[-40:])}”")
+    text_emb = model.encode_text(tokens.to(device), text_mask.to(device))[0].cpu().numpy()  # [E]
+    embedded = time.perf_counter()
+    matches = library.search(text_emb, top)
+    return Answer(query, matches, (embedded - started, time.perf_counter() - embedded))
+
+
+def print_answer(given: Answer) -> None:
+    print(f"“{printable(given.query[:220])}” ({1000 * sum(given.seconds):.0f} ms)")
+    for rank, match in enumerate(given.matches, 1):
+        print(f"{rank:4d}  {match.score:6.3f}  {clock(match.start, match.end):>15s}  {printable(match.path)}")
+
+
+def clock(start: float, end: float) -> str:
+    """Seconds as 0:08–0:16, 1:02:03–1:02:11; a second at least."""
+    first, last = round(start), max(round(start) + 1, round(end))
+    return "–".join(f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if last >= 3600 else f"{s // 60}:{s % 60:02d}"
+                    for s in (first, last))
+
+
+def ask() -> Iterator[str]:
+    """Queries from the terminal or a pipe, one a line, until it ends; empty lines are none."""
+    while True:
+        if sys.stdin.isatty():
+            print("query (Ctrl-D ends): ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def search_folder(checkpoint: Checkpoint, folder: str | None, query: str | None, *, top: int, window: float,
+                  index: str | None, cache: str, out: Path) -> dict:
+    """What `eval.py --task search` does: bring the index of `folder` up to date, answer, print, write out/report.html.
+
+    query None: queries are asked for. index None: CACHE/index/<hash of the folder's path>. Returns {"videos",
+    "windows", "new", "broken": {path: reason}, "answers": [Answer], …}. Raises UserError: no such folder, nothing in it
+    that decodes, a query without text, an index or page that cannot be written.
+    """
+    if folder is None or not os.path.isdir(folder):
+        raise UserError(f"--videos {folder or ''}: not a folder; name the one that holds your videos")
+    if query is not None and not query.strip():
+        raise UserError("--query: empty; describe what you look for, or leave the flag out to be asked")
+    if top < 1 or not window > 0:
+        raise UserError(f"--top {top}, --window {window}: both must be positive")
+    root, picked = Path(folder).resolve(), dict(checkpoint=checkpoint.sha256, window=window)
+    files, notes = find_videos(root)
+    print(f"{printable(str(root))}: {len(files):,} videos")
+    _print_some("", notes)
+    place = Path(index or Path(cache) / "index" / hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
+    own = Index(place / f"{checkpoint.sha256[:16]}-{window:g}s", picked, files, checkpoint.model.config.embed_dim)
+    new = embed_new(checkpoint.model, own, root, window=window)
+    _print_some("broken: ", [f"{file.path}: {record.reason}" for file, record in new.items() if record.reason])
+    known = own.known()
+    broken = {file.path: record.reason for file, record in known.items() if record.reason}
+    if len(broken) == len(known):
+        raise UserError(f"--videos {printable(folder)}: nothing to search in; it holds {len(files):,} video files, and "
+                        f"{len(broken):,} of them cannot be read")
+    library = Library({file: record for file, record in known.items() if not record.reason})
+    megabytes = sum(path.stat().st_size for path in own.shards) / 1e6
+    record = dict(videos=len(library.paths), windows=len(library.emb), new=len(new), seconds_a_window=window,
+                  checkpoint=str(checkpoint.path), step=checkpoint.step, index=f"{own.folder}, {megabytes:.1f} MB",
+                  broken=broken, answers=[])
+    print("index {index}: {videos:,} videos, {windows:,} windows, {new:,} new".format(**record)
+          + (f"; {len(broken):,} broken videos are left out until they change" if broken else ""))
+    picture.cache_clear()  # files may have changed since the last page
+    for text in [query] if query is not None else ask():
+        given = answer(checkpoint, library, text, top)
+        record["answers"].append(given)
+        print_answer(given)
+        write_page(out / "report.html", root, record)
+    if record["answers"]:
+        print(out / "report.html")
+    return record
+
+
+def _print_some(prefix: str, lines: list[str]) -> None:
+    for line in [*lines[:10], *([f"… and {len(lines) - 10:,} more"] if len(lines) > 10 else [])]:
+        print(f"    {prefix}{printable(line)}")
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def write_page(path: Path, root: Path, record: dict) -> None:
+    """The last answers, newest first, each match with four moments of its best window; what the library holds."""
+    articles = []
+    for given in record["answers"][:-ANSWERS_SHOWN - 1:-1]:
+        cards = []
+        for rank, match in enumerate(given.matches, 1):
+            video = root / match.path
+            link = f"{video.as_uri()}#t={match.start:.1f},{match.end:.1f}"  # percent-encoded: no markup is left in it
+            cards.append(f'<li class="card"><p class="title"><b>{rank}</b>{clock(match.start, match.end)}<span '
+                         f'class="score">{match.score:.3f}</span></p>{picture(str(video), match.start, match.end)}'
+                         f'<p class="caption"><a href="{link}">{quote(match.path)}</a></p></li>')
+        milliseconds = f'<p class="soft">{1000 * sum(given.seconds):.0f} ms</p>'
+        articles.append(f'<article><h3>“{quote(given.query)}”</h3>{milliseconds}<ol class="cards">{"".join(cards)}</ol>'
+                        "</article>")
+    facts = "".join(f"<div><dt>{name.replace('_', ' ')}</dt><dd>{quote(str(value))}</dd></div>"
+                    for name, value in record.items() if name not in ("broken", "answers"))
+    lost = [f"<li>{quote(f'{name}: {reason}')}</li>" for name, reason in record["broken"].items()]
+    body = section("Found", "Of each video the window that fits best: four moments, left to right, then down; its "
+                   "time; its cosine with the query. Names are links to the files.", articles)
+    body += section("The library", "", [f'<dl class="facts">{facts}</dl>'])
+    body += section("Not readable", f"{len(lost):,} videos, left out until they change. The first {min(50, len(lost))} "
+                    "of them:", lost and [f'<ul>{"".join(lost[:50])}</ul>'])
+    html = document("CLOP search", f'<p class="soft">in {quote(str(root))}</p>', body,
+                    "Scores rank the videos for one query; they are no probabilities.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def main():
+    """Two grey videos, found by a model that has learned nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, greys in (("short.mp4", [60] * 50), ("long.mp4", [0] * 250 + [250] * 250)):
+            write_video(f"{folder}/{name}", np.broadcast_to(np.array(greys, np.uint8)[:, None, None, None],
+                                                            (len(greys), 64, 64, 3)))
+        tokenizer, config = Tokenizer.train(["a dog runs"], 300), build_config("toy")
+        made_up = Checkpoint(CLOP(config), tokenizer, None, {}, 0, {}, "0" * 64, Path("untrained"), {})
+        for query in ("a dog runs", "a cat"):  # the second time, nothing is new
+            search_folder(made_up, folder, query, top=5, window=8.0, index=None, cache=folder, out=Path(folder))
+
+
+if __name__ == "__main__":
+    run(main)
