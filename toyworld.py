@@ -305,7 +305,7 @@ def _video_name(split: str, i: int) -> str:
     return f"videos/{split}_{i:05d}.mp4"
 
 
-def generate(folder: str | Path, *, train: int = 4000, val: int = 500, test: int = 1000, seed: int = 0,
+def generate(folder: str | Path, *, train: int = 10_000, val: int = 500, test: int = 1000, seed: int = 0,
              workers: int | None = None, progress: bool = True) -> Path:
     """Writes the toy world with these numbers of videos into `folder`, and returns the folder as a Path.
 
@@ -388,7 +388,7 @@ def _write_videos(jobs: list, workers: int, progress: bool) -> None:
 class ToyConfig:
     """Write the toy world, and a picture of some of its test videos."""
     folder: str = "cache/toy"   # where the world is written
-    train: int = 4000           # training videos
+    train: int = 10_000         # training videos
     val: int = 500              # validation videos
     test: int = 1000            # test videos
     seed: int = 0               # another seed draws other scenes from the same compositions

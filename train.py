@@ -61,15 +61,14 @@ class TrainConfig:
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
     seed: int = 0                            # of weights, batch order and frames
     # optimisation
-    steps: int = 1150                        # optimizer steps
+    steps: int = 1200                        # optimizer steps
     batch_size: int = 128                    # pairs in the global batch, over all processes
     accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
     lr: float = 1e-3                         # peak learning rate
     warmup: int = 60                         # steps of linear warm-up; then cosine to zero
     weight_decay: float = 0.1                # of matrices only
     grad_clip: float = 1.0                   # largest gradient norm
-    num_frames: int = 8                      # T, frames of a video that the model sees
-    frames_curriculum: str | None = None     # begin with fewer: 1,4,8 = a third of the steps each; ends with num_frames
+    num_frames: str = "4,8"                  # T, frames of a video; several: an equal share of the steps each, in order
     # CLOP
     skp_weight: float = 1.0                  # SKP: weight of the concept prediction
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
@@ -86,7 +85,7 @@ class TrainConfig:
     workers: int = 2                         # processes that decode and tag before training
     # rhythm
     log_every: int = 20                      # steps
-    eval_every: int = 230                    # steps between validations, each with a checkpoint
+    eval_every: int = 240                    # steps between validations, each with a checkpoint
     max_broken: float = 0.05                 # share of unreadable videos that stops the run
     test: bool = True                        # toy: at the end, evaluate on the test gallery
 
@@ -115,7 +114,7 @@ def train(config: TrainConfig):
     if config.batch_size % world_size:
         raise UserError(f"--batch-size {config.batch_size}: not divisible by {world_size} processes; choose a multiple")
 
-    stages = frames_stages(config)
+    stages = frames_stages(config)           # T of each share of the steps; the last is the model's
     make_folder(out)  # fail before the work, not after it
 
     # ---- 1. data: captions -> knowledge and tokens, videos -> frames -------------------------------------------------
@@ -123,7 +122,7 @@ def train(config: TrainConfig):
     if not main_process:
         dist.barrier()  # the first rank renders, decodes and tags; the others find all of it in the cache
     train_split, val_split = load_data(config)
-    sizes = build_config(config.preset, num_frames=config.num_frames)
+    sizes = build_config(config.preset, num_frames=stages[-1])
     cache = open_cache(Path(config.cache) / "frames", sizes)
     usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=main_process)
     train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
@@ -294,16 +293,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def frames_stages(config: TrainConfig) -> list[int]:
-    """T of each equal share of the steps. Raises UserError where the curriculum is no such list.
+    """T of each equal share of the steps, from --num-frames. Raises UserError where that is no such list.
 
-    Few frames first: most of what a caption says, a single frame shows, at a fraction of the cost (Frozen in Time,
+    Few frames first: most of what a caption says, a few frames show, at a fraction of the cost (Frozen in Time,
     https://arxiv.org/abs/2104.00650).
     """
-    text = str(config.num_frames) if config.frames_curriculum is None else config.frames_curriculum
-    stages = [int(stage) if stage.strip().isdecimal() else 0 for stage in text.split(",")]
-    if min(stages) < 1 or stages[-1] != config.num_frames or len(stages) > config.steps:
-        raise UserError(f"--frames-curriculum {text}: expected numbers of frames with commas, the last of them "
-                        f"--num-frames ({config.num_frames}), and no more of them than --steps ({config.steps})")
+    stages = [int(stage) if stage.strip().isdecimal() else 0 for stage in str(config.num_frames).split(",")]
+    if min(stages) < 1 or stages[-1] != max(stages) or len(stages) > config.steps:
+        raise UserError(f"--num-frames {config.num_frames}: expected one number, or several with commas of which the "
+                        f"last is the largest, and no more of them than --steps ({config.steps})")
     return stages
 
 
@@ -313,8 +311,7 @@ def frames_at(step: int, stages: list[int], steps: int) -> int:
 
 
 def endless_batches(sampler, start: int):
-    """(number, epoch, sample indices) of batch `start`, `start` + 1, … of the run: resuming skips, and replays
-    nothing."""
+    """(number, epoch, sample indices) of batch `start`, `start` + 1, …: resuming skips, and replays nothing."""
     epoch, first = divmod(start, len(sampler))
     numbers = itertools.count(start)
     for epoch in itertools.count(epoch):

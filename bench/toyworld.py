@@ -1,6 +1,6 @@
 """How long the toy world takes to write, to find again and to read: python -m bench.toyworld
 
-One run, side by side: the default world (4,000 + 500 + 1,000 videos) on all cores against a ninth of it on one, then a
+One run, side by side: the default world (10,000 + 500 + 1,000 videos) on all cores against a ninth of it on one, then a
 second call on the finished world, then every frame of the test videos decoded by OpenCV on one core.
 """
 
@@ -20,7 +20,7 @@ import toyworld
 @dataclass
 class BenchConfig:
     """Time the generation of the toy world."""
-    train: int = 4000  # training videos; val has an eighth of that, test a quarter
+    train: int = 10_000  # training videos; val has a twentieth of that, test a tenth
 
 
 def _timed(call) -> float:
@@ -36,11 +36,11 @@ def main() -> None:
     print(f"{platform.machine()}, {cores} cores, load {load:.1f} before the start; OpenCV {cv2.__version__}")
     with tempfile.TemporaryDirectory() as temp:
         def world(train: int, workers: int) -> Path:
-            return toyworld.generate(Path(temp) / str(workers), train=train, val=train // 8, test=train // 4,
+            return toyworld.generate(Path(temp) / str(workers), train=train, val=train // 20, test=train // 10,
                                      workers=workers, progress=False)
 
         few, many = config.train // 9, config.train
-        count = {train: train + train // 8 + train // 4 for train in (few, many)}
+        count = {train: train + train // 20 + train // 10 for train in (few, many)}
         one, all_cores = _timed(lambda: world(few, 1)), _timed(lambda: world(many, cores))
         again = _timed(lambda: world(many, cores))
         folder = world(many, cores)

@@ -31,7 +31,7 @@ def world(tmp_path_factory) -> Path:
 def plans() -> dict[str, dict]:
     """All texts of a full-size world: {split: {"csv": rows, "truth": {video: events}, "mc": questions}}."""
     plans = {}
-    for split, count in {"train": 4000, "val": 500, "test": 1000}.items():
+    for split, count in {"train": 10_000, "val": 500, "test": 1000}.items():
         _, files = toyworld._plan(split, count, seed=0)
         records = {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()
                    if name.endswith("jsonl")}
@@ -88,7 +88,7 @@ def test_captions_of_training_are_distinct_paraphrases(plans):
     by_video = {}
     for row in plans["train"]["csv"]:
         by_video.setdefault(row["video"], []).append(row["caption"])
-    assert len(by_video) == 4000
+    assert len(by_video) == 10_000
     assert all(len(captions) == len(set(captions)) == 5 for captions in by_video.values())
     words = {word for captions in by_video.values() for caption in captions for word in caption.split()}
     assert words >= set(NOUNS) | set(COLOURS) | set(SIZES) | {"two", "three", "while", "being", "by"}

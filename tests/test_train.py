@@ -74,7 +74,7 @@ def test_frames_curriculum_is_a_function_of_the_step(tiny_world, tmp_path, cache
     monkeypatch.setattr(train.PairDataset, "batch", batch)
     monkeypatch.setattr(train, "prefetch", map)
     whole, rest = tmp_path / "whole", tmp_path / "rest"
-    curriculum = dict(frames_curriculum="1,2,4", num_frames=4, accumulate=2)
+    curriculum = dict(num_frames="1,2,4", accumulate=2)
     train.train(settings(tiny_world, whole, cache, **curriculum))
     assert seen == [1] * 4 + [2] * 4 + [4] * 4                              # 6 steps of 2 batches
     seen.clear()
@@ -86,12 +86,12 @@ def test_frames_curriculum_is_a_function_of_the_step(tiny_world, tmp_path, cache
 
 
 def test_frames_of_each_step():
-    assert train.frames_stages(TrainConfig()) == [8] and train.frames_at(700, [8], 1150) == 8
-    stages = train.frames_stages(TrainConfig(frames_curriculum="1, 4,8"))
+    assert train.frames_stages(TrainConfig(num_frames="8")) == [8] and train.frames_at(700, [8], 1150) == 8
+    stages = train.frames_stages(TrainConfig(num_frames="1, 4,8"))
     assert [train.frames_at(step, stages, 10) for step in range(12)] == [1] * 4 + [4] * 3 + [8] * 5
-    for wrong in ("", "1,4", "0,8", "-1,8", "one,8", "1,,8", "1;8", "8," * 2000 + "8"):
-        with pytest.raises(UserError, match="--frames-curriculum .*expected numbers"):
-            train.frames_stages(TrainConfig(frames_curriculum=wrong))
+    for wrong in ("", "8,4", "0,8", "-1,8", "one,8", "1,,8", "1;8", "8," * 2000 + "8"):
+        with pytest.raises(UserError, match="--num-frames .*expected one number"):
+            train.frames_stages(TrainConfig(num_frames=wrong))
 
 
 def test_two_processes_train_as_one(tiny_world, tmp_path, cache):
