@@ -27,6 +27,7 @@ Multiple choice asks which of five captions fits a video; tied options share the
 
     python eval.py --checkpoint runs/toy --task toy                     # newest checkpoint of a run, toy test gallery
     python eval.py --checkpoint runs/mine --task csv --data FILE.csv    # your own videos and captions
+    python eval.py --checkpoint runs/mine --task search --videos DIR    # find your own videos by a sentence: search.py
 
 writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out.
 A result on a set with missing or broken videos says so itself: "N of M videos: not comparable".
@@ -239,7 +240,7 @@ class EvalConfig:
     out: str | None = None                  # folder for the results (default: eval-TASK-SPLIT beside the checkpoint)
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
-    videos: str | None = None               # search: folder of your videos
+    videos: str | None = None               # search: folder of your videos (the page: search/ beside the checkpoint)
     query: str | None = None                # search: what to look for (default: asked for, one a line)
     top: int = 10                           # search: how many videos to show
     window: float = 8.0                     # search: seconds of a video that are embedded at once (inf: all)
