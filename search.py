@@ -67,7 +67,7 @@ from video import VideoError, read_windows, write_video
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
                   ".mts", ".m2ts"}  # not .ts: rarely a video
 BATCH_PIXELS = 2**21  # as in eval.py
-COMMIT_SECONDS = 5    # of work that an interruption may cost
+COMMIT_SECONDS = 2    # of work that an interruption may cost
 MOST_SHARDS = 64      # more are joined
 ANSWERS_SHOWN = 20    # on the page, where many queries are asked
 
@@ -298,6 +298,7 @@ def decode_ahead(paths: list[str], num_frames: int, *, size: int, window: float,
 
 
 def check_finite(emb: np.ndarray, what: str) -> np.ndarray:
+    """`emb` itself. Raises UserError, naming `what`, where it is not finite: NaN would rank at random, and stay."""
     if not np.isfinite(emb).all():
         raise UserError(f"{what}: NaN or infinity inside; the model has diverged or its checkpoint is damaged")
     return emb
@@ -337,7 +338,8 @@ def embed_new(model, index: Index, folder: Path, *, window: float, workers: int 
                                        np.array([span for span, _ in mine], np.float32).reshape(-1, 2),
                                        np.array([row for _, row in mine], np.float32).reshape(-1, index.embed_dim))
             bar.update()
-        bar.set_postfix_str(f"{sum(map(len, parts.values())):,} windows of unfinished videos")
+        half_done = sum(map(len, parts.values()))
+        bar.set_postfix_str(f"{half_done:,} windows of unfinished videos" if half_done else "")
         waiting.clear()
 
     items = decode_ahead(paths, num_frames, size=size, window=window, workers=workers or os.cpu_count())
@@ -423,6 +425,7 @@ def answer(checkpoint: Checkpoint, library: Library, query: str, top: int) -> An
 
 
 def print_answer(given: Answer) -> None:
+    """A line a match: rank, score, time, path; nothing that could move the cursor."""
     print(f"“{printable(given.query[:220])}” ({1000 * sum(given.seconds):.0f} ms)")
     for rank, match in enumerate(given.matches, 1):
         print(f"{rank:4d}  {match.score:6.3f}  {clock(match.start, match.end):>15s}  {printable(match.path)}")

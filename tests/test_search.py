@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import search
+import video
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from data import prepare_video
@@ -443,6 +444,10 @@ def test_a_video_that_breaks_late_gives_no_window(checkpoint, clips, monkeypatch
     monkeypatch.setattr(search, "read_windows", breaks)
     record = find(checkpoint, clips)
     assert record["broken"] == {"long.mp4": "truncated or damaged"} and record["windows"] == 5
+    files, recipe = find_videos(clips)[0], dict(checkpoint=checkpoint.sha256, window=2.0)
+    known = Index(shards(clips)[0].parent, recipe, files, 128).known()
+    assert {file.path: len(kept.emb) for file, kept in known.items()} == dict.fromkeys(
+        ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"], 1) | {"long.mp4": 0}
 
 
 def test_folders_links_and_other_files(tmp_path, masters):
@@ -557,6 +562,23 @@ def test_times_of_a_variable_rate_are_the_time_stamps(tmp_path):
         np.array([(0, 1), (1, 2), (2, 5), (5, 8)]), abs=0.1)  # by the average rate: 0–2, 2–4, 4–6, 6–8
     seen = numbers(glimpse(tmp_path / "x.mp4", 3, size=64, start=5, end=8))
     assert seen == pytest.approx([79, 87, 96], abs=2)
+
+
+def test_a_glimpse_of_the_end_does_not_decode_the_beginning(tmp_path, monkeypatch):
+    write_video(tmp_path / "x.mp4", numbered_frames(250), rate=25)
+    grabbed, opened = [], video._open
+
+    class Counting:
+        def __init__(self, path):
+            self.capture = opened(path)
+
+        def __getattr__(self, name):
+            grabbed.extend([name] * (name == "grab"))
+            return getattr(self.capture, name)
+
+    monkeypatch.setattr(video, "_open", Counting)
+    assert numbers(glimpse(tmp_path / "x.mp4", 4, size=64, start=9, end=10)) == [228, 234, 241, 247]
+    assert len(grabbed) < 100  # of 248
 
 
 def test_frames_that_end_early(tmp_path):
