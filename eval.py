@@ -28,6 +28,7 @@ Multiple choice asks which of five captions fits a video; tied options share the
     python eval.py --checkpoint runs/toy --task toy                         # newest checkpoint of a run, toy gallery
     python eval.py --checkpoint runs/mine --task csv --data FILE.csv        # your own videos and captions
     python eval.py --checkpoint runs/9k --task msrvtt --data-root FOLDER    # 1k-A; the others: see datasets.py
+    python eval.py --checkpoint runs/mine --task search --videos DIR         # find your own videos: search.py
 
 writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out.
 A result on a set with missing or broken videos, or on another number of them than the protocol has, says so itself:
@@ -257,7 +258,7 @@ class EvalConfig:
     """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
     checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
-    task: TaskName = "toy"                  # toy: embedded world; csv: your own (--data); search: in --videos; else --data-root
+    task: TaskName = "toy"                  # toy: embedded; csv: your own, --data; search: --videos; else --data-root
     data_root: str | None = None            # annotations and videos of a published data set, see datasets.py
     data: str | None = None                 # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
@@ -266,7 +267,7 @@ class EvalConfig:
     sim_out: str | None = None              # npz file for embeddings and similarities
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
-    videos: str | None = None               # search: folder of your videos
+    videos: str | None = None               # search: folder of your videos (the page: search/ beside the checkpoint)
     query: str | None = None                # search: what to look for (default: asked for, one a line)
     top: int = 10                           # search: how many videos to show
     window: float = 8.0                     # search: seconds of a video that are embedded at once (inf: all)

@@ -306,6 +306,7 @@ text.v2t { fill: var(--ok) }
 .title { margin: 0 0 4px; font-size: .85rem; display: flex; gap: 8px }
 .title .score { margin-left: auto }
 .caption { margin: 6px 0 0; font-size: .84rem; line-height: 1.35 }
+.caption a { color: var(--blue) }
 .picture { position: relative; border-radius: 6px; overflow: hidden; aspect-ratio: 1; background: var(--line);
   display: grid; place-items: center; align-self: start }
 .picture img { width: 100%; height: auto; display: block }

@@ -18,8 +18,8 @@ indexes (HNSW, inverted files) pay from tens of millions on, and miss neighbours
     <checkpoint>-<window>/<random>.shard = magic, crc32, length (16 bytes) | JSON: files | spans [W, 2] | emb [W, E]
 
 - There is no list of shards that could disagree with them: what their checksums vouch for is the index.
-- A shard is written to a temporary name, flushed to disk and renamed, every few seconds. Whatever kills the process,
-  power failure included, costs those seconds; the next call goes on from there. The unit is a video.
+- A shard is written to a temporary name, flushed to disk and renamed, every few seconds. Whatever kills the process
+  costs those seconds and the videos that were half done; the next call goes on from there.
 - Shards have random names, so two runs at once cannot harm each other. (A lock would also keep them from doing the same
   work twice, but a lock can outlive its owner on a network disk.) When there are many, small ones are joined: the
   joined one is on disk before the others are removed, and a video that is then in two of them counts once.
@@ -67,7 +67,7 @@ from video import VideoError, read_windows, write_video
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
                   ".mts", ".m2ts"}  # not .ts: rarely a video
 BATCH_PIXELS = 2**21  # as in eval.py
-COMMIT_SECONDS = 5    # of work that an interruption may cost
+COMMIT_SECONDS = 2    # of work that an interruption may cost
 MOST_SHARDS = 64      # more are joined
 ANSWERS_SHOWN = 20    # on the page, where many queries are asked
 
@@ -94,7 +94,11 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
 
     def add(place):
         suffix = os.path.splitext(place)[1].lower()
-        status = os.stat(folder / place)
+        try:
+            status = os.stat(folder / place)
+        except OSError as error:
+            troubles.append(f"{place}: cannot be read ({error.strerror})")
+            return
         if suffix in VIDEO_SUFFIXES and stat.S_ISREG(status.st_mode):
             files.append(File(place, status.st_mtime_ns, status.st_size))
         else:
@@ -107,10 +111,10 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
             repeated += 1
             continue
         seen.add(real)
+        if place and not os.path.isdir(real):
+            add(place)
+            continue
         try:
-            if not os.path.isdir(real):
-                add(place)
-                continue
             with os.scandir(real) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
@@ -130,8 +134,7 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
                 repeated += 1
             else:
                 seen.add(f"{real}/{entry.name}")
-                with contextlib.suppress(FileNotFoundError):  # gone since the folder was listed
-                    add(below)
+                add(below)
     kinds = sorted((-n, kind) for kind, n in others.items())[:5]
     skipped = [(others.total(), f"other files ({', '.join(f'{-n:,} {kind}' for n, kind in kinds)})"),
                (hidden, "hidden names"), (repeated, "links to what is there already")]
@@ -162,9 +165,10 @@ class Index:
         self.files = {file.path: file for file in files}
         with self._one_line():
             folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob("*.tmp"):  # what a killed run left; of a living one it is younger
-                if time.time() - unfinished.stat().st_mtime > 3600:
-                    unfinished.unlink(missing_ok=True)
+            for unfinished in folder.glob("*.tmp"):
+                with contextlib.suppress(FileNotFoundError):  # another run has just finished it
+                    if time.time() - unfinished.stat().st_mtime > 3600:  # a killed run left it
+                        unfinished.unlink()
             self.shards: dict[Path, dict[File, Record]] = self._read_all()
 
     @contextlib.contextmanager
@@ -187,13 +191,13 @@ class Index:
         data = path.read_bytes()
         if len(data) < self.HEADER.size or self.HEADER.unpack_from(data)[:2] != (
                 self.MAGIC, zlib.crc32(memoryview(data)[8:])):
-            print(f"{path}: damaged; its videos are embedded again")
+            print(f"{printable(str(path))}: damaged; its videos are embedded again")
             path.unlink(missing_ok=True)
             return None
         start = self.HEADER.size + self.HEADER.unpack_from(data)[2]
         about = json.loads(data[self.HEADER.size:start])
         if about["recipe"] != self.recipe:
-            print(f"{path}: of another checkpoint or window; not used")
+            print(f"{printable(str(path))}: of another checkpoint or window; not used")
             return None
         ends = np.cumsum([windows for *_, windows, _ in about["videos"]]).tolist()
         total = ends[-1]
@@ -261,7 +265,9 @@ def decode_ahead(paths: list[str], num_frames: int, *, size: int, window: float,
     found, room, stopped = queue.SimpleQueue(), threading.Semaphore(4 * workers), threading.Event()
 
     def put(item):
-        room.acquire()
+        while not room.acquire(timeout=0.1):
+            if stopped.is_set():
+                return
         found.put(item)
 
     def decode(i):
@@ -276,7 +282,8 @@ def decode_ahead(paths: list[str], num_frames: int, *, size: int, window: float,
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            pool.map(decode, range(len(paths)))
+            for i in range(len(paths)):
+                pool.submit(decode, i)
             running = len(paths)
             while running:
                 i, item = found.get()
@@ -287,18 +294,21 @@ def decode_ahead(paths: list[str], num_frames: int, *, size: int, window: float,
                 yield i, item
         finally:  # the consumer may stop early
             stopped.set()
-            room.release(2 * workers)
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_finite(emb: np.ndarray, what: str) -> np.ndarray:
+    """`emb` itself. Raises UserError, naming `what`, where it is not finite: NaN would rank at random, and stay."""
+    if not np.isfinite(emb).all():
+        raise UserError(f"{what}: NaN or infinity inside; the model has diverged or its checkpoint is damaged")
+    return emb
 
 
 @torch.inference_mode()
 def embed_windows(model, windows: list[np.ndarray]) -> np.ndarray:
     """[n, E] float32, unit norm, of the frames of n windows, uint8 [T, H, W, 3] each."""
     video = torch.from_numpy(np.stack(windows)).to(model.logit_scale.device)  # [n, T, H, W, 3]
-    emb = model.encode_video(prepare_video(video)).cpu().numpy()
-    if not np.isfinite(emb).all():
-        raise UserError("video embeddings: NaN or infinity inside; the model has diverged or its checkpoint is damaged")
-    return emb
+    return check_finite(model.encode_video(prepare_video(video)).cpu().numpy(), "video embeddings")
 
 
 def embed_new(model, index: Index, folder: Path, *, window: float, workers: int | None = None) -> dict[File, Record]:
@@ -328,6 +338,8 @@ def embed_new(model, index: Index, folder: Path, *, window: float, workers: int 
                                        np.array([span for span, _ in mine], np.float32).reshape(-1, 2),
                                        np.array([row for _, row in mine], np.float32).reshape(-1, index.embed_dim))
             bar.update()
+        half_done = sum(map(len, parts.values()))
+        bar.set_postfix_str(f"{half_done:,} windows of unfinished videos" if half_done else "")
         waiting.clear()
 
     items = decode_ahead(paths, num_frames, size=size, window=window, workers=workers or os.cpu_count())
@@ -408,11 +420,12 @@ def answer(checkpoint: Checkpoint, library: Library, query: str, top: int) -> An
               f"“{printable(tokenizer.decode(tokens[0].tolist())[-40:])}”")
     text_emb = model.encode_text(tokens.to(device), text_mask.to(device))[0].cpu().numpy()  # [E]
     embedded = time.perf_counter()
-    matches = library.search(text_emb, top)
+    matches = library.search(check_finite(text_emb, "query embedding"), top)
     return Answer(query, matches, (embedded - started, time.perf_counter() - embedded))
 
 
 def print_answer(given: Answer) -> None:
+    """A line a match: rank, score, time, path; nothing that could move the cursor."""
     print(f"“{printable(given.query[:220])}” ({1000 * sum(given.seconds):.0f} ms)")
     for rank, match in enumerate(given.matches, 1):
         print(f"{rank:4d}  {match.score:6.3f}  {clock(match.start, match.end):>15s}  {printable(match.path)}")
@@ -456,21 +469,23 @@ def search_folder(checkpoint: Checkpoint, folder: str | None, query: str | None,
     print(f"{printable(str(root))}: {len(files):,} videos")
     _print_some("", notes)
     place = Path(index or Path(cache) / "index" / hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
-    own = Index(place / f"{checkpoint.sha256[:16]}-{window:g}s", picked, files, checkpoint.model.config.embed_dim)
-    new = embed_new(checkpoint.model, own, root, window=window)
+    place /= f"{checkpoint.sha256[:16]}-{window:g}s"
+    on_disk = Index(place, picked, files, checkpoint.model.config.embed_dim)
+    new = embed_new(checkpoint.model, on_disk, root, window=window)
     _print_some("broken: ", [f"{file.path}: {record.reason}" for file, record in new.items() if record.reason])
-    known = own.known()
+    known = on_disk.known()
     broken = {file.path: record.reason for file, record in known.items() if record.reason}
     if len(broken) == len(known):
         raise UserError(f"--videos {printable(folder)}: nothing to search in; it holds {len(files):,} video files, and "
                         f"{len(broken):,} of them cannot be read")
     library = Library({file: record for file, record in known.items() if not record.reason})
-    megabytes = sum(path.stat().st_size for path in own.shards) / 1e6
-    record = dict(videos=len(library.paths), windows=len(library.emb), new=len(new), seconds_a_window=window,
-                  checkpoint=str(checkpoint.path), step=checkpoint.step, index=f"{own.folder}, {megabytes:.1f} MB",
+    record = dict(videos=len(library.paths), windows=len(library.emb), new=sum(not r.reason for r in new.values()),
+                  seconds_a_window=window, checkpoint=str(checkpoint.path), step=checkpoint.step, index=str(place),
                   broken=broken, answers=[])
-    print("index {index}: {videos:,} videos, {windows:,} windows, {new:,} new".format(**record)
-          + (f"; {len(broken):,} broken videos are left out until they change" if broken else ""))
+    print("index {}: {videos:,} videos ({new:,} new), {windows:,} windows, {:.1f} MB".format(
+        printable(str(place)), library.emb.nbytes / 1e6, **record)
+        + (f"; {len(broken):,} broken videos are left out until they change" if broken else ""))
+    del on_disk, known, new  # the library has a copy of the vectors
     picture.cache_clear()  # files may have changed since the last page
     for text in [query] if query is not None else ask():
         given = answer(checkpoint, library, text, top)
@@ -478,7 +493,7 @@ def search_folder(checkpoint: Checkpoint, folder: str | None, query: str | None,
         print_answer(given)
         write_page(out / "report.html", root, record)
     if record["answers"]:
-        print(out / "report.html")
+        print(printable(str(out / "report.html")))
     return record
 
 

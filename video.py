@@ -141,6 +141,7 @@ def _decode(path: str, pick, size: int, start: float, end: float | None) -> tupl
 
 
 def _open(path: str) -> cv2.VideoCapture:
+    _check_name(path)
     # FFmpeg by name: other back ends read "video7010.mp4" as a pattern of numbered pictures. One thread: see the top.
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
@@ -454,9 +455,8 @@ def glimpse(path: str | Path, num_frames: int, *, size: int, start: float, end: 
     frames may be late: never for a model. Raises VideoError.
     """
     path, frames, shown = str(path), [], -1.0
-    _check_name(path)
     capture = _open(path)
-    capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * start)
+    capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * max(0, start - 1))  # a second early: at a variable rate it lands late
     half = 0.5 / max(capture.get(cv2.CAP_PROP_FPS), 1.0)  # of a frame: time stamps are rounded
     for moment in start + (np.arange(num_frames) + 0.5) / num_frames * (end - start):
         while shown < moment - half and capture.grab():
@@ -474,7 +474,7 @@ def _check_name(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise VideoError(f"{path!r}: OpenCV takes only names in UTF-8; rename the file") from error
+        raise VideoError(f"{path}: OpenCV takes only names in UTF-8; rename the file") from error
 
 
 def write_video(path: str | Path, frames: np.ndarray, rate: float = 25.0) -> None:

@@ -86,7 +86,8 @@ def measure(preset: str, config: BenchConfig, tokenizer: Tokenizer) -> None:
 def main():
     config = parse_config(BenchConfig)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, numpy {np.__version__}, load {os.getloadavg()[0]:.1f}; medians of {config.queries} queries, milliseconds")
+          f"{torch.__version__}, numpy {np.__version__}, load {os.getloadavg()[0]:.1f}\n"
+          f"medians of {config.queries} queries, milliseconds")
     print(f"{'E':>5s} {'videos':>9s} {'windows':>10s} {'MB':>8s} {'cold, s':>8s} {'text':>8s} {'search':>8s} "
           f"{'whole':>8s} {'worst':>8s} {'CPU':>8s}")
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 2, 400)
