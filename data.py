@@ -1,7 +1,8 @@
 """Videos with captions → batches of tensors, and which pairs share a batch.
 
-A split (splits.py) is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is one
-(video, caption) pair: a video with twenty captions is twenty samples, seen twenty times an epoch, each time with other frames.
+A split (splits.py) is a list of videos, a list of captions, and which video each caption belongs to. A **sample** is
+one (video, caption) pair: a video with twenty captions is twenty samples, seen twenty times an epoch, each time with
+other frames.
 
     load_split → Split → keep_decodable (fills the frame cache, drops broken videos) → PairDataset.batch(indices) → dict
         video       uint8   [B, T, H, W, 3]    prepare_video → float32 [B, T, C, H, W], on the model's device
@@ -23,6 +24,7 @@ copies release the interpreter lock, so worker processes, with their start-up ti
 would buy little here. No picture is flipped or turned: captions say "left" and "upside down".
 
     python data.py train.csv        a random and a guided batch of its captions (without a file: of some made-up ones)
+    python data.py --check msrvtt --root FOLDER --out list.csv      is all of a data set there, and does it decode?
 """
 
 import collections
@@ -30,13 +32,15 @@ import concurrent.futures
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from cli import UserError, run
+from check import print_check
+from cli import UserError, parse_config, run
 from datasets import load_split
 from knowledge import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
 from splits import Split
@@ -57,7 +61,8 @@ def keep_decodable(split: Split, cache: FrameCache, *, max_broken: float = 0.05,
     Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be used, or none is
     left.
     """
-    kept = split.without(cache.fill(split.video_paths, workers=workers, progress=progress))
+    start, end = split.window
+    kept = split.without(cache.fill(split.video_paths, start=start, end=end, workers=workers, progress=progress))
     total = len(kept.video_paths) + len(kept.broken)
     if len(kept.broken) > max_broken * total or not kept.video_paths:
         raise UserError(f"{len(kept.broken)} of {total} videos cannot be used, more than the {max_broken:.0%} that "
@@ -72,12 +77,17 @@ def open_cache(folder: str | Path, model_config) -> FrameCache:
     return FrameCache(folder, size=model_config.image_size, num_frames=2 * model_config.num_frames)
 
 
-def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None) -> torch.Tensor:
-    """T of the cached frames of each video, uint8 [B, T, H, W, 3]: uniform, or by segments with a Generator a video."""
+def load_videos(cache: FrameCache, paths: list[str], num_frames: int, rngs: list | None = None,
+                window: tuple[float, float | None] = (0.0, None)) -> torch.Tensor:
+    """T of the cached frames of each video, uint8 [B, T, H, W, 3]: uniform, or by segments with a Generator a video.
+
+    window: the seconds of each video that count (see Split).
+    """
     video = np.empty((len(paths), num_frames, cache.size, cache.size, 3), np.uint8)
     sampling = "segment" if rngs else "uniform"
     for i, path in enumerate(paths):
-        video[i] = cache.get(path)[frame_indices(cache.num_frames, num_frames, sampling, rngs[i] if rngs else None)]
+        wanted = frame_indices(cache.num_frames, num_frames, sampling, rngs[i] if rngs else None)
+        video[i] = cache.get(path, *window)[wanted]
     return torch.from_numpy(video)
 
 
@@ -115,7 +125,8 @@ class PairDataset:
         video_id = self.video_of_sample[indices]
         tokens, text_mask = self.tokenizer.encode_batch([self.split.captions[i] for i in indices], self.length)
         return dict(
-            video=load_videos(self.cache, [self.split.video_paths[i] for i in video_id], num_frames, rngs),
+            video=load_videos(self.cache, [self.split.video_paths[i] for i in video_id], num_frames, rngs,
+                              self.split.window),
             tokens=tokens, text_mask=text_mask,
             concepts=multi_hot([self.concept_sets[i] for i in indices], self.num_concepts),
             video_id=torch.from_numpy(video_id), meaning_id=torch.from_numpy(self.meaning_id[indices]))
@@ -307,9 +318,29 @@ class KnowledgeBatchSampler:
         return np.concatenate(groups)
 
 
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """Show a random and a guided batch of a file's captions; or, with --check, say whether a data set is whole."""
+
+    captions: str = ""          # csv or jsonl file with video and caption; without it, made-up captions
+    check: str | None = None    # name of a data set (msrvtt, msvd, … as in datasets.py) to check
+    root: str | None = None     # check: its folder
+    sample: int = 50            # check: videos of each split to decode, drawn at random
+    seed: int = 0               # check: of that sample
+    out: str | None = None      # check: csv file for the list of missing and broken videos
+
+
 def main():
-    if len(sys.argv) > 1:
-        split = load_split("csv", sys.argv[1])
+    config = parse_config(DataConfig, positional="captions")
+    if config.check:
+        if not config.root:
+            raise UserError(f"--check {config.check}: needs --root FOLDER, where its annotation files and videos are")
+        sys.exit(not print_check(config.check, config.root, sample=config.sample, seed=config.seed, out=config.out))
+    if config.captions:
+        split = load_split("csv", config.captions)
         captions, video_of_caption = split.captions, split.video_of_caption
         print(f"{len(captions)} captions of {len(split.video_paths)} videos")
     else:

@@ -25,11 +25,13 @@ A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 vid
 
 Multiple choice asks which of five captions fits a video; tied options share the point: a constant model gets chance.
 
-    python eval.py --checkpoint runs/toy --task toy                     # newest checkpoint of a run, toy test gallery
-    python eval.py --checkpoint runs/mine --task csv --data FILE.csv    # your own videos and captions
+    python eval.py --checkpoint runs/toy --task toy                         # newest checkpoint of a run, toy test gallery
+    python eval.py --checkpoint runs/mine --task csv --data FILE.csv        # your own videos and captions
+    python eval.py --checkpoint runs/9k --task msrvtt --data-root FOLDER    # 1k-A; the others: see datasets.py
 
 writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out.
-A result on a set with missing or broken videos says so itself: "N of M videos: not comparable".
+A result on a set with missing or broken videos, or on another number of them than the protocol has, says so itself:
+"N of M videos: not comparable"; one whose checkpoint was trained on the videos it is asked about, too.
 """
 
 import json
@@ -50,9 +52,9 @@ import toyworld
 from checkpoint import Checkpoint, load_checkpoint
 from cli import UserError, parse_config, run
 from data import keep_decodable, load_videos, prefetch, prepare_video
-from datasets import load_questions, load_split
+from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
 from knowledge import extract_many
-from report import Results, write_report
+from report import DIRECTIONS, Results, write_report
 from splits import Question, Split
 from video import FrameCache
 
@@ -178,9 +180,23 @@ def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] | None = None
     chosen = scores == scores.max(axis=1, keepdims=True)                             # [n, options]
     points = 100 * chosen[np.arange(len(scores)), answers] / chosen.sum(axis=1)      # [n]
     metrics = {"mc_accuracy": float(points.mean())}
-    for kind in sorted(set(() if kinds is None else kinds)):
+    for kind in sorted({*(() if kinds is None else kinds)} - {""}):
         metrics[f"mc_accuracy_{kind}"] = float(points[np.array(kinds) == kind].mean())
     return metrics
+
+
+def dual_softmax_metrics(sim, video_of_text, scale: float) -> dict[str, float]:
+    """{"dsl_t2v_R@1": …} and so on: the metrics of `retrieval_metrics` after the dual softmax.
+
+    Each score is multiplied by the share that its query has among *all* queries that want the same candidate,
+    sim_ij · softmax_i(scale · sim_ij) for t2v, over j for v2t: a candidate that everybody wants is worth less. That
+    uses the whole query set at once, which a search engine never sees: such numbers compare only with their like.
+    As in the paper, a score below zero times a small share moves *up* (CLIP's are all above). sim [n_text, n_video]
+    float64; scale: exp(logit_scale). Cheng et al., https://arxiv.org/abs/2109.04290
+    """
+    t2v = retrieval_metrics(sim * torch.softmax(scale * sim, dim=0), video_of_text)
+    v2t = retrieval_metrics(sim * torch.softmax(scale * sim, dim=1), video_of_text)
+    return {f"dsl_{name}": (t2v if name.startswith("t2v") else v2t)[name] for name in t2v}
 
 
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -------------------------------
@@ -203,18 +219,22 @@ def embed_texts(model, tokenizer, captions: Sequence[str]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def embed_videos(model, cache: FrameCache, paths: Sequence[str]) -> torch.Tensor:
-    """video_emb [n_video, E], float32 on the CPU, of uniform frames of each. Raises VideoError if one is broken."""
+def embed_videos(model, cache: FrameCache, paths: Sequence[str],
+                 window: tuple[float, float | None] = (0.0, None)) -> torch.Tensor:
+    """video_emb [n_video, E], float32 on the CPU, of uniform frames of the seconds `window` of each.
+
+    Raises VideoError if one is broken.
+    """
     device, num_frames = model.logit_scale.device, model.config.num_frames
     batch_size = max(1, BATCH_PIXELS // (num_frames * cache.size**2))
     batches = [list(paths[i:i + batch_size]) for i in range(0, len(paths), batch_size)]
-    frames = prefetch(lambda batch: load_videos(cache, batch, num_frames), batches)
+    frames = prefetch(lambda batch: load_videos(cache, batch, num_frames, window=window), batches)
     return torch.cat([model.encode_video(prepare_video(video.to(device))).cpu() for video in frames])
 
 
 def embed_split(model, tokenizer, split: Split, cache: FrameCache) -> tuple[torch.Tensor, torch.Tensor]:
     """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split, float32 on the CPU."""
-    return embed_texts(model, tokenizer, split.captions), embed_videos(model, cache, split.video_paths)
+    return embed_texts(model, tokenizer, split.captions), embed_videos(model, cache, split.video_paths, split.window)
 
 
 def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
@@ -228,15 +248,21 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
+TaskName = Literal["toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc"]
+
+
 @dataclass
 class EvalConfig:
     """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
     checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
-    task: Literal["toy", "csv"] = "toy"     # toy: the embedded world; csv: your own videos (--data)
-    data: str | None = None                 # csv: file with video, caption; toy: a world's folder (default: CACHE/toy)
+    task: TaskName = "toy"                  # toy: the embedded world; csv: your own (--data); else see --data-root
+    data_root: str | None = None            # annotations and videos of a published data set, see datasets.py
+    data: str | None = None                 # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
+    dsl: bool = False                       # also the dual softmax over the whole query set, under its own names
     out: str | None = None                  # folder for the results (default: eval-TASK-SPLIT beside the checkpoint)
+    sim_out: str | None = None              # npz file for embeddings and similarities
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
     seed: int = 0                           # of the examples drawn for the report
@@ -250,6 +276,8 @@ class Task:
     protocol: str
     split: Split
     questions: list[Question] = field(default_factory=list)
+    official: dict[str, int] = field(default_factory=dict)  # how many "videos", "captions", "questions" there should be
+    doubt: str = ""                                         # why its numbers would not be comparable
 
 
 def load_toy(config: EvalConfig, checkpoint: Checkpoint) -> Task:
@@ -266,42 +294,99 @@ def load_csv(config: EvalConfig, checkpoint: Checkpoint) -> Task:
         raise UserError("--task csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
     protocol = (f"Own data ({Path(config.data).name}): every caption is a query against all videos of the file; a "
                 "video takes the best rank of its captions.")
-    return Task(protocol, load_split("csv", config.data, config.split))
+    return Task(protocol, load_split("csv", config.data, config.split, root=config.data_root))
 
 
-TASKS = {"toy": load_toy, "csv": load_csv}  # a task is one function
+def load_published(config: EvalConfig, checkpoint: Checkpoint) -> Task:
+    """A published data set: its questions if it asks any, else its gallery."""
+    if not config.data_root:
+        raise UserError(f"--task {config.task}: needs --data-root FOLDER with its annotation files and videos")
+    known, official, questions = DATASETS[config.task], {}, []
+    if config.split not in known.videos:
+        load_split(config.task, config.data_root, config.split)  # raises, and says why there is none
+    if config.task == "msrvtt-mc":
+        questions, split = load_msrvtt_mc(Path(config.data_root), config.data), Split.from_pairs([])
+        official["questions"] = known.videos[config.split]
+    else:
+        split, captions = load_split(config.task, config.data_root, config.split), known.captions.get(config.split)
+        official = dict(videos=known.videos[config.split], captions=captions)
+    # the 9k list holds 1,990 of the 2,990 videos of the full test split
+    seen = checkpoint.config.get("dataset") == "msrvtt" and config.task in ("msrvtt-full", "msrvtt-mc")
+    doubt = "the checkpoint was trained on MSR-VTT's 9k list, which holds 1,990 of these videos: not comparable"
+    return Task(known.protocol, split, questions, {name: count for name, count in official.items() if count},
+                doubt if seen else "")
 
 
-def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05) -> tuple[dict, Results]:
-    """({metric: value}, what it was computed from). Unusable videos are left out and listed in the results' split.
+TASKS = {"toy": load_toy, "csv": load_csv,  # a task is one function
+         **dict.fromkeys(("msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc"), load_published)}
 
-    Raises UserError where more than the share `max_broken` of the videos cannot be used.
+
+def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05,
+            dsl: bool = False) -> tuple[dict, Results]:
+    """({metric: value}, what it was computed from): retrieval if the task has captions, accuracy if it has questions.
+
+    Unusable videos are left out and listed in the results' split. dsl: also `dual_softmax_metrics`. Raises UserError
+    where more than the share `max_broken` of the videos cannot be used.
     """
     # every video once: first those of the gallery, then those that only a question asks about
     paths = list(dict.fromkeys([*task.split.video_paths, *(question.video for question in task.questions)]))
-    usable = keep_decodable(Split(paths, [], np.zeros(0, np.int64)), cache, max_broken=max_broken)
+    window = task.split.window
+    usable = keep_decodable(Split(paths, [], np.zeros(0, np.int64), window=window), cache, max_broken=max_broken)
     split = task.split.without(usable.broken)
     questions = [question for question in task.questions if question.video not in usable.broken]
-    if not split.captions:
+    if not split.captions and not questions:
         raise UserError(f"no caption is left whose video decodes; the first: {next(iter(usable.broken.values()))}")
     if len({len(question.options) for question in questions}) > 1:
         raise UserError("the questions have different numbers of options: their accuracies cannot be averaged")
 
-    texts = [*split.captions, *(option for question in questions for option in question.options)]
+    texts = [*split.captions] + [option for question in questions for option in question.options]
     text_emb, option_emb = embed_texts(model, tokenizer, texts).tensor_split([len(split.captions)])
-    video_emb = embed_videos(model, cache, usable.video_paths)
+    video_emb = embed_videos(model, cache, usable.video_paths, window)
     place = {path: i for i, path in enumerate(usable.video_paths)}
     asked_emb = video_emb[torch.tensor([place[question.video] for question in questions], dtype=torch.long)]
     video_emb = video_emb[:len(split.video_paths)]                                           # [n_video, E]
 
-    ranks = retrieval_ranks(text_emb, video_emb, split.video_of_caption)
-    metrics, option_scores = summarize_ranks(*ranks), np.zeros((0, 0))
+    metrics, ranks, option_scores = {}, (np.zeros(0), np.zeros(0)), np.zeros((0, 0))
+    if split.captions:
+        ranks = retrieval_ranks(text_emb, video_emb, split.video_of_caption)
+        metrics |= summarize_ranks(*ranks)
+    if dsl:
+        if not 0 < len(text_emb) * len(video_emb) <= MATRIX_LIMIT:
+            raise UserError(f"--dsl: {len(text_emb):,} captions × {len(video_emb):,} videos; it needs all similarities "
+                            f"at once, so between 1 and {MATRIX_LIMIT:,} of them; leave it out")
+        metrics |= dual_softmax_metrics(similarity(text_emb, video_emb), split.video_of_caption,
+                                        model.logit_scale.exp().item())
     if questions:
         option_emb = _to_grid(option_emb).unflatten(0, (len(questions), -1))                 # [n, options, E]
         option_scores = (option_emb * _to_grid(asked_emb)[:, None]).sum(-1).numpy()          # [n, options]
         metrics |= multiple_choice_accuracy(option_scores, [question.answer for question in questions],
                                             [question.kind for question in questions])
     return metrics, Results(split, text_emb.numpy(), video_emb.numpy(), *ranks, questions, option_scores)
+
+
+MATRIX_LIMIT = 2**28  # entries of a similarity matrix that is held or saved as a whole: 2 GiB
+
+
+def save_similarities(path: str | Path, results: Results) -> None:
+    """Write an npz file with what the metrics were computed from; nothing in it needs pickle.
+
+    text_emb [n_text, E], video_emb [n_video, E] float32; sim [n_text, n_video] float64, row = caption, column = video,
+    which gives exactly the reported numbers (`retrieval_metrics`); video_of_text [n_text] int64; videos [n_video] and
+    captions [n_text], each a JSON list in one string; option_scores [questions, options], answers [questions]. Above
+    MATRIX_LIMIT entries sim is left out, which is printed: `similarity(text_emb, video_emb)` gives any part of it.
+    Without captions there is no sim, and text_emb, video_emb are empty.
+    """
+    parts = dict(text_emb=results.text_emb, video_emb=results.video_emb, video_of_text=results.split.video_of_caption,
+                 videos=json.dumps(results.split.video_paths), captions=json.dumps([*results.split.captions]),
+                 option_scores=results.option_scores, answers=np.array([q.answer for q in results.questions], np.int64))
+    entries = len(results.text_emb) * len(results.video_emb)
+    if 0 < entries <= MATRIX_LIMIT:
+        parts["sim"] = similarity(results.text_emb, results.video_emb).numpy()
+    elif entries:
+        print(f"{path}: without sim, whose {entries:,} entries take {8 * entries / 2**30:.0f} GiB; it is "
+              "similarity(text_emb, video_emb), of any rows and columns")
+    with open(path, "wb") as file:  # given a name, numpy would append .npz to it
+        np.savez(file, **parts)
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------
@@ -321,18 +406,31 @@ def machine_facts(device: str) -> dict:
                 hardware=torch.cuda.get_device_name() if device == "cuda" else cpu)
 
 
+DSL_PROTOCOL = (" Metrics named dsl_ use the dual softmax over the whole query set: they compare only with others that "
+                "do.")
+
+
 def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results: Results, device: str) -> dict:
     """What metrics.json holds: every metric by its name, and all that is needed to compare it with another."""
     split, sizes, unusable = results.split, checkpoint.model.config, results.split.broken
     missing = sum(not os.path.exists(path) for path in unusable)
-    expected = len({*task.split.video_paths, *(question.video for question in task.questions)})
+    listed = dict(videos=len({*task.split.video_paths, *(question.video for question in task.questions)}),
+                  captions=len(task.split.captions), questions=len(task.questions))
+    counts = dict(videos=listed["videos"] - len(unusable), captions=len(split.captions),
+                  questions=len(results.questions))
+    official = dict(videos=listed["videos"]) | task.official
+    short = [f"{counts[name]:,} of {count:,} {name}" for name, count in official.items() if counts[name] != count]
+    why = [f"{count} {what}" for count, what in ((missing, "missing"), (len(unusable) - missing, "broken")) if count]
+    why += [f"the files list {listed[name]:,} {name}" for name, count in official.items() if listed[name] != count]
+    note = f"{', '.join(short)}: not comparable ({', '.join(why)})" if short else ""
+    protocol = task.protocol + DSL_PROTOCOL * config.dsl
     return dict(
-        task=config.task, split=config.split, protocol=task.protocol, **metrics,
-        note=f"{expected - len(unusable)} of {expected} videos: not comparable" if unusable else "",
-        videos=len(split.video_paths), captions=len(split.captions), questions=len(results.questions),
+        task=config.task, split=config.split, protocol=protocol, **metrics,
+        note="; ".join(filter(None, (note, task.doubt))), **counts, official=task.official,
         missing=missing, broken=len(unusable) - missing, unusable=unusable,
         checkpoint=str(checkpoint.path), checkpoint_sha256=checkpoint.sha256, step=checkpoint.step,
-        frames=sizes.num_frames, image_size=sizes.image_size, logit_scale=checkpoint.model.logit_scale.exp().item(),
+        frames=sizes.num_frames, image_size=sizes.image_size, text_length=sizes.text_length, window=list(split.window),
+        trained_on=checkpoint.config.get("dataset"), logit_scale=checkpoint.model.logit_scale.exp().item(),
         training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
 
 
@@ -352,13 +450,17 @@ def evaluate(config: EvalConfig) -> dict:
     cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
     try:
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
-        metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken)
+        metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken,
+                                   dsl=config.dsl)
         record = make_record(config, checkpoint, task, metrics, results, device)
         (out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if config.sim_out:
+            save_similarities(config.sim_out, results)
         knowledge = extract_many(results.split.captions)
         write_report(out / "report.html", record, results, knowledge, checkpoint.concept_vocab, seed=config.seed)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+        raise UserError(f"{error.filename or out}: cannot be written ({error.strerror}); choose another --out or "
+                        "--sim-out") from error
     print(format_table(record))
     print(f"{out / 'metrics.json'}, {out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
     return record
@@ -367,13 +469,15 @@ def evaluate(config: EvalConfig) -> dict:
 def format_table(record: dict) -> str:
     """The record's metrics as lines of text."""
     columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
-    lines = [f"{'':14s}" + "".join(f"{column:>8s}" for column in columns)]
-    for name, way in (("text to video", "t2v"), ("video to text", "v2t")):
-        lines.append(f"{name:14s}" + "".join(f"{record[f'{way}_{column}']:8.1f}" for column in columns))
+    lines = [f"{'':19s}" + "".join(f"{column:>8s}" for column in columns)] if record["captions"] else []
+    for name, way in DIRECTIONS.items():
+        if f"{way}_R@1" in record:
+            lines.append(f"{name:19s}" + "".join(f"{record[f'{way}_{column}']:8.1f}" for column in columns))
     if record["questions"]:
         kinds = ", ".join(f"{name.removeprefix('mc_accuracy_')} {value:.1f}" for name, value in record.items()
                           if name.startswith("mc_accuracy_"))
-        lines.append(f"multiple choice {record['mc_accuracy']:.1f} % ({kinds}) of {record['questions']} questions")
+        lines.append(f"multiple choice {record['mc_accuracy']:.1f} %{f' ({kinds})' if kinds else ''} of "
+                     f"{record['questions']} questions")
     note = f"; {record['note']}" if record["note"] else ""
     return "\n".join([*lines, f"{record['captions']} captions, {record['videos']} videos{note}"])
 

@@ -34,6 +34,8 @@ from video import VideoError, read_frames, write_video
 FRAME_SIZE = 104            # pixels of one moment; four make a picture
 MAX_PICTURE_BYTES = 14_000  # of a JPEG: some hundred pictures stay below 3 MB
 TOP = 5                     # answers shown for a query
+DIRECTIONS = {"text to video": "t2v", "video to text": "v2t",
+              "text to video, DSL": "dsl_t2v", "video to text, DSL": "dsl_v2t"}  # as metrics are called
 
 
 @dataclass
@@ -68,11 +70,11 @@ def quote(text: str) -> str:
 
 
 @lru_cache(maxsize=512)
-def picture(path: str) -> str:
-    """Four uniform moments of the video, 2×2 in reading order, as a JPEG inside the page."""
+def picture(path: str, start: float = 0.0, end: float | None = None) -> str:
+    """Four uniform moments of the video's seconds start … end, 2×2 in reading order, as a JPEG inside the page."""
     name = visible(os.path.basename(path))
     try:
-        frames = read_frames(path, 4, size=FRAME_SIZE)
+        frames = read_frames(path, 4, size=FRAME_SIZE, start=start, end=end)
     except VideoError:  # it decoded a moment ago, or lay in the cache: the page says what is so now
         return f'<div class="picture lost" role="img" aria-label="{name}, which cannot be read">not readable</div>'
     sheet = rearrange(frames, "(row column) h w c -> (row h) (column w) c", row=2)[..., ::-1]
@@ -85,9 +87,9 @@ def picture(path: str) -> str:
             f'alt="Four moments of {name}"></div>')
 
 
-def card(path: str, title: str, caption: str, mark: str) -> str:
+def card(path: str, title: str, caption: str, mark: str, window: tuple[float, float | None] = (0.0, None)) -> str:
     """One video: its picture, a line above, one of its captions below. mark: "right" or "wrong"."""
-    return (f'<li class="card {mark}"><p class="title">{title}</p>{picture(path)}'
+    return (f'<li class="card {mark}"><p class="title">{title}</p>{picture(path, *window)}'
             f'<p class="caption">{quote(caption)}</p></li>')
 
 
@@ -109,25 +111,27 @@ def section(title: str, intro: str, articles: list[str]) -> str:
 
 
 def headline(record: dict, results: Results) -> str:
-    """The metrics: four large numbers, tables, the curve of R@K."""
-    n_video, columns = len(results.video_emb), ("R@1", "R@5", "R@10", "MdR", "MnR")
-    tiles = [("Text to video, R@1", f"{record['t2v_R@1']:.1f} %", f"a guess: {100 / n_video:.2g} %"),
-             ("Video to text, R@1", f"{record['v2t_R@1']:.1f} %", f"among {len(results.text_emb):,} captions"),
-             ("Text to video, median rank", f"{record['t2v_MdR']:g}", f"among {n_video:,} videos")]
-    tables = table("Percent of queries answered within the first K, median and mean rank", ["", *columns],
-                   [[name, *(f"{record[f'{way}_{column}']:.1f}" for column in columns)]
-                    for name, way in (("text to video", "t2v"), ("video to text", "v2t"))])
+    """The metrics: up to four large numbers, tables, the curve of R@K; without captions no retrieval."""
+    n_video, columns, tiles, tables = len(results.video_emb), ("R@1", "R@5", "R@10", "MdR", "MnR"), [], ""
+    if results.split.captions:
+        tiles = [("Text to video, R@1", f"{record['t2v_R@1']:.1f} %", f"a guess: {100 / n_video:.2g} %"),
+                 ("Video to text, R@1", f"{record['v2t_R@1']:.1f} %", f"among {len(results.text_emb):,} captions"),
+                 ("Text to video, median rank", f"{record['t2v_MdR']:g}", f"among {n_video:,} videos")]
+        tables = table("Percent of queries answered within the first K, median and mean rank", ["", *columns],
+                       [[name, *(f"{record[f'{way}_{column}']:.1f}" for column in columns)]
+                        for name, way in DIRECTIONS.items() if f"{way}_R@1" in record])
     if results.questions:
         guess = 100 / results.option_scores.shape[1]
         tiles.append(("Multiple choice", f"{record['mc_accuracy']:.1f} %", f"a guess: {guess:.3g} %"))
-        kinds = sorted({question.kind for question in results.questions})
+        kinds = [*sorted({question.kind for question in results.questions} - {""}), None]
+        asked = {kind: sum(kind in (None, question.kind) for question in results.questions) for kind in kinds}
         tables += table("Multiple choice", ["wrong options differ in", "questions", "right, %"],
-                        [(visible(kind), sum(question.kind == kind for question in results.questions),
-                          f"{record[f'mc_accuracy_{kind}']:.1f}") for kind in kinds])
+                        [(visible(kind or "all questions"), asked[kind],
+                          f"{record[f'mc_accuracy_{kind}' if kind else 'mc_accuracy']:.1f}") for kind in kinds])
     tiles = "".join(f'<div class="tile"><dt>{name}</dt><dd>{value}<small>{below}</small></dd></div>'
                     for name, value, below in tiles)
     return (f'<section><h2>Result</h2><dl class="tiles">{tiles}</dl><div class="halves"><div>{tables}</div>'
-            f"{curve(results)}</div></section>")
+            f"{curve(results) if results.split.captions else ''}</div></section>")
 
 
 def curve(results: Results) -> str:
@@ -160,7 +164,7 @@ def facts(record: dict) -> str:
     elsewhere = {"protocol", "note", "unusable"}
     rows = "".join(f"<div><dt>{visible(name.replace('_', ' '))}</dt><dd>{quote(_readable(value))}</dd></div>"
                    for name, value in record.items()
-                   if name not in elsewhere and not name.startswith(("t2v_", "v2t_", "mc_")))
+                   if name not in elsewhere and not name.startswith(("t2v_", "v2t_", "dsl_", "mc_")))
     reasons = list(record["unusable"].values())
     listed = "".join(f"<li>{quote(reason)}</li>" for reason in reasons[:50])
     listed = f"<p>{len(reasons)} videos were left out; the first {min(50, len(reasons))}:</p><ul>{listed}</ul>"
@@ -182,7 +186,7 @@ def query_article(query: int, results: Results) -> str:
     for place, j in [*enumerate(best, 1), *[(rank, right)] * (right not in best)]:
         caption = split.captions[query if j == right else first_text[j]] if j in first_text else ""
         cards.append(card(split.video_paths[j], _title(scores[j], j == right, f"{place:g}"), caption,
-                          "right" if j == right else "wrong"))
+                          "right" if j == right else "wrong", split.window))
     return (f'<article><h3>“{quote(split.captions[query])}”</h3><p class="soft">right video at rank {rank:g} of '
             f'{len(scores):,}</p><ol class="cards">{"".join(cards)}</ol></article>')
 
@@ -204,7 +208,7 @@ def pair_article(text: int, results: Results, meaning: np.ndarray, knowledge, vo
     # no negatives: videos with a caption that means what one of this video's own does, and all their captions
     same_videos = np.unique(video_of_text[np.isin(meaning, meaning[video_of_text == video])])
     text_scores, video_scores = results.text_emb @ results.video_emb[video], results.video_emb @ results.text_emb[text]
-    own = card(split.video_paths[video], _title(video_scores[video], True), split.captions[text], "right")
+    own = card(split.video_paths[video], _title(video_scores[video], True), split.captions[text], "right", split.window)
     text_scores[np.isin(video_of_text, same_videos)] = -np.inf
     video_scores[same_videos] = -np.inf
     video_scores[np.setdiff1d(np.arange(len(video_scores)), video_of_text)] = -np.inf  # no caption: nothing is known
@@ -221,7 +225,7 @@ def pair_article(text: int, results: Results, meaning: np.ndarray, knowledge, vo
     rows = [(quote(split.captions[i]), f"{text_scores[i]:.3f}", f"{kappa:.2f}")
             for i, kappa in zip(texts, overlaps(texts))]
     cards = [card(split.video_paths[j], f'<b>{video_scores[j]:.3f}</b><span class="score">κ {kappa:.2f}</span>',
-                  split.captions[first_text[j]], "wrong")
+                  split.captions[first_text[j]], "wrong", split.window)
              for j, kappa in zip(videos, overlaps([first_text[j] for j in videos]))]
     return (f'<article><h3>“{quote(split.captions[text])}”</h3><div class="pair"><ul class="cards">{own}</ul>'
             f'{table("Hardest wrong captions of this video", ["caption", "score", "κ"], rows)}</div>'
@@ -240,8 +244,9 @@ def question_article(index: int, results: Results, scale: float) -> str:
                        f"<span>{quote(option)}</span><span>{marks}{percent:.0f} %</span></li>")
     is_right = picked == question.answer
     verdict = '<b class="ok">✓ answered right</b>' if is_right else '<b class="no">✗ answered wrong</b>'
-    return (f'<article class="question">{picture(question.video)}<div><p class="soft">wrong options differ in: '
-            f'{visible(question.kind)} · {verdict}</p><ol>{"".join(options)}</ol></div></article>')
+    kind = f"wrong options differ in: {visible(question.kind)} · " if question.kind else ""
+    return (f'<article class="question">{picture(question.video, *results.split.window)}<div><p class="soft">{kind}'
+            f'{verdict}</p><ol>{"".join(options)}</ol></div></article>')
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -338,7 +343,7 @@ def write_report(path, record: dict, results: Results, knowledge, vocab: Concept
     def draw(condition, count: int) -> list[int]:
         return rng.permutation(np.flatnonzero(condition))[:count].tolist()
 
-    first, meaning = results.t2v_ranks <= 1, meaning_ids(results.split.captions, knowledge)
+    first, meaning = results.t2v_ranks <= 1, meaning_ids(results.split.captions, knowledge)  # no captions: both empty
     kind = np.array([question.kind for question in results.questions], str)
     answer = np.array([question.answer for question in results.questions], int)
     answered = results.option_scores.argmax(axis=1) == answer if len(answer) else np.zeros(0, bool)
@@ -359,7 +364,7 @@ def write_report(path, record: dict, results: Results, knowledge, vocab: Concept
         section("Multiple choice", "Which caption fits the video? Of each kind one question answered right and one "
                 "answered wrong, drawn at random.", asked and [f'<div class="questions">{"".join(asked)}</div>'])])
     title = f"CLOP on {visible(record['task'])}, {visible(record['split'])} split"
-    warning = f'<p class="warn" role="note"><b>Incomplete:</b> {visible(record["note"])}</p>' if record["note"] else ""
+    warning = f'<p class="warn" role="note"><b>Mind:</b> {visible(record["note"])}</p>' if record["note"] else ""
     Path(path).write_text(
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

@@ -1,22 +1,41 @@
-"""What the files of a data set say: videos, captions, and which caption is of which video; read with suspicion.
+"""What a data set says: videos, captions, and which caption is of which video; its files are read with suspicion.
 
-A data set on disk is a text file that strangers wrote. This file reads it row by row and believes nothing: a column
-that is missing, a number where a text should be, a broken quote, a byte that is no UTF-8 ends in one line that names
-the file, the line and the columns that were expected. Nothing is skipped and nothing is guessed, because a caption
-that silently vanished changes every number that is measured afterwards.
+An annotation file was written by strangers, with a script of their own, and a caption that silently vanished changes
+every number that is measured afterwards. So nothing is guessed and nothing is skipped: a column that is missing, a
+number where a text should be, a broken quote, a byte that is no UTF-8 ends in one line (UserError) that says where,
+
+    train.csv, line 3: 1 columns, the header has 2; expected video, caption
+    MSRVTT_data.json, sentences[17]: the entry has no caption; expected video_id, caption
+
+and what was expected. The readers here know kinds of files, not data sets (those are in datasets.py); each yields
+(where, row) and holds one row at a time, whatever the size of the file:
+
+    read_csv      a header, then rows                    read_columns   no header: a fixed number of columns, no quotes
+    read_jsonl    a JSON object a line                   read_list      a name a line
+    read_json     one JSON document, whole               read_captions_pickle   {video: captions} in a pickle
+
+Three things that a file from elsewhere must not do: run code (a pickle may call any function, so ours is read by a
+reader that can build plain data only), point out of the folder of the data (`check_name`), and bring characters that
+no name or text holds (control characters in a path, halves of characters in a caption).
+
+    python splits.py FILE.csv        the first rows of a csv or jsonl file with the columns video and caption
 """
 
 import csv
-import io
+import itertools
 import json
+import re
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, run
 from strings import Strings
+from tagger import load_plain_pickle
 
 
 @dataclass
@@ -27,6 +46,7 @@ class Split:
     captions: Strings
     video_of_caption: np.ndarray  # int64 [number of captions], index into video_paths
     broken: dict[str, str] = field(default_factory=dict)  # {path: why} of videos that belong here but cannot be used
+    window: tuple[float, float | None] = (0.0, None)      # the seconds of each video that belong to it, None = the end
 
     def __post_init__(self):
         self.video_paths, self.captions = Strings.pack(self.video_paths), Strings.pack(self.captions)
@@ -41,19 +61,22 @@ class Split:
     @classmethod
     def join(cls, splits: Sequence["Split"]) -> "Split":
         """Several data sets as one, in their order; a video that is in two of them is one video."""
+        windows = {split.window for split in splits}
+        assert len(windows) == 1, f"{windows}: a split has one window of seconds"
         paths = Strings.concatenate([split.video_paths for split in splits])
         first, index = paths.distinct()
         shift = np.cumsum([0, *(len(split.video_paths) for split in splits)])
         return cls(paths.take(first), Strings.concatenate([split.captions for split in splits]),
                    index[np.concatenate([split.video_of_caption + n for split, n in zip(splits, shift)])],
-                   {path: reason for split in splits for path, reason in split.broken.items()})
+                   {path: reason for split in splits for path, reason in split.broken.items()}, *windows)
 
     def without(self, broken: dict[str, str]) -> "Split":
         """This split without some videos ({path: why}) and their captions."""
         kept = np.fromiter((path not in broken for path in self.video_paths), bool, len(self.video_paths))
         keep_caption = kept[self.video_of_caption]
-        return Split(self.video_paths.take(kept), self.captions.take(keep_caption),
-                     (np.cumsum(kept) - 1)[self.video_of_caption[keep_caption]], self.broken | broken)
+        return replace(self, video_paths=self.video_paths.take(kept), captions=self.captions.take(keep_caption),
+                       video_of_caption=(np.cumsum(kept) - 1)[self.video_of_caption[keep_caption]],
+                       broken=self.broken | broken)
 
     def stored(self, folder: str | Path) -> "Split":
         """This split with its strings mapped from files in `folder`, which all processes share (see strings.py)."""
@@ -74,66 +97,218 @@ class Question:
 
     video: str
     options: list[str]
-    answer: int   # index of the right option
-    kind: str     # what the wrong ones differ in
+    answer: int     # index of the right option
+    kind: str = ""  # what the wrong ones differ in, where the data set says so
 
 
-# ---- reading, row by row ----------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-def read_rows(path: Path, texts: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a csv file with header or a jsonl file, which has `texts` (strings) and `others`."""
-    expected = f"expected {', '.join(texts + others)}"
-    rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
-    for line, row in rows(path, _read_text(path), texts + others, expected):
-        for name in texts:
-            if not isinstance(row[name], str):
-                raise UserError(f"{path}, line {line}: {name} is {str(row[name])[:40]}, not a text; {expected}")
-        if not row["video"].strip():
-            raise UserError(f"{path}, line {line}: video is empty; expected a path relative to the folder of this file")
-        yield line, row
+def check_row(row, where: str, columns: dict[str, type]) -> None:
+    """Raise UserError unless `row` is a dict in which each column is there, of its type, and whole characters."""
+    expected = f"expected {', '.join(columns)}"
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: the entry is not an object; {expected}")
+    if missing := [name for name in columns if name not in row]:
+        raise UserError(f"{where}: the entry has no {' or '.join(missing)}; {expected}")
+    for name, kind in columns.items():
+        if type(row[name]) is not kind:
+            raise UserError(f"{where}: {name} is {_short(row[name])}, not {KINDS[kind]}; {expected}")
+        if kind is str:
+            check_text(row[name], where, name)
 
 
-def _csv_rows(path, text, names, expected):
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if missing := [name for name in names if name not in header]:
-            raise UserError(f"{path}, line 1: the header {','.join(header)[:80]!r} has no {' or '.join(missing)}; "
-                            f"{expected}")
-        for row in reader:
-            if row and len(row) != len(header):
-                raise UserError(f"{path}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}; "
-                                f"{expected} (a caption with a comma stands in double quotes)")
-            if row:
-                yield reader.line_num, dict(zip(header, row))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid csv ({error}); {expected}") from error
-
-
-def _jsonl_rows(path, text, names, expected):
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {line}: not valid JSON; {expected} in an object on each line") from error
-            if not isinstance(row, dict) or (missing := [name for name in names if name not in row]):
-                what = f"has no {' or '.join(missing)}" if isinstance(row, dict) else "is not an object"
-                raise UserError(f"{path}, line {line}: the row {what}; {expected} in an object on each line")
-            yield line, row
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a csv or jsonl file") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; expected a csv or jsonl file with video and caption")
+def check_text(text, where: str, name: str) -> str:
+    """`text`, if it is one that can be written as UTF-8. Raises UserError."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {name} is {_short(text)}, not a text")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise UserError(f"{where}: {name} holds half of a character (a lone surrogate); repair the file")
     return text
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _short(value) -> str:
+    return repr(value)[:40]
+
+
+def check_name(name: str, where: str, *, inside: bool = True) -> str:
+    """A file's name from an annotation file, if no character in it is a control character and, with `inside`, it
+    cannot leave the folder that it is looked up in: no absolute path, no "..". Raises UserError.
+    """
+    if not name.strip():
+        raise UserError(f"{where}: video is empty; expected the name of a file")
+    if _CONTROL.search(name):
+        raise UserError(f"{where}: the video {_short(name)} has control characters in its name; repair the file")
+    if inside and (name[0] in "/\\" or name[1:2] == ":" or ".." in re.split(r"[/\\]", name)):
+        raise UserError(f"{where}: the video {_short(name)} lies outside of the data root; expected a path below it")
+    return name
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+    """(where, {column: text}) of each row of a file whose header holds these columns (and perhaps others).
+
+    Raises UserError as the top of this file says; also where the file has no header. Blank lines are no rows.
+    """
+    expected = f"expected {', '.join(columns)}"
+    reader, header, start = csv.reader(_lines(path, expected), strict=True, delimiter=delimiter), None, 1
+    try:
+        for row in reader:
+            if header is None and any(map(str.strip, row)):
+                header = row
+                if missing := [name for name in columns if name not in header]:
+                    raise UserError(f"{path}, line {start}: the header {delimiter.join(header)[:80]!r} has no "
+                                    f"{' or '.join(missing)}; {expected}")
+            elif header and row:
+                if len(row) != len(header):
+                    raise UserError(f"{path}, line {start}: {len(row)} columns, the header has {len(header)}; "
+                                    f"{expected} (a caption with a comma stands in double quotes)")
+                yield f"{path}, line {start}", dict(zip(header, row))
+            start = reader.line_num + 1  # a quoted caption may run over several lines: the row begins at `start`
+    except csv.Error as error:
+        raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
+    if not header:
+        raise UserError(f"{path}: the file is empty; {expected}")
+
+
+def read_columns(path: Path, columns: Sequence[str], delimiter: str = "\t") -> Iterator[tuple[str, dict]]:
+    """(where, {column: text}) of each line of a file without header or quotes: every line has just these columns."""
+    expected, empty = f"expected {', '.join(columns)}, separated by tabs, without a header", True
+    for number, line in enumerate(_lines(path, expected), 1):
+        values = line.rstrip("\r\n").split(delimiter)
+        if line.strip():
+            if len(values) != len(columns):
+                raise UserError(f"{path}, line {number}: {len(values)} columns; {expected}")
+            empty = False
+            yield f"{path}, line {number}", dict(zip(columns, values))
+    if empty:
+        raise UserError(f"{path}: the file is empty; {expected}")
+
+
+def read_list(path: Path) -> list[tuple[str, str]]:
+    """(where, name) of each line of a file of names, one a line, without a header."""
+    names = [(f"{path}, line {number}", check_text(line.strip(), f"{path}, line {number}", "the name"))
+             for number, line in enumerate(_lines(path, "expected one name a line"), 1) if line.strip()]
+    if not names:
+        raise UserError(f"{path}: the file is empty; expected one name a line")
+    return names
+
+
+def read_jsonl(path: Path, columns: dict[str, type]) -> Iterator[tuple[str, dict]]:
+    """(where, object) of each line, in which these columns are there, of their types."""
+    expected, empty = f"expected an object with {', '.join(columns)} on each line", True
+    for number, line in enumerate(_lines(path, expected), 1):
+        if line.strip():
+            row = _parse_json(line, f"{path}, line {number}", expected)
+            check_row(row, f"{path}, line {number}", columns)
+            empty = False
+            yield f"{path}, line {number}", row
+    if empty:
+        raise UserError(f"{path}: the file is empty; {expected}")
+
+
+def read_json(path: Path, expected: str):
+    """The value of a JSON file. Raises UserError with the line of a mistake in its syntax."""
+    return _parse_json("".join(_lines(path, f"expected {expected}")), str(path), f"expected {expected}")
+
+
+def read_entries(path: Path, document, key: str | None, columns: dict[str, type]) -> Iterator[tuple[str, dict]]:
+    """(where, object) of each entry of the list document[key] (key None: the document is the list), checked."""
+    if key is not None:
+        check_row(document, str(path), {key: list})
+    entries = document if key is None else document[key]
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: no entries in it; expected a list of objects with {', '.join(columns)}")
+    for number, entry in enumerate(entries):
+        check_row(entry, where := f"{path}, {key or 'entry '}[{number}]", columns)
+        yield where, entry
+
+
+def read_captions_pickle(path: Path) -> dict[str, list]:
+    """{video: [caption, …]} of a pickle, in which a caption is a text or a list of words.
+
+    Only dicts, lists, texts and numbers are built, nothing is called (`tagger.load_plain_pickle`). Texts that Python 2
+    wrote are bytes: UTF-8 where they can be, else Latin-1. Raises UserError where there is anything else.
+    """
+    def text(value):
+        if isinstance(value, bytes):
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError:
+                return value.decode("latin-1")
+        return [text(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    try:
+        data = load_plain_pickle(path.read_bytes(), encoding="bytes")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path}: not a pickle of plain data ({_short(str(error))}); expected {{video: captions}}; "
+                        "fetch it again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds {_short(data)}; expected {{video: captions}}")
+    return {text(video): text(captions) for video, captions in data.items()}
+
+
+def _lines(path: Path, expected: str) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, one at a time."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
+    except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {expected}") from error
+
+
+def _parse_json(text: str, where: str, expected: str):
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _no_twins(pairs, where))
+    except json.JSONDecodeError as error:
+        at = f" (line {error.lineno})" if "\n" in text.strip() else ""
+        raise UserError(f"{where}: not valid JSON{at}; {expected}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON; {expected}") from error
+
+
+def _no_twins(pairs: list, where: str) -> dict:
+    """A dict; a key that comes twice would lose the first one's value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"{where}: {_short(next(name for name in names if names.count(name) > 1))} stands there twice")
+    return found
+
+
+# ---- one's own videos ------------------------------------------------------------------------------------------------
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, {"video", "caption", …}) of each row of a csv (with header) or jsonl file."""
+    if path.suffix.lower() == ".jsonl":
+        yield from read_jsonl(path, {"video": str, "caption": str})
+    else:
+        yield from read_csv(path, ["video", "caption"])
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(sys.argv[1] if len(sys.argv) > 1 else f"{folder}/own.csv")
+        if len(sys.argv) == 1:
+            path.write_text("video,caption\na.mp4,a dog runs\nb.mp4,a cat sleeps\n")
+        for where, row in itertools.islice(read_pairs(path), 5):
+            print(f"{where}: {check_name(row['video'], where, inside=False)}: {row['caption']}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -69,13 +69,22 @@ def tokenize(caption: str) -> list[str]:
 
 # Tags ----------------------------------------------------------------------------------------------------------------
 
-class _DataOnlyUnpickler(pickle.Unpickler):
-    """A pickle may name any function to be called; this reader allows `set` and nothing else."""
+class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C can be told to reserve any amount of memory
+    dispatch = {op: load for op, load in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}  # as can this
 
     def find_class(self, module, name):
         if (module, name) in {("builtins", "set"), ("__builtin__", "set")}:
             return set
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in tagger weights")
+        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
+
+
+def load_plain_pickle(data: bytes, encoding: str = "ASCII"):
+    """The dicts, lists, sets, texts and numbers of a pickle. A pickle may name any function, which unpickling calls:
+    this reader allows `set` and nothing else. `encoding` is of Python 2's texts ("bytes" leaves them as bytes).
+
+    Raises pickle.UnpicklingError where it names anything else, and nearly any exception where it is damaged.
+    """
+    return _PlainUnpickler(io.BytesIO(data), encoding=encoding).load()
 
 
 @functools.cache
@@ -95,7 +104,7 @@ def load_tagger():
     if hashlib.sha256(data).hexdigest() != WEIGHTS_SHA256:
         raise UserError(f"{paths[0]}: not the tagger weights of version 0.2.0 (checksum); {INSTALL} --force-reinstall")
     tagger = PerceptronTagger(load=False)
-    tagger.decode_json_params(_DataOnlyUnpickler(io.BytesIO(data)).load())
+    tagger.decode_json_params(load_plain_pickle(data))
     return tagger
 
 

@@ -37,7 +37,7 @@ import toyworld
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cli import UserError, parse_config, run
 from data import KnowledgeBatchSampler, PairDataset, keep_decodable, open_cache, prefetch, prepare_video
-from datasets import load_split
+from datasets import DATASETS, load_split
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids
 from losses import LossConfig, clop_loss
@@ -45,12 +45,16 @@ from model import CLOP, PRESETS, build_config
 from tokenizer import Tokenizer
 
 
+Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m"]
+
+
 @dataclass
 class TrainConfig:
     """Train CLOP on videos with captions. Without any flag: the embedded toy world, on whatever this machine has."""
 
-    dataset: Literal["toy", "csv"] = "toy"   # toy: rendered by toyworld.py; csv: your own (--data)
-    data: str | None = None                  # csv or jsonl with columns video, caption
+    dataset: Trainable = "toy"               # toy: rendered by toyworld.py; csv: your own, --data; else see --data-root
+    data_root: str | None = None             # folder of a published data set, see datasets.py
+    data: str | None = None                  # csv or jsonl with video, caption; paths below --data-root, else beside it
     val_data: str | None = None              # the same for validation; without it there is none
     out: str = "runs/toy"                    # log, checkpoints, plots
     cache: str = "cache"                     # decoded frames, extracted knowledge, toy world
@@ -258,9 +262,16 @@ def load_data(config: TrainConfig):
     if config.dataset == "toy":
         folder = toyworld.generate(Path(config.cache) / "toy", workers=config.workers)
         return load_split("toy", folder, "train"), load_split("toy", folder, "val")
-    if not config.data:
-        raise UserError("--dataset csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
-    return load_split("csv", config.data), load_split("csv", config.val_data, "val") if config.val_data else None
+    if config.dataset == "csv":
+        if not config.data:
+            raise UserError("--dataset csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
+        return (load_split("csv", config.data, root=config.data_root),
+                load_split("csv", config.val_data, "val", root=config.data_root) if config.val_data else None)
+    if not config.data_root:
+        raise UserError(f"--dataset {config.dataset}: needs --data-root FOLDER with its annotation files and videos")
+    has_val = "val" in DATASETS[config.dataset].videos  # MSR-VTT 1k-A has none: the last checkpoint is the result
+    return (load_split(config.dataset, config.data_root),
+            load_split(config.dataset, config.data_root, "val") if has_val else None)
 
 
 def check_same_run(resumed, config: TrainConfig, out: Path):

@@ -21,7 +21,6 @@ Labels hold what the text says; the words that the stop lists drop are taken out
 """
 
 import hashlib
-import io
 import json
 import pickle
 import string
@@ -192,11 +191,11 @@ def test_a_malicious_pickle_is_refused(tmp_path):
             return Path.touch, (marker,)
 
     for payload in (pickle.dumps(({}, {}, Evil())), b"cbuiltins\neval\n(S'1'\ntR.", b"cos\nsystem\n(S'true'\ntR."):
-        with pytest.raises(pickle.UnpicklingError, match="not allowed"):
-            tagger._DataOnlyUnpickler(io.BytesIO(payload)).load()
+        with pytest.raises(pickle.UnpicklingError, match="not plain data"):
+            tagger.load_plain_pickle(payload)
     assert not marker.exists()
     plain = ({"bias": {"NN": 1.5}}, {"the": "DT"}, {"NN", "DT"})
-    assert tagger._DataOnlyUnpickler(io.BytesIO(pickle.dumps(plain, protocol=2))).load() == plain
+    assert tagger.load_plain_pickle(pickle.dumps(plain, protocol=2)) == plain
 
 
 class _OneFile:
