@@ -377,7 +377,7 @@ def save_similarities(path: str | Path, results: Results) -> None:
     Without captions there is no sim, and text_emb, video_emb are empty.
     """
     parts = dict(text_emb=results.text_emb, video_emb=results.video_emb, video_of_text=results.split.video_of_caption,
-                 videos=json.dumps(results.split.video_paths), captions=json.dumps([*results.split.captions]),
+                 videos=json.dumps([*results.split.video_paths]), captions=json.dumps([*results.split.captions]),
                  option_scores=results.option_scores, answers=np.array([q.answer for q in results.questions], np.int64))
     entries = len(results.text_emb) * len(results.video_emb)
     if 0 < entries <= MATRIX_LIMIT:
