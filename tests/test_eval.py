@@ -16,8 +16,9 @@ import toyworld
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from data import load_videos, prepare_video
-from eval import (EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval, multiple_choice_accuracy,
-                  retrieval_metrics, retrieval_metrics_from_embeddings, retrieval_ranks, similarity)
+from eval import (EvalConfig, dual_softmax_metrics, embed_split, embed_texts, evaluate, evaluate_retrieval,
+                  multiple_choice_accuracy, retrieval_metrics, retrieval_metrics_from_embeddings, retrieval_ranks,
+                  similarity)
 from knowledge import ConceptVocab, extract_many
 from model import CLOP, build_config
 from splits import Split
@@ -179,6 +180,37 @@ def test_arrays_tensors_lists_and_types_agree():
         assert retrieval_metrics(other, torch.from_numpy(video_of_text)) == expected
 
 
+# ---- the dual softmax ------------------------------------------------------------------------------------------------
+
+
+def test_dual_softmax_by_hand():
+    """Video 0 pleases both captions; that caption 0 wants it more leaves video 1 to caption 1."""
+    sim = torch.tensor([[0.9, 0.2], [0.7, 0.6]], dtype=torch.float64)
+    assert retrieval_metrics(sim, [0, 1])["t2v_R@1"] == 50
+    share = lambda a, b: np.exp(10 * a) / (np.exp(10 * a) + np.exp(10 * b))  # noqa: E731
+    assert 0.7 * share(0.7, 0.9) < 0.6 * share(0.6, 0.2)   # 0.08 < 0.59: row 1 turns around
+    metrics = dual_softmax_metrics(sim, [0, 1], scale=10.0)
+    assert set(metrics) == {f"dsl_{key}" for key in KEYS} and metrics["dsl_t2v_R@1"] == metrics["dsl_v2t_R@1"] == 100
+
+
+@pytest.mark.parametrize("scale", [0.0, 5.0, 100.0])
+def test_dual_softmax_agrees_with_its_definition(scale):
+    rng = np.random.default_rng(0)
+    text, video = unit_rows(23, 8, 0), unit_rows(9, 8, 1)
+    video_of_text = rng.integers(0, 9, 23)
+    text[3] = text[4]  # equal captions tie before and after
+    video_of_text[3] = video_of_text[4]
+    sim = similarity(text, video).numpy()
+    weights = np.exp(scale * sim)
+    expected = {}
+    for way, axis in (("t2v", 0), ("v2t", 1)):
+        scores = sim * weights / weights.sum(axis=axis, keepdims=True)
+        rounded = [[float(f"{score:.11e}") for score in row] for row in scores.tolist()]  # two exp may differ at the end
+        found = brute_force_metrics(rounded, video_of_text.tolist())
+        expected |= {f"dsl_{key}": value for key, value in found.items() if key.startswith(way)}
+    assert dual_softmax_metrics(torch.from_numpy(sim), video_of_text, scale) == pytest.approx(expected)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -298,12 +330,50 @@ def test_an_incomplete_set_says_so(world, tmp_path, capsys):
     write_csv(world / "holes.csv", [*pairs, ("gone.mp4", "b"), ("text.mp4", "c")])
     record = evaluate(config(world, tmp_path, data=str(world / "holes.csv"), max_broken=0.5))
     assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (5, 6, 1, 1)
-    assert record["note"] == "5 of 7 videos: not comparable" and set(record["unusable"]) == {
+    assert record["note"] == "5 of 7 videos: not comparable (1 missing, 1 broken)" and set(record["unusable"]) == {
         str(world / "gone.mp4"), str(world / "text.mp4")}
     assert "5 of 7 videos: not comparable" in capsys.readouterr().out
     assert "5 of 7 videos: not comparable" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="2 of 7 videos"):
         evaluate(config(world, tmp_path, data=str(world / "holes.csv")))
+
+
+def test_dual_softmax_only_under_its_own_name(world, tmp_path, capsys):
+    plain, both = evaluate(config(world, tmp_path)), evaluate(config(world, tmp_path, dsl=True))
+    assert not any("dsl" in name for name in plain) and "dual softmax" not in plain["protocol"]
+    assert {name for name in both if name.startswith("dsl_")} == {f"dsl_{key}" for key in KEYS}
+    assert all(both[key] == plain[key] for key in KEYS) and "whole query set" in both["protocol"]
+    assert "text to video, DSL" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "text to video, DSL" in page and "whole query set" in page
+
+
+def test_saved_similarities_give_the_reported_numbers(world, tmp_path, monkeypatch, capsys):
+    record = evaluate(config(world, tmp_path, sim_out=str(tmp_path / "saved")))
+    saved = np.load(tmp_path / "saved", allow_pickle=False)
+    assert saved["sim"].shape == (6, 5) and saved["text_emb"].shape == (6, 128) and saved["video_emb"].shape == (5, 128)
+    metrics = retrieval_metrics(saved["sim"], saved["video_of_text"])
+    assert metrics == {key: record[key] for key in KEYS}
+    assert json.loads(str(saved["captions"])) == [caption for _, caption in CAPTIONS]
+    assert json.loads(str(saved["videos"])) == [str(world / f"{i}.mp4") for i in range(5)]
+    i, j = 2, 3  # row = caption, column = video
+    assert saved["sim"][i, j] == pytest.approx(float(saved["text_emb"][i] @ saved["video_emb"][j]), abs=1e-6)
+
+    monkeypatch.setattr("eval.MATRIX_LIMIT", 29)
+    evaluate(config(world, tmp_path, sim_out=str(tmp_path / "large")))
+    assert "sim" not in np.load(tmp_path / "large") and "without sim, whose 30 entries" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--dsl: 6 captions × 5 videos"):
+        evaluate(config(world, tmp_path, dsl=True))
+    with pytest.raises(UserError, match="nowhere.*cannot be written.*--sim-out"):
+        evaluate(config(world, tmp_path, sim_out=str(tmp_path / "nowhere" / "x.npz")))
+
+
+def test_csv_within_a_data_root(world, tmp_path):
+    (tmp_path / "own.csv").write_bytes((world / "data.csv").read_bytes())  # elsewhere than the videos
+    assert evaluate(config(world, tmp_path, data=str(tmp_path / "own.csv"), data_root=str(world)))["videos"] == 5
+    write_csv(tmp_path / "own.csv", [("../world/0.mp4", "a")])
+    with pytest.raises(UserError, match="own.csv, line 2: the video .* outside of the data root"):
+        evaluate(config(world, tmp_path, data=str(tmp_path / "own.csv"), data_root=str(world)))
 
 
 def test_toy_gallery_and_questions(world, tmp_path):
@@ -323,6 +393,8 @@ def test_toy_gallery_and_questions(world, tmp_path):
     (dict(data=None), "--task csv: needs --data"),
     (dict(data="absent.csv"), "absent.csv"),
     (dict(device="cuda"), "--device cuda"),
+    (dict(task="msvd"), "--task msvd: needs --data-root"),
+    (dict(task="msrvtt", split="val", data_root="."), "msrvtt: has no val split"),
 ])
 def test_mistakes_end_in_one_line(world, tmp_path, changes, message):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
