@@ -275,9 +275,9 @@ class KnowledgeBatchSampler:
     def _sort_as_dictionary(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The samples of `pool` in the order of their concepts in a new alphabet; equal ones stay as they were."""
         K = len(self.idf) - 1
-        letter = np.full(K + 1, K)
+        letter = np.full(K + 1, K, np.int32)
         letter[np.argsort(rng.exponential(size=K) / np.maximum(self.idf[:K], 1e-6))] = np.arange(K)
-        spelling = np.sort(letter[self.ids[pool]].astype(np.int32), axis=1)           # [n, P]
+        spelling = np.sort(letter[self.ids[pool]], axis=1)                            # [n, P]
         key, bits = np.zeros(len(pool), np.int64), K.bit_length()
         for column in spelling.T[:63 // bits]:                                        # as many letters as 63 bits hold
             key = (key << bits) | column

@@ -14,6 +14,7 @@ files under their published names (there, or in `annotations/` or `annotation/`)
     msrvtt-mc    questions  msrvtt_mc_test.jsonl, .json, .tsv or .csv, in any of three forms
     webvid       1          results_2M_train.csv, results_2M_val.csv
     cc3m         1          Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv; or cc3m_train.csv, cc3m_val.csv
+    webvid+cc3m  1          both, to pre-train on: the folders webvid/ and cc3m/ of `root`
     csv          any        one's own train.csv, val.csv, test.csv; or one csv or jsonl file: video, caption
 
 **Where a video is.** Annotations name a video, and people keep it where they like, perhaps in another container. The
@@ -267,6 +268,11 @@ def load_cc3m(root: Path, role: str) -> Split:
     return Split.from_pairs(pairs())
 
 
+def load_webvid_cc3m(root: Path, role: str) -> Split:
+    """Both as one set: a batch mixes videos and images."""
+    return Split.join([load_webvid(root / "webvid", role), load_cc3m(root / "cc3m", role)])
+
+
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +382,7 @@ DATASETS = {
         "the full test split; to be fine-tuned on the 7k list (the 9k list holds 1,990 of its videos)."),
     "webvid": DataSet(load_webvid, dict(train=None, val=None)),
     "cc3m": DataSet(load_cc3m, dict(train=None, val=None)),
+    "webvid+cc3m": DataSet(load_webvid_cc3m, dict(train=None, val=None)),
 }
 
 

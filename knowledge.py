@@ -329,7 +329,8 @@ def extract_many(captions: Iterable[str], *, workers: int | None = None, cache: 
     """`extract_knowledge` of each caption, as a sequence of dicts; each distinct caption is tagged once.
 
     workers: processes (default: the cores this process may use; small jobs stay in this one). cache: a folder with one
-    file for each set of captions and version of this code, written atomically; a damaged one is named and rebuilt. Raises UserError where the tagger's weights are missing or the cache cannot be written. """
+    file for each set of captions and version of this code, written atomically; a damaged one is named and rebuilt.
+    Raises UserError where the tagger's weights are missing or the cache cannot be written. """
     captions = Strings.pack(captions)
     first, row_of = captions.distinct()
     distinct = captions.take(first)
@@ -358,7 +359,7 @@ def _extract_distinct(captions: Strings, workers: int | None, progress: bool) ->
         # fork shares the loaded tagger; elsewhere it is unsafe (macOS) or missing (Windows)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(workers, context) as pool:
-            waves = (starts[i:i + 64] for i in range(0, len(starts), 64))  # `map` would copy all captions into its queue
+            waves = (starts[i:i + 64] for i in range(0, len(starts), 64))  # one `map` would copy all captions at once
             return Knowledge.concatenate(counted(itertools.chain.from_iterable(
                 pool.map(_extract_chunk, [captions[i:i + 500] for i in wave]) for wave in waves)))
 

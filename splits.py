@@ -61,13 +61,14 @@ class Split:
     @classmethod
     def join(cls, splits: Sequence["Split"]) -> "Split":
         """Several data sets as one, in their order; a video that is in two of them is one video."""
-        assert len({split.window for split in splits}) == 1, "a split has one window for all of its videos"
+        windows = {split.window for split in splits}
+        assert len(windows) == 1, f"{windows}: a split has one window of seconds"
         paths = Strings.concatenate([split.video_paths for split in splits])
         first, index = paths.distinct()
         shift = np.cumsum([0, *(len(split.video_paths) for split in splits)])
         return cls(paths.take(first), Strings.concatenate([split.captions for split in splits]),
                    index[np.concatenate([split.video_of_caption + n for split, n in zip(splits, shift)])],
-                   {path: reason for split in splits for path, reason in split.broken.items()}, splits[0].window)
+                   {path: reason for split in splits for path, reason in split.broken.items()}, *windows)
 
     def without(self, broken: dict[str, str]) -> "Split":
         """This split without some videos ({path: why}) and their captions."""

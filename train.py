@@ -45,7 +45,8 @@ from model import CLOP, PRESETS, build_config
 from tokenizer import Tokenizer
 
 
-Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m"]
+Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m",
+                    "webvid+cc3m"]
 
 
 @dataclass
@@ -137,6 +138,7 @@ def train(config: TrainConfig):
     else:
         tokenizer, vocab = Tokenizer.train(train_split.captions, sizes.vocab_size), ConceptVocab.build(knowledge)
     dataset = PairDataset(train_split, cache, tokenizer, vocab, knowledge, length=sizes.text_length)
+    del knowledge  # the dataset has the ids; the names of all that millions of captions mention need not stay
     guided_from = config.guided_from * config.steps * config.accumulate  # batches
     sampler = KnowledgeBatchSampler(
         dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,

@@ -3,9 +3,10 @@
     python bench/data.py                        # all, about two minutes on one core
     python bench/data.py --captions 0.1         # a smaller set to plan batches for, in millions
 
-Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. Each alternative
-is timed in the same run, alternating with ours, so that other work on the machine disturbs both; trust the ratios
-more than the times.
+Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. PyAV is timed
+beside it where it can be imported (`pip install av`; nothing else here needs it): the same frames, decoded in order,
+cut and resized by the same code. Each alternative is timed in the same run, alternating with ours, so that other work
+on the machine disturbs both; trust the ratios more than the times, and those of processor time (CPU) most.
 """
 
 import os
@@ -16,11 +17,17 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+
+try:
+    import av
+except ImportError:
+    av = None
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # first, or `import data` would find this file
@@ -29,7 +36,7 @@ from cli import parse_config, run  # noqa: E402
 from data import KnowledgeBatchSampler, load_videos  # noqa: E402
 from knowledge import ConceptSets, concept_vectors, multi_hot  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from video import FrameCache, frame_indices, read_frames, write_video  # noqa: E402
+from video import FrameCache, _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
 
 
 @dataclass
@@ -50,6 +57,17 @@ def median_seconds(functions: dict, repeats: int) -> dict:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def median_cpu_seconds(functions: dict, repeats: int) -> dict:
+    """{name: (median seconds, median processor seconds of all threads)}; the functions take turns."""
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter(), time.process_time()
+            function()
+            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}
+
+
 # ---- decoding and cache ----------------------------------------------------------------------------------------------
 
 
@@ -59,11 +77,25 @@ def seek_frames(path: str, num_frames: int, size: int) -> np.ndarray:
     frames = []
     for index in frame_indices(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), num_frames):
         capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-        image = capture.read()[1]
-        side, (height, width) = min(image.shape[:2]), image.shape[:2]
-        image = image[(height - side) // 2:(height + side) // 2, (width - side) // 2:(width + side) // 2]
-        frames.append(cv2.cvtColor(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB))
+        frames.append(cut_square(capture.read()[1], size))
     return np.stack(frames)
+
+
+def pyav_frames(path: str, num_frames: int, size: int, threads: str) -> np.ndarray:
+    """PyAV as a sensible user has it: one pass, only the wanted frames converted. threads: "1" or "AUTO"."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        if threads == "1":
+            stream.codec_context.thread_count = 1
+        else:
+            stream.thread_type = threads
+        wanted, frames = frame_indices(stream.frames, num_frames), {}
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                frames[number] = cut_square(frame.to_ndarray(format="bgr24"), size)
+            if number == wanted[-1]:
+                break
+    return np.stack([frames[number] for number in wanted])
 
 
 def bench_decoding(folder: Path, repeats: int):
@@ -76,16 +108,24 @@ def bench_decoding(folder: Path, repeats: int):
             scene = rng.integers(0, 256, (24, 400, 3), dtype=np.uint8)
             scene = cv2.resize(scene, (4000, 240), interpolation=cv2.INTER_CUBIC)  # the camera pans over it
             write_video(paths[-1], np.stack([scene[:, 8 * t:8 * t + 320] for t in range(400)]))
-    print(f"\ndecoding: {len(paths)} {where}, {len(paths)} × 224 px, one thread        clips/s    ratio")
-    for num_frames in (4, 12, 32):
-        seconds = median_seconds({
-            "one seek a frame": lambda: [seek_frames(path, num_frames, 224) for path in paths],
-            "in order (ours)": lambda: [read_frames(path, num_frames, size=224) for path in paths]}, repeats)
-        for name, value in seconds.items():
-            ratio = seconds["one seek a frame"] / value
-            print(f"    T = {num_frames:2d}, {name:24s} {len(paths) / value:28.1f} {ratio:8.2f}")
-    differ = [(seek_frames(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3)) for path in paths]
-    print(f"    frames that a seek gets wrong: {np.mean(differ):.1%}")
+    if av is None:
+        print("\nPyAV is not installed, so it is not timed; `pip install av` into an environment of your own")
+    print(f"\ndecoding: {len(paths)} {where}, 224 px            clips/s    ratio     clips/CPU s    ratio")
+    for num_frames in (4, 8, 12, 16, 24):  # the frame cache decodes twice the T of the model
+        readers = {"one seek a frame": seek_frames,
+                   "in order (ours)": lambda path, num_frames, size: read_frames(path, num_frames, size=size)}
+        if av is not None:
+            readers |= {f"PyAV {av.__version__}, threads {n}": partial(pyav_frames, threads=n) for n in ("1", "AUTO")}
+        seconds = median_cpu_seconds({
+            name: lambda read=read: [read(path, num_frames, 224) for path in paths] for name, read in readers.items()},
+            repeats)
+        for name, (wall, cpu) in seconds.items():
+            of_wall, of_cpu = (ours / other for ours, other in zip(seconds["one seek a frame"], (wall, cpu)))
+            print(f"    T = {num_frames:2d}, {name:24s} {len(paths) / wall:14.1f} {of_wall:8.2f} "
+                  f"{len(paths) / cpu:15.1f} {of_cpu:8.2f}")
+    for name, read in readers.items():
+        differ = [(read(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3)) for path in paths]
+        print(f"    frames that differ from ours: {name:24s} {np.mean(differ):.1%}")
 
 
 def bench_cache(folder: Path, repeats: int):

@@ -586,3 +586,18 @@ def test_the_real_clips_are_checked_and_evaluated(tmp_path, cache):
                                  data_root=str(tmp_path), cache=cache, out=str(tmp_path / "eval")))
     assert (record["videos"], record["captions"], record["missing"]) == (12, 240, 0)
     assert record["note"].startswith("12 of 497 videos, 240 of 9,940 captions: not comparable")
+
+
+# ---- pre-training ----------------------------------------------------------------------------------------------------
+
+
+def test_videos_and_images_train_together_from_one_frame_on(tmp_path, cache):
+    build_webvid(tmp_path / "webvid")
+    build_cc3m(tmp_path / "cc3m")
+    split = load_split("webvid+cc3m", tmp_path)
+    parts = [load_split(name, tmp_path / name) for name in ("webvid", "cc3m")]
+    assert split.captions == [*parts[0].captions, *parts[1].captions]
+    assert split.video_paths == [*parts[0].video_paths, *parts[1].video_paths] and len(split.video_paths) == 12
+    checkpoint = train_tiny(tmp_path / "run", dataset="webvid+cc3m", data_root=str(tmp_path), cache=cache, steps=3,
+                            batch_size=12, num_frames=4, frames_curriculum="1,2,4")
+    assert checkpoint.step == 3 and checkpoint.model.config.num_frames == 4

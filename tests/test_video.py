@@ -284,9 +284,9 @@ def test_still_pictures_are_kept_once(tmp_path, capsys):
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=5)
     for new in (3, 0):
         assert cache.fill(paths) == {}
-        assert f"3 videos × 5 frames of 16 px, {3 * (20 + 16 * 16 * 3) / 1e6:.1f} MB ({new} new)" in capsys.readouterr().out
+        assert f"3 videos × 5 frames of 16 px, {3 * 788 / 1e6:.1f} MB ({new} new)" in capsys.readouterr().out
     for path in paths:
-        assert cache._entry(path, 0.0, None).stat().st_size == 20 + 16 * 16 * 3
+        assert cache._entry(path, 0.0, None).stat().st_size == 20 + 16 * 16 * 3 == 788
         np.testing.assert_array_equal(cache.get(path), read_frames(path, 5, size=16))
 
 
@@ -378,8 +378,8 @@ def test_workers_end_with_a_killed_parent(clips, tmp_path):
 def test_two_runs_fill_one_cache_at_once(clips, tmp_path):
     code = (f"from video import FrameCache\n"
             f"print(FrameCache({str(tmp_path / 'cache')!r}, size=64, num_frames=8).fill({clips!r}, workers=2))")
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for one in runs:
+    command = [sys.executable, "-c", code]
+    for one in [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]:
         said = one.communicate()[0]
         assert one.returncode == 0 and "6 videos × 8 frames of 64 px" in said and said.endswith("{}\n")
     cache = FrameCache(tmp_path / "cache", size=64, num_frames=8)
