@@ -25,6 +25,7 @@ A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 vid
 
 Multiple choice asks which of five captions fits a video; tied options share the point: a constant model gets chance.
 
+    python eval.py --task toy                                           # the model that comes with this repository
     python eval.py --checkpoint runs/toy --task toy                     # newest checkpoint of a run, toy test gallery
     python eval.py --checkpoint runs/mine --task csv --data FILE.csv    # your own videos and captions
 
@@ -227,15 +228,18 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
+SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"  # by the README's first command; fp16, weights only
+
+
 @dataclass
 class EvalConfig:
     """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
-    checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
+    checkpoint: str | None = None           # file, or a run's folder (its newest); None: the one that ships
     task: Literal["toy", "csv"] = "toy"     # toy: the embedded world; csv: your own videos (--data)
     data: str | None = None                 # csv: file with video, caption; toy: a world's folder (default: CACHE/toy)
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
-    out: str | None = None                  # folder for the results (default: eval-TASK-SPLIT beside the checkpoint)
+    out: str | None = None                  # for the results (None: eval-TASK-SPLIT beside the checkpoint or in runs)
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
     seed: int = 0                           # of the examples drawn for the report
@@ -344,10 +348,13 @@ def evaluate(config: EvalConfig) -> dict:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
-    checkpoint = load_checkpoint(config.checkpoint, device)
+    if config.checkpoint is None:
+        print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
+    checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
     sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
     print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
-    out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"
+    beside = checkpoint.path.parent if config.checkpoint else Path("runs")
+    out = Path(config.out) if config.out else beside / f"eval-{config.task}-{config.split}"
     cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
     try:
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
