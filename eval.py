@@ -25,10 +25,11 @@ A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 vid
 
 Multiple choice asks which of five captions fits a video; tied options share the point: a constant model gets chance.
 
-    python eval.py --checkpoint runs/toy --task toy                         # newest checkpoint of a run, toy gallery
-    python eval.py --checkpoint runs/mine --task csv --data FILE.csv        # your own videos and captions
-    python eval.py --checkpoint runs/9k --task msrvtt --data-root FOLDER    # 1k-A; the others: see datasets.py
-    python eval.py --checkpoint runs/mine --task search --videos DIR         # find your own videos: search.py
+    python eval.py --task toy                                               # the model that ships, toy test gallery
+    python eval.py --task toy --checkpoint runs/toy                         # newest checkpoint of a run
+    python eval.py --task csv --checkpoint runs/mine --data FILE.csv        # your own videos and captions
+    python eval.py --task msrvtt --checkpoint runs/9k --data-root FOLDER    # 1k-A; the others: see datasets.py
+    python eval.py --task search --checkpoint runs/mine --videos DIR        # find your own videos: search.py
 
 writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out.
 A result on a set with missing or broken videos, or on another number of them than the protocol has, says so itself:
@@ -251,19 +252,20 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 
 
 TaskName = Literal["toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc", "search"]
+SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"  # by the README's first command; fp16, weights only
 
 
 @dataclass
 class EvalConfig:
     """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
 
-    checkpoint: str = "runs/toy"            # checkpoint file, or folder of a run (its newest checkpoint)
+    checkpoint: str | None = None           # file, or a run's folder (its newest); None: the one that ships
     task: TaskName = "toy"                  # toy: embedded; csv: your own, --data; search: --videos; else --data-root
     data_root: str | None = None            # annotations and videos of a published data set, see datasets.py
     data: str | None = None                 # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
     dsl: bool = False                       # also the dual softmax over the whole query set, under its own names
-    out: str | None = None                  # folder for the results (default: eval-TASK-SPLIT beside the checkpoint)
+    out: str | None = None                  # for the results (None: eval-TASK-SPLIT beside the checkpoint or in runs)
     sim_out: str | None = None              # npz file for embeddings and similarities
     cache: str = "cache"                    # decoded frames, toy world
     max_broken: float = 0.05                # share of unusable videos that stops the evaluation
@@ -450,14 +452,17 @@ def evaluate(config: EvalConfig) -> dict:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
-    checkpoint = load_checkpoint(config.checkpoint, device)
+    if config.checkpoint is None:
+        print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
+    checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
+    beside = checkpoint.path.parent if config.checkpoint else Path("runs")
     if config.task == "search":
         return search_folder(checkpoint, config.videos, config.query, top=config.top, window=config.window,
                              index=config.index, cache=config.cache,
-                             out=Path(config.out) if config.out else checkpoint.path.parent / "search")
+                             out=Path(config.out) if config.out else beside / "search")
     sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
     print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
-    out = Path(config.out) if config.out else checkpoint.path.parent / f"eval-{config.task}-{config.split}"
+    out = Path(config.out) if config.out else beside / f"eval-{config.task}-{config.split}"
     cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
     try:
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it

@@ -81,7 +81,7 @@ def build_config(preset: str, **overrides) -> ModelConfig:
 
 class QuickGELU(nn.Module):
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x).mul_(1 / 1.702)  # = x·sigmoid(1.702 x), but backward keeps one tensor, not two
 
 
 class Attention(nn.Module):
@@ -110,8 +110,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU() if quick_gelu else nn.GELU(),
                                  nn.Linear(4 * width, width))
 
-    def forward(self, x, causal: bool = False):
-        x = x + self.attn(self.norm1(x), causal)
+    def forward(self, x, causal: bool = False, read=...):
+        """`read` indexes what the caller will look at: of a last block only that goes through the MLP."""
+        x = (x + self.attn(self.norm1(x), causal))[read]
         return x + self.mlp(self.norm2(x))
 
 
@@ -123,12 +124,12 @@ class SpaceTimeBlock(Block):
         self.time_norm = nn.LayerNorm(width)
         self.time_attn = Attention(width, heads)
 
-    def forward(self, x):
+    def forward(self, x, read=...):
         B, T = x.shape[:2]
         along_time = self.time_attn(rearrange(self.time_norm(x), "b t s d -> (b s) t d"))
         x = x + rearrange(along_time, "(b s) t d -> b t s d", b=B)
-        x = super().forward(rearrange(x, "b t s d -> (b t) s d"))
-        return rearrange(x, "(b t) s d -> b t s d", t=T)
+        x = super().forward(rearrange(x, "b t s d -> (b t) s d"), read=read)
+        return rearrange(x, "(b t) ... -> b t ...", t=T)
 
 
 class PatchEmbed(nn.Linear):
@@ -196,8 +197,10 @@ class VideoEncoder(nn.Module):
         x = torch.cat([repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T), x], dim=2) + self.place_embed
         x = self.norm_in(x) + self.time_embedding(T)[:, None]         # [B, T', P + 1, D]
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
-        return self.project(self.norm_out(x[:, :, 0]).mean(dim=1))    # class tokens, mean over time: [B, E]
+            read = (slice(None), 0) if block is self.blocks[-1] else ...  # at the end class tokens only: [B, T', D]
+            x = (checkpoint(block, x, read, use_reentrant=False) if self.checkpointing and self.training
+                 else block(x, read))
+        return self.project(self.norm_out(x).mean(dim=1))             # mean over time: [B, E]
 
     def time_embedding(self, T: int):
         """[T, D]: the learned table, stretched or shrunk linearly to T steps."""
@@ -224,11 +227,12 @@ class TextEncoder(nn.Module):
         B, L = tokens.shape
         assert L <= len(self.position_embed), f"{L} tokens, but the model holds {len(self.position_embed)}"
         x = self.token_embed(tokens) + self.position_embed[:L]        # [B, L, D]
-        for block in self.blocks:
-            x = (checkpoint(block, x, True, use_reentrant=False) if self.checkpointing and self.training
-                 else block(x, causal=True))
         last = text_mask.sum(dim=1).long() - 1                        # the end-of-text token has seen the whole caption
-        return self.project(self.norm_out(x[torch.arange(B, device=x.device), last]))
+        for block in self.blocks:
+            read = (torch.arange(B, device=x.device), last) if block is self.blocks[-1] else ...  # at the end [B, D]
+            x = (checkpoint(block, x, True, read, use_reentrant=False) if self.checkpointing and self.training
+                 else block(x, True, read))
+        return self.project(self.norm_out(x))
 
 
 class CLOP(nn.Module):

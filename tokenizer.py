@@ -6,10 +6,14 @@ the training captions as a new token, again and again, until the vocabulary is f
 
     d·o·g·_  c·h·a·s·e·s·_   →  do·g·_  c·ha·s·es·_   →  …  →  dog_  chases_        "_": the space behind a word
 
-Encoding replays the merges in the order in which they were learned. A caption is lower-cased, its white space made
-single, then split into words, numbers' digits and punctuation; each piece gets one space behind it, so that "dog_" as
-a word and "dog" as the beginning of "dogma" are different tokens, and no token crosses a word. This is the scheme of
-CLIP (its mark `</w>` is our trailing space), after Sennrich et al., https://arxiv.org/abs/1508.07909.
+Encoding replays the merges in the order in which they were learned. A caption is cleaned (broken encodings mended, HTML
+entities undone, lower case, white space made single), then split into words, numbers' digits and punctuation; each
+piece gets one space behind it, so that "dog_" as a word and "dog" as the beginning of "dogma" are different tokens, and
+no token crosses a word. This is CLIP's scheme to the letter (its mark `</w>` is our trailing space), after Sennrich et
+al., https://arxiv.org/abs/1508.07909. So CLIP's own merges, which come with its weights, are just another vocabulary:
+
+    Tokenizer.train(captions, vocab_size)      learns one
+    Tokenizer.from_clip(folder, vocab_size)    reads CLIP's: the same ids as its own code, for any text but one (below)
 
     encode_batch(["a dog runs"], length=8) → tokens    [[sot, a_, dog_, runs_, eot]]   int64 [B, L]
                                              text_mask [[  1,  1,   1,     1,   1]]    bool  [B, L], True = real token
@@ -21,17 +25,23 @@ its last words, never its eot. Padding is id 0 and False in `text_mask`.
 The learner below is ours and takes seconds: it works on *distinct* words with their counts, and a merge touches only
 the words that hold the pair. Encoding is tiktoken's Rust, given our ranks, so that nothing is downloaded; `to_dict`
 puts the vocabulary into the checkpoint, and no other file is needed to evaluate. Special tokens cannot be written by
-a caption: "<|endoftext|>" in a text is spelled out like any other word.
+a caption: "<|endoftext|>" in a text is spelled out like any other word. (OpenAI's code and transformers let it end the
+text right there: the one difference.)
 
     python tokenizer.py "a dog chases the cats"
 """
 
 import base64
 import collections
+import gzip
 import heapq
+import html
+import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
+import ftfy
 import regex
 import tiktoken
 import torch
@@ -39,13 +49,21 @@ import torch
 from cli import UserError, run
 
 # CLIP's own: English clitics, runs of letters, single digits, runs of anything else that is not white space
-WORD_PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+WORD_PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 PAD = 0
+CLIP_FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")  # where CLIP's merges are found
+
+
+def clean(caption: str) -> str:
+    """CLIP's clean-up: "CAFÃ‰ &amp;amp;  bar" → "café & bar"."""
+    if not caption.isascii() or not caption.isprintable() or "&" in caption:  # else neither would change anything
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return " ".join(caption.split()).lower()
 
 
 def split_words(caption: str) -> list[str]:
-    """The pieces that BPE works on, lower-case, without white space: "Two dogs' toys" → two · dogs · ' · toys."""
-    return WORD_PATTERN.findall(" ".join(caption.lower().split()))
+    """The pieces that BPE works on, cleaned, without white space: "Two dogs' toys" → two · dogs · ' · toys."""
+    return WORD_PATTERN.findall(clean(caption))
 
 
 def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
@@ -100,6 +118,47 @@ def _merge(word: list[bytes], best: bytes) -> list[bytes]:
     return merged
 
 
+def read_clip_tokens(folder: str | Path, vocab_size: int) -> list[bytes]:
+    """The bytes of CLIP's tokens, by id, without start and end, from the first of CLIP_FILES that lies in `folder`.
+
+    CLIP writes bytes as letters (those that print as themselves, the others as letters from code 256 on) and numbers
+    them in that order: 256 bytes, the same 256 with the mark `</w>`, then a token for each merge. The file of 262,145
+    lines that OpenAI published holds more merges than were used: the first `vocab_size` − 514 count.
+    Raises UserError: no such file, a damaged one, or one of another vocabulary than the weights'.
+    """
+    path = next((Path(folder) / name for name in CLIP_FILES if (Path(folder) / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: CLIP's vocabulary is not there; put its merges.txt, tokenizer.json or "
+                        "bpe_simple_vocab_16e6.txt.gz beside the weights")
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    try:
+        ids = None  # {token: id}, where a file states them
+        if path.suffix == ".json":
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            ids, merges = model["vocab"], model["merges"]  # a merge is "a b" or ["a", "b"], by the version of the file
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        else:
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            merges = [line.split() for line in data.decode("utf-8").splitlines()[1:] if line]  # first line: version
+            if (path.parent / "vocab.json").is_file():
+                ids = json.loads((path.parent / "vocab.json").read_text(encoding="utf-8"))
+        names = [*byte_of, *(f"{letter}</w>" for letter in byte_of)]
+        names += [left + right for left, right in merges[:vocab_size - 514]]
+        tokens = [bytes(byte_of[letter] for letter in name.removesuffix("</w>")) + b" " * name.endswith("</w>")
+                  for name in names]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a file of CLIP's merges ({type(error).__name__}: {error}); fetch it again"
+                        ) from error
+    if len(set(tokens)) != vocab_size - 2:
+        raise UserError(f"{path}: gives {len(set(tokens)) + 2} tokens, the weights have {vocab_size}: "
+                        "it belongs to another model; take the one from the model's own page")
+    if ids is not None and any(ids.get(name) != id for id, name in enumerate(names)):
+        raise UserError(f"{path}: its tokens are not numbered as CLIP's are; take the file from the model's own page")
+    return tokens
+
+
 class Tokenizer:
     """Captions ↔ ids. `sot`, `eot` (the highest id), `vocab_size` = eot + 1."""
 
@@ -124,6 +183,11 @@ class Tokenizer:
         # "replace": UTF-8 cannot hold half a surrogate pair, which broken JSON can; tiktoken replaces it likewise
         spelled = {f"{word} ".encode("utf-8", "replace"): n for word, n in counts.items()}
         return cls(learn_merges(spelled, vocab_size - 2))
+
+    @classmethod
+    def from_clip(cls, folder: str | Path, vocab_size: int) -> "Tokenizer":
+        """CLIP's own tokenizer, from the file of merges in the folder of its weights; see `read_clip_tokens`."""
+        return cls(read_clip_tokens(folder, vocab_size))
 
     def encode(self, caption: str, length: int) -> list[int]:
         """sot … eot, at most `length` ids."""

@@ -3,9 +3,10 @@
     python train.py                              # embedded toy world, no data and no GPU needed: minutes on two cores
     python train.py --dataset csv --data train.csv --val-data val.csv --preset small --out runs/mine
     python train.py --gpus 8 …                   # eight processes, one a GPU (torchrun train.py … works as well)
+    python train.py --init FOLDER --encoder-lr 1e-6 …   # from CLIP's weights: docs/finetune.md
 
 1. data         captions → knowledge → concept vocabulary, tokenizer; videos → frame cache (decoded once)
-2. model        preset, optimizer; a run that was interrupted goes on from the newest checkpoint in --out
+2. model        preset or --init, optimizer; a run that was interrupted goes on from the newest checkpoint in --out
 3. loop         batch → embeddings → loss → step, a line every --log-every steps,
                 validation and checkpoint every --eval-every
 4. the end      curves.png; for the toy world also the test gallery, metrics.json and report.html
@@ -35,6 +36,7 @@ import torch.distributed as dist
 
 import toyworld
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from clip import is_new, layer_of, read_clip
 from cli import UserError, parse_config, run
 from data import KnowledgeBatchSampler, PairDataset, keep_decodable, open_cache, prefetch, prepare_video
 from datasets import DATASETS, load_split
@@ -60,12 +62,17 @@ class TrainConfig:
     out: str = "runs/toy"                    # log, checkpoints, plots
     cache: str = "cache"                     # decoded frames, extracted knowledge, toy world
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
+    init: str | None = None                  # weights of a CLIP: sizes, tokenizer follow from them, not from --preset
+    image_size: int | None = None            # H = W of a frame, pixels; None: the preset's, or that of --init
     seed: int = 0                            # of weights, batch order and frames
     # optimisation
     steps: int = 1200                        # optimizer steps
     batch_size: int = 128                    # pairs in the global batch, over all processes
     accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
     lr: float = 1e-3                         # peak learning rate
+    encoder_lr: float | None = None          # --init: peak rate of CLIP's weights, --lr of what is new; None: --lr
+    layer_decay: float = 1.0                 # --init: … times this for each layer that lies deeper below the top
+    freeze: int | None = None                # --init: CLIP's embeddings and the first N blocks of each tower stay put
     warmup: int = 60                         # steps of linear warm-up; then cosine to zero
     weight_decay: float = 0.1                # of matrices only
     grad_clip: float = 1.0                   # largest gradient norm
@@ -123,7 +130,10 @@ def train(config: TrainConfig):
     if not main_process:
         dist.barrier()  # the first rank renders, decodes and tags; the others find all of it in the cache
     train_split, val_split = load_data(config)
-    sizes = build_config(config.preset, num_frames=stages[-1])
+    resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
+    if resumed:
+        check_same_run(resumed, config, out)
+    clip, sizes, tokenizer = starting_point(config, resumed, stages[-1])
     cache = open_cache(Path(config.cache) / "frames", sizes)
     usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=main_process)
     train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
@@ -131,12 +141,8 @@ def train(config: TrainConfig):
                              progress=main_process)
     if main_process and world_size > 1:
         dist.barrier()
-    resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
-    if resumed:
-        check_same_run(resumed, config, out)
-        tokenizer, vocab = resumed.tokenizer, resumed.concept_vocab
-    else:
-        tokenizer, vocab = Tokenizer.train(train_split.captions, sizes.vocab_size), ConceptVocab.build(knowledge)
+    vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
+    tokenizer = tokenizer or Tokenizer.train(train_split.captions, sizes.vocab_size)
     dataset = PairDataset(train_split, cache, tokenizer, vocab, knowledge, length=sizes.text_length)
     del knowledge  # the dataset has the ids; the names of all that millions of captions mention need not stay
     guided_from = config.guided_from * config.steps * config.accumulate  # batches
@@ -153,11 +159,10 @@ def train(config: TrainConfig):
     num_concepts = len(vocab) if config.skp_weight else 0
     model = CLOP(replace(sizes, vocab_size=tokenizer.vocab_size, num_concepts=num_concepts)).to(device)
     model.use_checkpointing(config.checkpointing)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    # biases, norms, logit_scale: decay would only pull them off their scale
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
-                                   dict(params=others, weight_decay=0.0)], betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if clip:
+        new = clip.load_into(model)
+        say(f"{clip.describe()}; newly made: {len(new)} tensors (time path, concept head)")
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), eps=1e-6, fused=True)
     step = 0
     if resumed:
         step = resumed.step
@@ -182,7 +187,7 @@ def train(config: TrainConfig):
     data_time, logged_step, clock = 0.0, step, time.perf_counter()
     while step < config.steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = learning_rate(step, config) * group["scale"]
         sums: dict[str, float] = {}
         for micro in range(config.accumulate):
             waited = time.perf_counter()
@@ -275,6 +280,44 @@ def load_data(config: TrainConfig):
             load_split(config.dataset, config.data_root, "val") if has_val else None)
 
 
+def starting_point(config: TrainConfig, resumed, num_frames: int):
+    """(CLIP's weights or None, sizes of the model, tokenizer or None: to be trained).
+
+    A resumed run has its own, and never needs --init's file again.
+    """
+    if config.init is None and (config.encoder_lr, config.layer_decay, config.freeze) != (None, 1.0, None):
+        raise UserError("--encoder-lr, --layer-decay, --freeze: treat pretrained weights apart; name some with --init")
+    if resumed:
+        return None, resumed.model.config, resumed.tokenizer
+    clip = read_clip(config.init, num_frames=num_frames, image_size=config.image_size) if config.init else None
+    if clip:
+        return clip, clip.sizes, Tokenizer.from_clip(clip.path.parent, clip.sizes.vocab_size)
+    sizes = build_config(config.preset, num_frames=num_frames)
+    sizes = replace(sizes, image_size=config.image_size or sizes.image_size)
+    if sizes.image_size % sizes.patch_size:
+        raise UserError(f"--image-size {sizes.image_size}: not a multiple of the preset's patches of "
+                        f"{sizes.patch_size} pixels")
+    return None, sizes, None
+
+
+def parameter_groups(model: CLOP, config: TrainConfig) -> list[dict]:
+    """AdamW's groups, each with its weight decay and `scale`, its share of --lr; what --freeze names needs no gradient.
+
+    Scale is 1 but for what CLIP brought: --encoder-lr / --lr × --layer-decay^(layers below the top of its tower).
+    """
+    groups: dict[tuple, list] = {}
+    for name, p in model.named_parameters():
+        scale = 1.0
+        if config.init and not is_new(name):
+            layer, top = layer_of(name, model.config)
+            scale = (config.encoder_lr or config.lr) / config.lr * config.layer_decay ** (top - layer)
+            p.requires_grad_(config.freeze is None or layer > config.freeze)
+        # biases, norms, logit_scale: decay would only pull them off their scale
+        groups.setdefault((config.weight_decay if p.ndim >= 2 else 0.0, scale), []).append(p)
+    return [dict(params=params, weight_decay=decay, scale=scale) for (decay, scale), parameters in groups.items()
+            if (params := [p for p in parameters if p.requires_grad])]
+
+
 def check_same_run(resumed, config: TrainConfig, out: Path):
     """A folder holds one run: raise UserError if its checkpoint was made with settings that change the result."""
     free = {"out", "cache", "gpus", "workers", "log_every", "eval_every",
@@ -324,12 +367,14 @@ def endless_batches(sampler, start: int):
 
 def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:
     """{"<moment>.<parameter>": tensor}: AdamW's state under the parameters' names, so that order does not matter."""
-    return {f"{moment}.{name}": value for name, p in model.named_parameters()
+    return {f"{moment}.{name}": value for name, p in model.named_parameters() if p.requires_grad
             for moment, value in optimizer.state[p].items()}
 
 
 def restore_optimizer(optimizer, model, tensors):
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         optimizer.state[p] = {moment: tensors[f"{moment}.{name}"].to(p.device if moment != "step" else "cpu")
                               for moment in ("step", "exp_avg", "exp_avg_sq")}
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import checkpoint
+import eval
+import train
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cli import UserError
 from knowledge import ConceptVocab, extract_knowledge
@@ -94,6 +97,62 @@ def test_demo_runs():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "checkpoint.py"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "concepts: noun:" in done.stdout, done.stderr
+
+
+def test_export_keeps_what_evaluation_needs(tmp_path, parts):
+    save(tmp_path / "x.safetensors", parts, training=dict(moment=torch.zeros(10_000_000)))
+    out = tmp_path / "weights" / "toy.safetensors"
+    done = subprocess.run([sys.executable, "checkpoint.py", "--export", tmp_path / "x.safetensors", out], text=True,
+                          cwd=Path(__file__).parent.parent, capture_output=True)
+    assert done.returncode == 0 and "step 7" in done.stdout, done.stderr
+    before, after = load_checkpoint(tmp_path / "x.safetensors"), load_checkpoint(out, training=True)
+    assert (after.step, after.config, after.training) == (7, before.config, {})
+    assert after.tokenizer.tokens == before.tokenizer.tokens and after.concept_vocab.names == before.concept_vocab.names
+    for (name, a), b in zip(before.model.state_dict().items(), after.model.state_dict().values()):
+        assert b.dtype == torch.float32 and b.equal(a.half().float()), name
+    video = torch.randn(4, 8, 3, 32, 32)
+    assert F.cosine_similarity(before.model.encode_video(video), after.model.encode_video(video)).min() > 1 - 1e-5
+    assert out.stat().st_size < 3 * sum(p.numel() for p in after.model.parameters())    # 2 bytes each, and the header
+
+
+def test_eval_takes_the_shipped_file_and_says_so(tiny_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = dict(dataset="csv", data=str(tiny_world / "train.csv"), out="run", cache="cache", steps=12, batch_size=16,
+                 num_frames=4, warmup=2, workers=1)
+    train.train(train.TrainConfig(**flags))
+    wanted = dict(task="csv", data=str(tiny_world / "test.csv"), cache="cache", device="cpu")
+    trained = eval.evaluate(eval.EvalConfig(checkpoint="run", **wanted))
+    monkeypatch.setattr(eval, "SHIPPED", tmp_path / "weights" / "toy.safetensors")
+    with pytest.raises(UserError, match="toy.safetensors: no such checkpoint"):
+        eval.evaluate(eval.EvalConfig(**wanted))
+    checkpoint.export_checkpoint("run", eval.SHIPPED)
+    shipped = eval.evaluate(eval.EvalConfig(**wanted))
+    assert "no --checkpoint: the toy model that comes with this repository" in capsys.readouterr().out
+    metrics = [name for name in trained if name.startswith(("t2v_", "v2t_"))]
+    assert len(metrics) == 10 and all(shipped[name] == trained[name] for name in metrics)      # fp16 moved no rank
+    assert (tmp_path / "runs" / "eval-csv-test" / "metrics.json").is_file()
+    assert os.listdir("weights") == ["toy.safetensors"]        # nothing lies beside it
+
+
+def test_the_toy_preset_fits_in_8_mb(tmp_path):
+    tokens = Tokenizer.train([], 258).tokens + [f"learned {i} ".encode() for i in range(766)]     # a full vocabulary …
+    captions = [f"a {'abcdefghijklmnopqrstuvwxyz'[i % 26]}{i}x chases a dog" for i in range(400)]  # … and concepts
+    vocab = ConceptVocab.build([extract_knowledge(c) for c in captions], min_count=1)
+    model = CLOP(build_config("toy", vocab_size=1024, num_concepts=len(vocab)))
+    save_checkpoint(tmp_path / "x.safetensors", model, Tokenizer(tokens), vocab, config={}, step=1)
+    checkpoint.export_checkpoint(tmp_path / "x.safetensors", tmp_path / "small.safetensors")
+    assert len(vocab) >= 400 and (tmp_path / "small.safetensors").stat().st_size <= 8_000_000
+
+
+def test_what_fp16_cannot_hold_is_not_exported(tmp_path, parts):
+    save(tmp_path / "x.safetensors", parts)
+    model = load_checkpoint(tmp_path / "x.safetensors").model
+    with torch.no_grad():
+        model.text.project.weight[0, 0] = 1e5
+    save(tmp_path / "x.safetensors", (model, *parts[1:]))
+    with pytest.raises(UserError, match="fp16 cannot hold"):
+        checkpoint.export_checkpoint(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, parts, monkeypatch):

@@ -1,6 +1,8 @@
 """tokenizer.py: any text can be written, ends in eot, and is encoded as the merges were learned."""
 
 import collections
+import gzip
+import importlib.util
 import json
 import random
 import subprocess
@@ -122,7 +124,8 @@ def test_any_text_survives(tokenizer, text):
 
 
 @pytest.mark.parametrize("text, same_as", [
-    ("A  DOG\n\tchases", "a dog chases"), (" ", ""), ("a\u00a0dog\u2028", "a dog"), ("a\x1fdog", "a dog")])
+    ("A  DOG\n\tchases", "a dog chases"), (" ", ""), ("a\u00a0dog\u2028", "a dog"), ("a\x1fdog", "adog"),
+    ("cafÃ© &amp;amp; bar", "café & bar"), ("a man’s", "a man's"), ("&lt;b&gt;", "<b>"), ("e\u0301", "é")])
 def test_case_and_white_space_do_not_matter(tokenizer, text, same_as):
     assert tokenizer.encode(text, 50) == tokenizer.encode(same_as, 50)
 
@@ -136,6 +139,127 @@ def test_special_tokens_cannot_be_written(tokenizer):
 def test_a_word_and_a_beginning_differ(tokenizer):
     assert b"dog" in tokenizer.tokens and b"dogs " in tokenizer.tokens  # "dogs " ends a word, "dog" only begins one
     assert not any(b" " in token[:-1] for token in tokenizer.tokens)    # no token crosses a word
+
+
+# ---- CLIP's own tokenizer --------------------------------------------------------------------------------------------
+
+CORPUS = ROOT.parent / "shared" / "msrvtt_mini" / "MSRVTT_data.json"
+
+
+@pytest.fixture(scope="session")
+def clip_pair():
+    """(ours, open_clip's SimpleTokenizer), both with CLIP's vocabulary from the installed package."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)")
+    folder = Path(package.submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Tokenizer.from_clip(folder, 49408), module.SimpleTokenizer()
+
+
+@pytest.fixture(scope="session")
+def hugging_face(clip_pair):
+    """transformers' CLIPTokenizer of the same vocabulary."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers, the reference, is not installed (pip install -r requirements-test.txt)")
+    names = [*list(clip_pair[1].encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={name: id for id, name in enumerate(names)},
+                                      merges=list(clip_pair[1].bpe_ranks))
+
+
+def real_captions() -> list[str]:
+    if not CORPUS.is_file():
+        pytest.skip("the MSR-VTT captions in ../shared are not on this machine")
+    sentences = json.loads(CORPUS.read_text(encoding="utf-8"))["sentences"]
+    distinct = sorted({sentence["caption"] for sentence in sentences})
+    odd = [caption for caption in distinct if not caption.isascii() or "&" in caption]
+    return random.Random(0).sample(distinct, 12_000) + odd
+
+
+def test_ids_of_real_captions_are_clips_own(clip_pair, hugging_face):
+    ours, theirs = clip_pair
+    captions = real_captions()
+    assert len(set(captions)) >= 12_000
+    ids = [ours.encode(caption, 1000) for caption in captions]
+    for caption, row in zip(captions, ids):
+        assert row == [49406, *theirs.encode(caption), 49407], caption
+    others = hugging_face(captions)["input_ids"]
+    differ = [caption for caption, row, other in zip(captions, ids, others) if row != other]
+    assert all(not caption.isascii() for caption in differ) and len(differ) <= 1, differ  # it mends no curly quotes
+
+
+ODD = st.sampled_from(["'S", "'ſ", "can't", "&amp;amp;", "&#8217;", "â€™", "ﬁ", "ΣΣ", "İ", "1½2", "</w>", " \u00a0",
+                       "\ud83d\ude00", "👨\u200d👩", "dog's-eye", "<b>", "_", "\x1b[0m", "\r\n", "e\u0301"])
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(st.text(st.characters(codec=None), max_size=20) | ODD | st.text("adgo's 1!", max_size=9)).map("".join))
+def test_ids_of_any_text_are_clips_own(clip_pair, text):
+    ours, theirs = clip_pair
+    expected = theirs.encode(text)
+    assert ours.encode(text, 10_000) == [ours.sot, *expected, ours.eot]
+    if len(expected) > 18:
+        assert ours.encode(text, 20) == [ours.sot, *expected[:18], ours.eot]
+
+
+def test_ids_of_plain_captions_are_transformers_own(clip_pair, hugging_face):
+    for caption in ["", "A  Man's dog, 12 cats & a café!", "it's 犬が café … ---", "x" * 200, *CAPTIONS]:
+        assert clip_pair[0].encode(caption, 1000) == hugging_face(caption)["input_ids"], caption
+    # a written special token is one to transformers; here it is spelled
+    assert 49406 in hugging_face("<|startoftext|>")["input_ids"][1:]
+    assert 49406 not in clip_pair[0].encode("<|startoftext|>", 100)[1:]
+
+
+def test_clips_vocabulary_lives_in_the_checkpoint(clip_pair):
+    saved = json.dumps(clip_pair[0].to_dict())
+    assert len(saved) < 1e6
+    assert Tokenizer.from_dict(json.loads(saved)).tokens == clip_pair[0].tokens
+
+
+LETTERS = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]] + [chr(256 + i) for i in range(68)]
+MERGES = [("d", "o"), ("do", "g</w>"), ("Ã", "©</w>"), ("t", "h")]
+NAMES = [*LETTERS, *(letter + "</w>" for letter in LETTERS), *map("".join, MERGES), "<|startoftext|>", "<|endoftext|>"]
+
+
+def write_merges(folder, lines=MERGES):
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in lines), encoding="utf-8")
+
+
+def test_each_file_of_merges_gives_the_same_tokens(tmp_path):
+    ids = {name: id for id, name in enumerate(NAMES)}
+    with gzip.open(tmp_path / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in [*MERGES, ("x", "y")]))
+    found = [Tokenizer.from_clip(tmp_path, 518).tokens]
+    for merges in ([" ".join(pair) for pair in MERGES], MERGES):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(dict(model=dict(vocab=ids, merges=merges))))
+        found.append(Tokenizer.from_clip(tmp_path, 518).tokens)
+    write_merges(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    found.append(Tokenizer.from_clip(tmp_path, 518).tokens)
+    assert all(tokens == found[0] for tokens in found) and found[0][0] == b"!" and found[0][256] == b"! "
+    assert found[0][512:] == [b"do", b"dog ", "é ".encode(), b"th"] and len(set(found[0])) == 516
+    assert Tokenizer.from_clip(tmp_path, 518).encode("the café dog", 99)[-2] == 513
+
+
+def test_unusable_vocabularies_are_one_line(tmp_path):
+    def refused(said, vocab_size=518):
+        with pytest.raises(UserError, match=said) as error:
+            Tokenizer.from_clip(tmp_path, vocab_size)
+        assert "\n" not in str(error.value)
+
+    refused("CLIP's vocabulary is not there; put its merges.txt")
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(b"hello")
+    refused("16e6.txt.gz: not a file of CLIP's merges")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refused("tokenizer.json: not a file of CLIP's merges")
+    write_merges(tmp_path, [("a", "b c")])
+    refused("merges.txt: not a file of CLIP's merges")
+    write_merges(tmp_path)
+    refused("gives 518 tokens, the weights have 600", vocab_size=600)
+    (tmp_path / "vocab.json").write_text(json.dumps({name: id + 1 for id, name in enumerate(NAMES)}))
+    refused("not numbered as CLIP's are")
 
 
 def test_saved_as_json(tokenizer):
