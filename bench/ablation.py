@@ -1,12 +1,12 @@
 """What does each part of CLOP buy? Train every variant with every seed, compare them seed by seed.
 
-    python bench/ablation.py                                   # toy world, validation split, 5 seeds, two runs at a time
-    python bench/ablation.py --seeds 3 -- --steps 400          # what follows -- goes to train.py, for all variants alike
+    python bench/ablation.py                                   # toy world, validation split, 5 seeds
+    python bench/ablation.py --seeds 3 -- --steps 400          # behind --: flags of train.py, for all variants
     python bench/ablation.py --variants "base all all:beta=2"  # tuning: a variant with single fields changed
     python bench/ablation.py --split test                      # the same runs on the test split: touch it once
     python bench/ablation.py --table                           # only tables and plot, from the file of results
 
-All variants share data, steps, batch size, learning rate and seeds: they differ in `VARIANTS` below and in nothing else.
+All variants share data, steps, batch size, learning rate and seeds: they differ in `VARIANTS` and in nothing else.
 "base" is plain InfoNCE on random batches without masks, what everybody trains. The same seed means the same batches
 wherever the sampling is the same; the seconds of a run are recorded, since not every part is free.
 
@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # first, or `import eval` would find bench/eval.py
 
 import toyworld  # noqa: E402
-from bench.paired import append_run, by_seed, markdown_tables, paired_differences, read_runs, replace_section  # noqa: E402
+from bench.paired import (append_run, by_seed, group_runs, markdown_tables, paired_differences,  # noqa: E402
+                          read_runs, replace_section)
 from checkpoint import newest_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -72,7 +73,7 @@ HEADINGS = {"t2v_R@1": "t2v R@1", "t2v_R@5": "R@5", "t2v_R@10": "R@10", "t2v_MdR
 class AblationConfig:
     """Ablation of CLOP: every variant with every seed. What follows -- is handed to train.py."""
 
-    variants: str = "base skp sampling weighting mining kcl all"  # names of VARIANTS, perhaps NAME:field=value,field=value
+    variants: str = "base skp sampling weighting mining kcl all"  # of VARIANTS, or changed: NAME:field=value,…
     seeds: int = 5                              # seeds 0 … n − 1
     split: Literal["val", "test"] = "val"       # what the last checkpoint is evaluated on
     eval: str = "--task toy"                    # flags of eval.py that name the data
@@ -93,12 +94,12 @@ def main():
 # ---- which runs ------------------------------------------------------------------------------------------------------
 
 
-def variant_fields(name: str) -> dict:
+def variant_fields(name: str, variants: dict = VARIANTS) -> dict:
     """The fields of TrainConfig that make a variant: "all" or, with changes, "all:beta=2,guided_share=0.5"."""
     stem, _, changes = name.partition(":")
-    if stem not in VARIANTS:
-        raise UserError(f"--variants {name}: no such variant; one of {', '.join(VARIANTS)}")
-    made = dict(VARIANTS[stem])
+    if stem not in variants:
+        raise UserError(f"--variants {name}: no such variant; one of {', '.join(variants)}")
+    made = dict(variants[stem])
     for change in filter(None, changes.split(",")):
         field, _, value = change.partition("=")
         if field not in BASE:
@@ -240,26 +241,18 @@ def read_log(path: Path) -> tuple[float, list]:
 # ---- what they say ---------------------------------------------------------------------------------------------------
 
 
-def group_runs(runs: list[dict]) -> list[list[dict]]:
-    """The runs that may be compared with each other, in order of first appearance."""
-    groups: dict[str, list[dict]] = {}
-    for record in runs:
-        key = json.dumps([settings(record["config"]), record["split"], record["eval"]], sort_keys=True)
-        groups.setdefault(key, []).append(record)
-    return list(groups.values())
-
-
-def order_variants(runs: list[dict]) -> list[str]:
-    """The variants of these runs: those of VARIANTS in its order, then changed ones as they came."""
+def order_variants(runs: list[dict], variants: dict = VARIANTS) -> list[str]:
+    """The variants of these runs: those of `variants` in its order, then changed ones as they came."""
     names = dict.fromkeys(record["variant"] for record in runs)
-    return [name for name in VARIANTS if name in names] + [name for name in names if name not in VARIANTS]
+    return [name for name in variants if name in names] + [name for name in names if name not in variants]
 
 
 def describe_group(runs: list[dict]) -> str:
     """One line: what all of these runs share."""
     first, commits = runs[0], dict.fromkeys(record["commit"] for record in runs)
-    changed = [f"--{field.name.replace('_', '-')} {settings(first['config'])[field.name]}" for field in fields(TrainConfig)
-               if field.name in settings(first["config"]) and settings(first["config"])[field.name] != field.default]
+    shared = settings(first["config"])
+    changed = [f"--{field.name.replace('_', '-')} {shared[field.name]}" for field in fields(TrainConfig)
+               if field.name in shared and shared[field.name] != field.default]
     seconds = [record["seconds"] for record in runs]
     return (f"{first['config']['steps']:,} steps of {first['config']['batch_size']} pairs, {first['split']} split "
             f"({first['videos']:,} videos, {first['questions']:,} questions), {' '.join(changed) or 'defaults'}; "
@@ -269,7 +262,7 @@ def describe_group(runs: list[dict]) -> str:
 
 def print_tables(results: str):
     """Tables of all groups to stdout; and, where docs/ablation.md has a place for this file, there with a plot."""
-    groups = group_runs(read_runs(results))
+    groups = group_runs(read_runs(results), lambda run: [settings(run["config"]), run["split"], run["eval"]])
     if not groups:
         raise UserError(f"{results}: holds no runs yet; leave out --table to do them")
     texts = []
@@ -299,8 +292,8 @@ def draw_groups(groups: list[list[dict]], picture: Path):
         for number, variant in enumerate(variants):
             curves = [dict(record["curve"]) for record in runs if record["variant"] == variant]
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            row[2].plot(steps, [statistics.fmean(curve[step] for curve in curves) for step in steps], color=f"C{number}",
-                        label=variant, marker="o", markersize=3, linewidth=1.2)
+            row[2].plot(steps, [statistics.fmean(curve[step] for curve in curves) for step in steps],
+                        color=f"C{number}", label=variant, marker="o", markersize=3, linewidth=1.2)
         row[2].set(title="t2v R@1 on validation, mean over seeds", xlabel="step")
         row[2].legend(frameon=False, fontsize=8)
     for axis in axes.flat:
@@ -311,7 +304,7 @@ def draw_groups(groups: list[list[dict]], picture: Path):
 
 
 def draw_dots(axis, runs: list[dict], variants: list[str], metric: str):
-    """A dot for each seed, a bar at each variant's mean; the title says what `all` is against `base`, if both are there."""
+    """A dot for each seed, a bar at each variant's mean; the title says what `all` is against `base`."""
     for number, variant in enumerate(variants):
         values = list(by_seed(runs, variant, metric).values())
         if values:

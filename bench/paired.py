@@ -4,8 +4,8 @@ Every run of an experiment is one line of JSON in a file under results/:
 
     {"variant": "skp", "seed": 0, "metrics": {"t2v_R@1": 41.2, …}, …}
 
-Runs that share a seed share what chance decides (data order, first weights), so variants are compared seed by seed: with
-d_s = metric(variant, s) − metric(base, s) over n seeds,
+Runs that share a seed share what chance decides (data order, first weights), so variants are compared seed by seed:
+with d_s = metric(variant, s) − metric(base, s) over n seeds,
 
     mean d ± SE,    SE = std(d) / √n,    t = mean d / SE
 
@@ -45,7 +45,8 @@ def read_runs(path: str | Path) -> list[dict]:
         try:
             runs.append(json.loads(line))
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); delete that line, its run is done again") from error
+            raise UserError(f"{path}, line {number}: not JSON ({error}); delete the line, its run is done again") \
+                from error
     return runs
 
 
@@ -60,6 +61,14 @@ def append_run(path: str | Path, record: dict):
         os.write(handle, (json.dumps(record) + "\n").encode())
     finally:
         os.close(handle)
+
+
+def group_runs(runs: Iterable[dict], key: Callable[[dict], object]) -> list[list[dict]]:
+    """The runs that may be compared with each other (equal `key`, as JSON), in order of first appearance."""
+    groups: dict[str, list[dict]] = {}
+    for record in runs:
+        groups.setdefault(json.dumps(key(record), sort_keys=True), []).append(record)
+    return list(groups.values())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -102,7 +111,8 @@ def sign_flip_test(differences: Sequence[float]) -> float:
 
 def by_seed(runs: Iterable[dict], variant: str, metric: str) -> dict[int, float]:
     """{seed: metric} of a variant's runs that have it; of two runs of a seed the later."""
-    return {run["seed"]: run["metrics"][metric] for run in runs if run["variant"] == variant and metric in run["metrics"]}
+    ours = (record for record in runs if record["variant"] == variant)
+    return {record["seed"]: record["metrics"][metric] for record in ours if metric in record["metrics"]}
 
 
 def paired_differences(runs: Sequence[dict], variant: str, base: str, metric: str) -> list[float]:
@@ -123,7 +133,7 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def difference(values: Sequence[float]) -> str:
-    """"+5.2 ± 0.8 (p .002, .06)": mean ± standard error, p by t-test and by sign flips; bold beyond 2 standard errors."""
+    """"+5.2 ± 0.8 (p .002, .06)": mean ± standard error, p by t-test and by sign flips; bold beyond 2 errors."""
     if len(values) < 2:
         return f"{values[0]:+.1f}" if values else "–"
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -141,18 +151,19 @@ def markdown_tables(runs: Sequence[dict], metrics: dict[str, str], variants: Seq
 
     metrics {name in the records: column heading}; variants in the order of rows.
     """
-    def table(first: str, rows: list[tuple[str, Callable[[str], str]]]) -> list[str]:
-        lines = [f"| {first} | seeds |" + "".join(f" {heading} |" for heading in metrics.values()),
+    first = next(iter(metrics))
+
+    def table(corner: str, rows: list[tuple[str, Callable[[str], str]]]) -> list[str]:
+        lines = [f"| {corner} | seeds |" + "".join(f" {heading} |" for heading in metrics.values()),
                  "|---|---|" + "---|" * len(metrics)]
         return lines + [f"| {label} |" + "".join(f" {cell(metric)} |" for metric in (None, *metrics))
                         for label, cell in rows]
 
     def level(variant):
-        return lambda metric: (str(len({run["seed"] for run in runs if run["variant"] == variant})) if metric is None
+        return lambda metric: (str(len(by_seed(runs, variant, first))) if metric is None
                                else mean_std(list(by_seed(runs, variant, metric).values())))
 
     def against(variant):
-        first = next(iter(metrics))
         return lambda metric: (str(len(paired_differences(runs, variant, base, first))) if metric is None
                                else difference(paired_differences(runs, variant, base, metric)))
 
