@@ -1,0 +1,310 @@
+"""bench/ablation.py, paired.py and latent.py: variants differ only in what they say; tables, resumption, geometry."""
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import ablation, latent, paired  # noqa: E402
+from bench.ablation import BASE, VARIANTS, AblationConfig, run_all, train_flags, variant_fields  # noqa: E402
+from cli import UserError, parse_config  # noqa: E402
+from losses import LossConfig  # noqa: E402
+from train import TrainConfig  # noqa: E402
+
+# ---- variants ----
+
+
+def test_base_is_plain_info_nce_on_random_batches():
+    config = parse_config(TrainConfig, train_flags("base", 0, [], Path("out")))
+    losses = LossConfig(**{field.name: getattr(config, field.name) for field in fields(LossConfig)})
+    assert losses == LossConfig() and not any(vars(LossConfig()).values())
+    assert config.guided_share == 0
+
+
+def test_all_is_train_py_without_a_flag():
+    config = parse_config(TrainConfig, train_flags("all", 0, [], Path(TrainConfig.out)))
+    assert config == TrainConfig(test=False)
+
+
+def test_variants_differ_from_base_in_nothing_but_their_own_fields():
+    assert set(BASE) <= {field.name for field in fields(TrainConfig)}
+    base = vars(parse_config(TrainConfig, train_flags("base", 3, ["--steps", "7"], Path("out"))))
+    assert base["steps"] == 7 and base["seed"] == 3
+    for name, wanted in VARIANTS.items():
+        made = vars(parse_config(TrainConfig, train_flags(name, 3, ["--steps", "7"], Path("out"))))
+        assert {key: value for key, value in made.items() if value != base[key]} == \
+            {key: value for key, value in wanted.items() if value != BASE[key]}
+    assert {name for name in VARIANTS if VARIANTS[name]["skp_weight"]} == {"skp", "all", "all+mining"}
+    assert {name for name in VARIANTS if VARIANTS[name]["guided_share"]} == {"sampling", "kcl", "all", "all+mining"}
+
+
+def test_one_field_of_a_variant_can_be_changed():
+    assert variant_fields("all:beta=2,mask_false_negatives=false") == VARIANTS["all"] | dict(
+        beta=2.0, mask_false_negatives=False)
+    assert isinstance(variant_fields("base:hard_k=4")["hard_k"], int)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("bass", "no such variant; one of base"), ("all:lr=1", "'lr' is no field of a variant"),
+    ("all:beta=much", "'much' is no value of beta"), ("all:mask_false_negatives=1", "'1' is no value")])
+def test_a_mistyped_variant_is_one_line(name, said):
+    with pytest.raises(UserError, match=said):
+        variant_fields(name)
+
+
+@pytest.mark.parametrize("flag", ["--beta", "--no-mask-false-negatives", "--seed=3", "--out"])
+def test_flags_that_the_variants_decide_are_refused(flag):
+    with pytest.raises(UserError, match="not behind --"):
+        ablation.check_extra(["--steps", "5", flag, "1"])
+
+
+# ---- resuming ----
+
+
+def settings(folder, **other) -> AblationConfig:
+    return AblationConfig(**dict(variants="base skp", seeds=2, results=str(folder / "r.jsonl"), jobs=1) | other)
+
+
+class Runner:
+    """Stands in for train.py and eval.py: takes note, and fails where told to."""
+
+    def __init__(self, fail_at=None):
+        self.seen, self.fail_at = [], fail_at
+
+    def __call__(self, variant, train_config, flags, config):
+        if len(self.seen) == self.fail_at:
+            raise UserError("killed")
+        self.seen.append((variant, train_config["seed"]))
+        return dict(variant=variant, seed=train_config["seed"], split=config.split, eval=config.eval, seconds=1.0,
+                    metrics={"t2v_R@1": 1.0}, config=train_config)
+
+
+EXTRA = ["--dataset", "csv", "--data", "x.csv"]  # not the toy world, which would be rendered
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path):
+    killed = Runner(fail_at=3)
+    with pytest.raises(UserError, match="killed"):
+        run_all(settings(tmp_path), EXTRA, killed)
+    assert killed.seen == [("base", 0), ("skp", 0), ("base", 1)]          # whole pairs first
+    again = Runner()
+    run_all(settings(tmp_path), EXTRA, again)
+    assert again.seen == [("skp", 1)]
+    run_all(settings(tmp_path), EXTRA, again)
+    assert len(again.seen) == 1 and len(paired.read_runs(tmp_path / "r.jsonl")) == 4
+
+
+def test_other_settings_are_other_runs(tmp_path):
+    run_all(settings(tmp_path, seeds=1), EXTRA, Runner())
+    for config, extra in ((settings(tmp_path, seeds=1), [*EXTRA, "--steps", "9"]),
+                          (settings(tmp_path, seeds=1, split="test"), EXTRA),
+                          (settings(tmp_path, seeds=1, variants="base:beta=1 skp:skp_weight=2"), EXTRA)):
+        runner = Runner()
+        run_all(config, extra, runner)
+        assert len(runner.seen) == 2
+    same = Runner()
+    run_all(settings(tmp_path, seeds=1), [*EXTRA, "--workers", "1", "--eval-every", "5"], same)  # changes no result
+    assert same.seen == []
+
+
+def test_a_record_that_does_not_know_a_newer_field_counts_with_its_default(tmp_path):
+    run_all(settings(tmp_path, seeds=1), EXTRA, Runner())
+    lines = paired.read_runs(tmp_path / "r.jsonl")
+    for line in lines:
+        del line["config"]["accumulate"]
+        line["config"]["deleted_option"] = 5
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runner = Runner()
+    run_all(settings(tmp_path, seeds=1), EXTRA, runner)
+    assert runner.seen == []
+    run_all(settings(tmp_path, seeds=1), [*EXTRA, "--accumulate", "2"], runner)
+    assert len(runner.seen) == 2
+
+
+def test_a_real_run_leaves_its_line(tiny_world, tmp_path):
+    config = settings(tmp_path, variants="all", seeds=1, runs=str(tmp_path), eval=f"--task toy --data {tiny_world}")
+    run_all(config, ["--dataset", "csv", "--data", str(tiny_world / "train.csv"), "--val-data",
+                     str(tiny_world / "val.csv"), "--steps", "2", "--eval-every", "1", "--batch-size", "16",
+                     "--log-every", "1", "--cache", str(tmp_path / "cache"), "--workers", "1"])
+    record, = paired.read_runs(tmp_path / "r.jsonl")
+    assert record["videos"] == 12 and record["questions"] == 12 and record["split"] == "val"
+    assert [step for step, _ in record["curve"]] == [1, 2] and record["seconds"] > 0
+    assert {"t2v_R@1", "v2t_R@1", "mc_accuracy", "mc_accuracy_noun"} <= record["metrics"].keys()
+    assert record["config"]["skp_weight"] == VARIANTS["all"]["skp_weight"] and record["threads"] >= 1
+    wrong = settings(tmp_path, variants="all", seeds=1, runs=str(tmp_path / "b"), results=str(tmp_path / "w.jsonl"))
+    with pytest.raises(UserError, match="output.txt: train.py ended with status 2: error: .*gone.csv"):
+        run_all(wrong, ["--dataset", "csv", "--data", str(tmp_path / "gone.csv")])
+
+
+def test_seconds_and_curve_of_an_interrupted_log(tmp_path):
+    lines = [dict(config={}, resumed_at=0), dict(step=10, step_s=1.0), dict(step=20, step_s=2.0),
+             dict(config={}, resumed_at=10), dict(step=20, step_s=3.0), dict(step=20, validation={"t2v_R@1": 5.0})]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ablation.read_log(tmp_path / "log.jsonl") == (10 * 1.0 + 10 * 3.0, [(20, 5.0)])
+
+
+# ---- statistics and tables ----
+
+
+def shifted(t: float, n: int) -> list[float]:
+    """n differences whose t statistic is t."""
+    x = [float(i % 3) for i in range(n)]
+    return [value - statistics.fmean(x) + t * statistics.stdev(x) / math.sqrt(n) for value in x]
+
+
+@pytest.mark.parametrize("n, t, p", [(2, 12.706, 0.05), (3, 4.303, 0.05), (4, 5.841, 0.01), (5, 2.776, 0.05),
+                                     (6, 4.032, 0.01), (10, 2.262, 0.05), (11, 3.169, 0.01), (10, -2.262, 0.05)])
+def test_t_test_agrees_with_the_printed_table(n, t, p):
+    assert paired.t_test(shifted(t, n)) == pytest.approx(p, abs=1e-4)
+
+
+def test_t_test_of_nothing_and_of_certainty():
+    assert paired.t_test([3.0]) == paired.t_test([0.0, 0.0]) == 1 and paired.t_test([2.0, 2.0]) == 0
+
+
+def test_sign_flips_by_hand():
+    assert paired.sign_flip_test([1, 2, 3, 4, 5]) == 2 / 32               # only all + and all −
+    assert paired.sign_flip_test([3, -1]) == 1.0                          # |2|: 2, 4, 4, 2
+    assert paired.sign_flip_test([1, 2, -1]) == 0.75                      # 4 of |2|, 2 of |4|, 2 of |0|
+
+
+def line(variant, seed, value):
+    return dict(variant=variant, seed=seed, metrics={"t2v_R@1": value})
+
+
+def test_tables_by_hand():
+    runs = [line("base", 0, 10.0), line("base", 1, 12.0), line("base", 2, 14.0), line("skp", 0, 14.0),
+            line("skp", 1, 15.0), line("skp", 2, 19.0), line("skp", 3, 99.0), line("base", 0, 10.0)]
+    text = paired.markdown_tables(runs, {"t2v_R@1": "R@1"}, ["base", "skp"])
+    assert "| base | 3 | 12.0 ± 2.0 |" in text
+    assert "| skp | 4 | 36.8 ± 41.6 |" in text
+    # differences 4, 3, 5: mean 4, standard error 1/√3, t = 6.93 with 2 degrees of freedom; seed 3 has no partner
+    assert "| skp | 3 | **+4.0 ± 0.6** (p .020, .250) |" in text
+
+
+def test_one_run_has_no_spread_and_a_missing_metric_no_number():
+    text = paired.markdown_tables([line("base", 0, 10.0)], {"t2v_R@1": "R@1", "mc_accuracy": "MC"}, ["base"])
+    assert text.splitlines()[-1] == "| base | 1 | 10.0 | – |"
+    assert paired.difference([2.0]) == "+2.0"
+
+
+def test_groups_are_what_may_be_compared(tmp_path):
+    for extra in (EXTRA, [*EXTRA, "--steps", "9"]):
+        run_all(settings(tmp_path, seeds=1), extra, Runner())
+    runs = paired.read_runs(tmp_path / "r.jsonl")
+    groups = paired.group_runs(runs, lambda run: ablation.settings(run["config"]))
+    assert [[run["variant"] for run in group] for group in groups] == [["base", "skp"]] * 2
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"variant": "base"}\n{"vari')
+    with pytest.raises(UserError, match=r"r.jsonl, line 2: not JSON"):
+        paired.read_runs(tmp_path / "r.jsonl")
+
+
+def test_a_section_is_replaced_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x -->\nold\n<!-- end of x -->\nafter\n")
+    for text in ("one", "two"):
+        paired.replace_section(page, "x", text)
+    assert page.read_text() == "before\n<!-- x -->\n\ntwo\n\n<!-- end of x -->\nafter\n"
+
+
+def test_a_plot_is_drawn_from_records_alone(tmp_path):
+    runs = [dict(line(name, seed, 10.0 + seed), curve=[[5, 4.0], [10, 9.0]]) for name in ("base", "all")
+            for seed in (0, 1)]
+    ablation.draw_groups([runs], tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+# ---- the latent space ----
+
+
+def test_alignment_and_uniformity_of_known_points():
+    cross = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert latent.alignment(cross, cross) == 0 and latent.alignment(cross, -cross) == 4
+    assert latent.alignment(cross, np.roll(cross, 1, axis=0)) == pytest.approx(2)
+    # of each point's three others two are at squared distance 2 and one at 4
+    assert latent.uniformity(cross) == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
+    assert latent.uniformity(np.ones((5, 1))) == 0
+
+
+def test_hard_negatives_are_negatives_that_share_knowledge():
+    kappa = np.array([[1, 0.9, 0.9, 0.1], [0.9, 1, 0.5, 0], [0.9, 0.5, 1, 0.3], [0.1, 0, 0.3, 1]])
+    negative, hard = latent.negative_masks(kappa, video=np.array([0, 0, 1, 2]), meaning=np.array([5, 6, 6, 7]))
+    assert negative.tolist() == [[False, False, True, True], [False, False, False, True], [True, False, False, True],
+                                 [True, True, True, False]]           # 0 and 1: a video, 1 and 2: a meaning
+    assert np.argwhere(hard).tolist() == [[0, 2], [2, 0], [2, 3], [3, 2]]
+
+
+def test_gradient_share_by_hand():
+    negative = ~np.eye(3, dtype=bool)
+    hard = np.zeros((3, 3), bool)
+    hard[0, 1] = True
+    assert latent.gradient_share(np.zeros((3, 3)), negative, hard) == pytest.approx(1 / 6)
+    logits = np.zeros((3, 3))
+    logits[0, 1] = math.log(4)            # row 0: 1, 4, 1 of 6; column 1: 4, 1, 1 of 6; all others a third each
+    share = (4 / 6 + 4 / 6) / ((5 / 6 + 2 * 2 / 3) + (5 / 6 + 2 * 2 / 3))
+    assert latent.gradient_share(logits, negative, hard) == pytest.approx(share)
+    assert latent.gradient_share(logits, negative, np.zeros((3, 3), bool)) == 0
+
+
+def test_gradient_share_is_the_gradient_of_the_loss():
+    import torch
+
+    from losses import info_nce
+    generator = torch.Generator().manual_seed(0)
+    text, video = (torch.nn.functional.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=1)
+                   for _ in range(2))
+    sim = (3.0 * text @ video.T).requires_grad_()
+    target = torch.arange(6)
+    loss = (torch.nn.functional.cross_entropy(sim, target) + torch.nn.functional.cross_entropy(sim.T, target)) / 2
+    assert loss.item() == pytest.approx(info_nce(video, text, torch.tensor(3.0).log().double()).item())
+    loss.backward()
+    hard = np.zeros((6, 6), bool)
+    hard[[0, 2, 5], [1, 4, 0]] = True
+    negative = ~np.eye(6, dtype=bool)
+    wanted = sim.grad.numpy()[hard].sum() / sim.grad.numpy()[negative].sum()
+    assert latent.gradient_share(sim.detach().numpy(), negative, hard) == pytest.approx(wanted)
+
+
+def test_violations_by_hand():
+    sim = np.array([[0.5, 0.6, 0.4], [0.1, 0.2, 0.3], [0.0, 0.0, 0.9]])
+    hard = np.array([[False, True, True], [False, False, True], [True, False, False]])
+    assert latent.violations(sim, hard) == 0.5                            # (0, 1) and (1, 2) of four
+    assert latent.violations(sim, np.zeros((3, 3), bool)) == 0
+
+
+def test_the_plane_keeps_the_largest_variance():
+    rng = np.random.default_rng(0)
+    emb = rng.normal(size=(200, 5)) * [0.1, 5, 0.2, 2, 0.1] + 7
+    plane = latent.principal_plane(emb)
+    assert plane.shape == (200, 2) and abs(np.corrcoef(plane[:, 0], emb[:, 1])[0, 1]) > 0.99
+    assert abs(np.corrcoef(plane[:, 1], emb[:, 3])[0, 1]) > 0.99
+    assert np.allclose(plane, latent.principal_plane(emb[::-1])[::-1])
+
+
+def test_pictures_come_from_checkpoints(tiny_world, tmp_path, monkeypatch):
+    import train
+    for name in ("base", "all"):
+        config = vars(TrainConfig()) | variant_fields(name) | dict(
+            dataset="csv", data=str(tiny_world / "train.csv"), out=str(tmp_path / name), cache=str(tmp_path / "cache"),
+            steps=2, batch_size=16, workers=1)
+        train.train(TrainConfig(**config))
+    monkeypatch.setattr(sys, "argv", ["latent.py", f"base={tmp_path / 'base'}", f"all={tmp_path / 'all'}", "--data",
+                                      str(tiny_world), "--out", str(tmp_path), "--cache", str(tmp_path / "cache"),
+                                      "--batch-size", "16"])
+    latent.main()
+    for name in ("similarity", "geometry", "map", "batches"):
+        assert 5000 < (tmp_path / f"latent-{name}.png").stat().st_size < 300_000
+    monkeypatch.setattr(sys, "argv", ["latent.py", "runs/a"])
+    with pytest.raises(UserError, match="expected NAME=CHECKPOINT"):
+        latent.main()
