@@ -17,12 +17,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first, or `import eval` would find this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first: this folder has a file eval.py, too
 
 import torch  # noqa: E402
 
 from cli import parse_config, run  # noqa: E402
-from eval import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
+from metrics import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
 
 
 @dataclass

@@ -44,11 +44,14 @@ from bench.ablation import BASE, order_variants, variant_fields  # noqa: E402
 from bench.frozen_features import text_features, video_features  # noqa: E402
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
-from data import KnowledgeBatchSampler, Split, load_split  # noqa: E402
-from eval import machine_facts, multiple_choice_accuracy, retrieval_metrics_from_embeddings  # noqa: E402
+from data import KnowledgeBatchSampler  # noqa: E402
+from datasets import load_split  # noqa: E402
+from eval import machine_facts  # noqa: E402
 from knowledge import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
                        nearest_by_overlap)
 from losses import LossConfig, clop_loss  # noqa: E402
+from metrics import multiple_choice_accuracy, retrieval_metrics_from_embeddings  # noqa: E402
+from splits import Split  # noqa: E402
 
 HELD_OUT = 300  # training videos that make the tuning gallery
 

@@ -23,7 +23,6 @@ Labels hold what the text says; the words that the stop lists drop are taken out
 import hashlib
 import json
 import pickle
-import string
 import subprocess
 import sys
 from pathlib import Path

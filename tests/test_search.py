@@ -24,7 +24,7 @@ from data import prepare_video
 from eval import EvalConfig, evaluate
 from knowledge import ConceptVocab, extract_many
 from model import CLOP, build_config
-from search import File, Index, Library, Match, Record, answer, clock, find_videos, search_folder
+from search import File, Index, Library, Match, Record, clock, find_videos, search_folder
 from test_report import Page
 from test_video import numbered_frames, numbers, write_avi
 from tokenizer import Tokenizer

@@ -1,0 +1,240 @@
+"""Ranks by hand, ties, several captions, tiles, dual softmax, multiple choice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cli import UserError
+from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics, retrieval_metrics_from_embeddings,
+                     retrieval_ranks, similarity)
+
+KEYS = {f"{d}_{m}" for d in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
+
+
+def brute_force_ranks(sim, video_of_text):
+    """The definition, one comparison at a time: no tiles, no sign, no vectors."""
+    n_text, n_video = len(sim), len(sim[0])
+
+    def rank(right, wrong):
+        return 1 + sum(1.0 if s > right else 0.5 if s == right else 0.0 for s in wrong)
+
+    t2v = [rank(sim[i][video_of_text[i]], [sim[i][j] for j in range(n_video) if j != video_of_text[i]])
+           for i in range(n_text)]
+    v2t = []
+    for j in range(n_video):
+        mine = [i for i in range(n_text) if video_of_text[i] == j]
+        wrong = [sim[i][j] for i in range(n_text) if video_of_text[i] != j]
+        if mine:
+            v2t.append(min(rank(sim[i][j], wrong) for i in mine))
+    return t2v, v2t
+
+
+def brute_force_metrics(sim, video_of_text):
+    metrics = {}
+    for name, ranks in zip(("t2v", "v2t"), brute_force_ranks(sim, video_of_text)):
+        for k in (1, 5, 10):
+            metrics[f"{name}_R@{k}"] = 100 * sum(r <= k for r in ranks) / len(ranks)
+        ordered = sorted(ranks)
+        metrics[f"{name}_MdR"] = (ordered[(len(ranks) - 1) // 2] + ordered[len(ranks) // 2]) / 2
+        metrics[f"{name}_MnR"] = sum(ranks) / len(ranks)
+    return metrics
+
+
+def unit_rows(n, width, seed):
+    return torch.nn.functional.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_caption_a_video_by_hand():
+    sim = np.array([[.9, .1, .2],     # right video first:            rank 1
+                    [.8, .3, .3],     # one better, one tie:          rank 2.5
+                    [.4, .5, .6]])    # first:                        rank 1
+    metrics = retrieval_metrics(sim, [0, 1, 2])
+    assert set(metrics) == KEYS and all(type(value) is float for value in metrics.values())
+    assert metrics["t2v_R@1"] == pytest.approx(200 / 3)
+    assert metrics["t2v_R@5"] == 100 and metrics["t2v_MdR"] == 1 and metrics["t2v_MnR"] == pytest.approx(1.5)
+    # columns: .9 leads; .3 loses to .5; .6 leads
+    assert metrics["v2t_R@1"] == pytest.approx(200 / 3) and metrics["v2t_MnR"] == pytest.approx(4 / 3)
+
+
+def test_several_captions_by_hand():
+    """Video 0 has captions 0, 1, 2; video 1 has caption 3; video 2 has none."""
+    sim = np.array([[.2, .9, .1],     # video 0 loses to video 1:         2
+                    [.7, .1, .8],     # video 0 loses to video 2:         2
+                    [.7, .0, .0],     # first:                            1
+                    [.5, .4, .4]])    # one better, one tie:              2.5
+    metrics = retrieval_metrics(sim, [0, 0, 0, 1])
+    assert metrics["t2v_MnR"] == pytest.approx(7.5 / 4) and metrics["t2v_MdR"] == 2 and metrics["t2v_R@1"] == 25
+    # video 0: its best caption (.7, twice: they do not compete) against .5 -> 1
+    # video 1: .4 against .9 -> 2;  video 2 asks nothing
+    assert metrics["v2t_R@1"] == 50 and metrics["v2t_MnR"] == 1.5
+
+
+def test_perfect_scores_top_everything():
+    metrics = retrieval_metrics(np.eye(30), np.arange(30))
+    assert all(metrics[key] == (100 if "R@" in key else 1) for key in KEYS)
+
+
+def test_constant_scores_as_chance():
+    metrics = retrieval_metrics(np.full((1000, 1000), 0.3, dtype=np.float32), np.arange(1000))
+    for way in ("t2v", "v2t"):
+        assert metrics[f"{way}_R@10"] == 0 and metrics[f"{way}_MdR"] == metrics[f"{way}_MnR"] == 500.5
+    embedded = retrieval_metrics_from_embeddings(np.ones((50, 7)) / 3, np.ones((50, 7)) / 3, np.arange(50), chunk=16)
+    assert embedded == retrieval_metrics(np.zeros((50, 50)), np.arange(50))
+
+
+def test_random_scores_as_chance():
+    n = 1500
+    metrics = retrieval_metrics(np.random.default_rng(0).standard_normal((n, n)), np.arange(n))
+    for way in ("t2v", "v2t"):
+        # mean of n uniform ranks: standard error n / √(12 n) = 11; hits within 10: Poisson of mean 10
+        assert abs(metrics[f"{way}_MnR"] - (n + 1) / 2) < 4 * np.sqrt(n / 12)
+        assert 0 <= metrics[f"{way}_R@10"] * n / 100 <= 10 + 4 * np.sqrt(10)
+
+
+def test_v2t_is_t2v_of_the_transpose():
+    n = 40
+    sim = np.random.default_rng(1).integers(0, 12, (n, n))
+    video_of_text = np.random.default_rng(2).permutation(n)
+    forward = retrieval_metrics(sim, video_of_text)
+    backward = retrieval_metrics(sim.T, np.argsort(video_of_text))
+    for key in KEYS:
+        other = ("v2t" if key[:3] == "t2v" else "t2v") + key[3:]
+        assert forward[key] == pytest.approx(backward[other])
+
+
+# ---- against the definition ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_agrees_with_brute_force(data):
+    n_text, n_video = data.draw(st.integers(1, 14)), data.draw(st.integers(1, 9))
+    levels = data.draw(st.sampled_from([1, 2, 4, 1000]))  # few levels = many ties
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    sim = rng.integers(0, levels, (n_text, n_video)) / levels
+    video_of_text = rng.integers(0, n_video, n_text)
+    expected = brute_force_metrics(sim.tolist(), video_of_text.tolist())
+    assert retrieval_metrics(sim, video_of_text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 64, 1000])
+def test_tiles_do_not_change_a_single_rank(chunk):
+    """Duplicated captions and videos, several captions a video, silent videos: equal to the matrix, bit for bit."""
+    rng = np.random.default_rng(0)
+    video = unit_rows(61, 33, 0)[torch.from_numpy(rng.integers(0, 61, 83))]
+    video_of_text = rng.integers(0, 70, 211)  # videos 70..82 have no caption
+    text = torch.nn.functional.normalize(video[video_of_text] + 0.4 * unit_rows(211, 33, 1), dim=1)
+    text[5], text[200] = text[6], text[6]
+    sim = similarity(text, video)
+    t2v, v2t = retrieval_ranks(text, video, video_of_text, chunk=chunk)
+    expected_t2v, expected_v2t = brute_force_ranks(sim.tolist(), video_of_text.tolist())
+    assert t2v.tolist() == expected_t2v and v2t.tolist() == expected_v2t
+    assert any(rank % 1 for rank in expected_t2v), "no tie: the test lost its point"
+    metrics = retrieval_metrics_from_embeddings(text, video, video_of_text, chunk=chunk)
+    assert metrics == retrieval_metrics(sim, video_of_text)
+
+
+def test_scores_are_exact_whatever_the_order():
+    text, video = 3 * unit_rows(64, 768, 0), unit_rows(64, 768, 1) / 5
+    sim, order = similarity(text, video), torch.randperm(768, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sim, similarity(text[:, order], video[:, order]))
+    assert torch.equal(sim[3:4, 7:8], similarity(text, video[:8])[3:4, 7:8])
+    exact = text.double() @ video.double().T
+    assert (sim - exact).abs().max() < (text @ video.T - exact).abs().max()  # nearer than fp32
+
+
+def test_scale_of_embeddings_does_not_matter():
+    text, video = unit_rows(50, 16, 0), unit_rows(50, 16, 1)
+    expected = retrieval_metrics_from_embeddings(text, video, range(50))
+    assert retrieval_metrics_from_embeddings(1024 * text, video / 4096, range(50)) == expected
+
+
+def test_arrays_tensors_lists_and_types_agree():
+    sim = np.random.default_rng(0).integers(-8, 8, (12, 5)).astype(np.float32) / 8
+    video_of_text = np.arange(12) % 5
+    expected = retrieval_metrics(sim, video_of_text)
+    locked = np.asfortranarray(sim)
+    locked.flags.writeable = False
+    tensors = torch.tensor(sim, requires_grad=True), torch.tensor(sim).bfloat16()
+    for other in (sim.tolist(), locked, sim.astype(np.float16), *tensors):
+        assert retrieval_metrics(other, torch.from_numpy(video_of_text)) == expected
+
+
+# ---- the dual softmax ------------------------------------------------------------------------------------------------
+
+
+def test_dual_softmax_by_hand():
+    """Video 0 pleases both captions; that caption 0 wants it more leaves video 1 to caption 1."""
+    sim = torch.tensor([[0.9, 0.2], [0.7, 0.6]], dtype=torch.float64)
+    assert retrieval_metrics(sim, [0, 1])["t2v_R@1"] == 50
+    share = lambda a, b: np.exp(10 * a) / (np.exp(10 * a) + np.exp(10 * b))  # noqa: E731
+    assert 0.7 * share(0.7, 0.9) < 0.6 * share(0.6, 0.2)   # 0.08 < 0.59: row 1 turns around
+    metrics = dual_softmax_metrics(sim, [0, 1], scale=10.0)
+    assert set(metrics) == {f"dsl_{key}" for key in KEYS} and metrics["dsl_t2v_R@1"] == metrics["dsl_v2t_R@1"] == 100
+
+
+@pytest.mark.parametrize("scale", [0.0, 5.0, 100.0])
+def test_dual_softmax_agrees_with_its_definition(scale):
+    rng = np.random.default_rng(0)
+    text, video = unit_rows(23, 8, 0), unit_rows(9, 8, 1)
+    video_of_text = rng.integers(0, 9, 23)
+    text[3] = text[4]  # equal captions tie before and after
+    video_of_text[3] = video_of_text[4]
+    sim = similarity(text, video).numpy()
+    weights = np.exp(scale * sim)
+    expected = {}
+    for way, axis in (("t2v", 0), ("v2t", 1)):
+        scores = sim * weights / weights.sum(axis=axis, keepdims=True)
+        # to 12 digits: two ways to compute exp may differ in the last
+        rounded = [[float(f"{score:.11e}") for score in row] for row in scores.tolist()]
+        found = brute_force_metrics(rounded, video_of_text.tolist())
+        expected |= {f"dsl_{key}": value for key, value in found.items() if key.startswith(way)}
+    assert dual_softmax_metrics(torch.from_numpy(sim), video_of_text, scale) == pytest.approx(expected)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_scores_are_refused(bad):
+    sim = np.eye(4)
+    sim[2, 1] = bad
+    with pytest.raises(UserError, match="sim: NaN or infinity"):
+        retrieval_metrics(sim, range(4))
+    with pytest.raises(UserError, match="video embeddings: NaN or infinity"):
+        retrieval_metrics_from_embeddings(np.eye(4), sim, range(4))
+
+
+@pytest.mark.parametrize("video_of_text", [[0, 1], [0, 1, 5], [0, -1, 2], []])
+def test_impossible_pairs_are_refused(video_of_text):
+    with pytest.raises(AssertionError):
+        retrieval_metrics(np.eye(3), video_of_text)
+
+
+# ---- multiple choice ------------------------------------------------------------------------------------------------
+
+
+def test_multiple_choice_by_hand():
+    scores = np.array([[.9, .1, .2], [.5, .6, .4], [.3, .3, .1], [.1, .2, .3]])
+    metrics = multiple_choice_accuracy(scores, [0, 0, 1, 2], ["noun", "verb", "verb", "noun"])
+    assert metrics == {"mc_accuracy": 62.5, "mc_accuracy_noun": 100, "mc_accuracy_verb": 25}  # a tie of two: half
+
+
+def test_multiple_choice_of_a_constant_model_is_chance():
+    assert multiple_choice_accuracy(torch.ones(40, 5), np.arange(40) % 5) == {"mc_accuracy": 20}
+    with pytest.raises(UserError, match="multiple choice: NaN"):
+        multiple_choice_accuracy([[0, np.nan]], [0])
+
+
+def test_demo():
+    done = subprocess.run([sys.executable, "metrics.py"], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "t2v_MnR     1.8" in done.stdout and "R@1 0.0" in done.stdout, done.stderr
