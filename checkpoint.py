@@ -1,13 +1,18 @@
 """One file that carries all: weights, sizes, vocabulary, concepts, and what a run needs to go on.
 
 A checkpoint is a safetensors file (https://github.com/huggingface/safetensors): a JSON header, then raw tensors.
-Reading it runs no code. `model.*` are the weights; `training.*` what only a resumed run wants (optimizer moments,
-random states). The header's metadata holds JSON: model sizes, tokenizer, concept vocabulary, the run's configuration,
-step, and a SHA-256 over names and bytes of all tensors, verified at every read. So evaluation never needs a second
-file, and never takes a damaged one.
+Reading it runs no code. `model.*` are the weights; `training.*` what only a resumed run wants (optimizer moments).
+The header's metadata holds JSON: model sizes, tokenizer, concept vocabulary, the run's configuration, step and progress,
+a SHA-256 over names and bytes of all tensors; and beside it the SHA-256 of that JSON. Both are verified at every read. So
+evaluation never needs a second file, and never takes a damaged one. (No state of a random generator is in it: all that a
+run draws is a pure function of seed, epoch and sample.)
 
 Written to a temporary file in the same folder, flushed to disk, then renamed over the target: whoever reads sees the
 old file or the new one, never half of one. (`torch.save` would write a pickle: reading one runs what is in it.)
+
+A run's folder holds step-*.safetensors, the last few, and best.safetensors, the best on validation, which carries no
+training state. A resumed run takes the newest whole one (`resume_checkpoint`): a damaged one is named, set aside, and the one
+before it taken. Evaluation does not: a number from another file than the named one would be a wrong number.
 
     python checkpoint.py runs/toy      # what is in the newest checkpoint there (without a path: in a fresh model's)
     python checkpoint.py --export runs/toy FILE     # weights alone, in half precision: to publish or to evaluate
@@ -16,6 +21,7 @@ old file or the new one, never half of one. (`torch.save` would write a pickle: 
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -29,6 +35,10 @@ from cli import UserError, run
 from knowledge import ConceptVocab, extract_knowledge
 from model import CLOP, ModelConfig, build_config
 from tokenizer import Tokenizer
+
+
+class DamagedCheckpoint(UserError):
+    """The file is cut off, or its bytes are not those that were written."""
 
 
 @dataclass
@@ -56,48 +66,58 @@ def save_checkpoint(path, model, tokenizer, concept_vocab, *, config: dict, step
     sha256 = _hash(tensors)
     header = dict(model=asdict(model.config), tokenizer=tokenizer.to_dict(), concept_vocab=concept_vocab.to_dict(),
                   config=config, step=step, progress=progress or {}, sha256=sha256)
+    header = json.dumps(header)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"clop": json.dumps(header)})
+        save_file(tensors, temporary, metadata={"clop": header, "clop_sha256": _hash_text(header)})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: checkpoint not written ({error}); free the disk or choose another --out") from error
+        raise UserError(f"{path}: checkpoint not written ({error}); those before it are kept: free the disk and run the "
+                        "same command again") from error
     return sha256
 
 
 def load_checkpoint(path, device="cpu", *, training: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint file, or the newest in a folder. Raises UserError: missing, damaged, or not ours."""
+    """Read and verify a checkpoint file, or the newest in a folder.
+
+    Raises UserError where it is missing, not ours, or of another version, and its subclass DamagedCheckpoint.
+    """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; "
                         "train one with `python train.py` or name another with --checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["clop"])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except KeyError as error:
-        raise UserError(f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); "
-                        "it was not written by train.py") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error}); use an earlier checkpoint") from error
-    if _hash(tensors) != header["sha256"]:
-        raise UserError(f"{path}: damaged, its tensors do not match their checksum; use an earlier checkpoint")
+        raise DamagedCheckpoint(f"{path}: damaged or not a safetensors file ({error}); use an earlier checkpoint"
+                                ) from error
+    if "clop" not in metadata:
+        raise UserError(f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); "
+                        "it was not written by train.py")
+    if _hash_text(metadata["clop"]) != metadata.get("clop_sha256"):
+        raise DamagedCheckpoint(f"{path}: damaged, its header does not match its checksum; use an earlier checkpoint")
     try:
-        model = CLOP(ModelConfig(**header["model"]))
-        model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()
-                               if name.startswith("model.")})
+        header = json.loads(metadata["clop"])
+        if _hash(tensors) != header["sha256"]:
+            raise DamagedCheckpoint(f"{path}: damaged, its tensors do not match their checksum; "
+                                    "use an earlier checkpoint")
         return Checkpoint(
-            model=model.to(device).eval(), tokenizer=Tokenizer.from_dict(header["tokenizer"]),
-            concept_vocab=ConceptVocab.from_dict(header["concept_vocab"]), config=header["config"], step=header["step"],
-            progress=header["progress"], sha256=header["sha256"], path=path,
+            model=_build_model(header["model"], tensors).to(device).eval(),
+            tokenizer=Tokenizer.from_dict(header["tokenizer"]),
+            concept_vocab=ConceptVocab.from_dict(header["concept_vocab"]), config=dict(header["config"]),
+            step=int(header["step"]), progress=dict(header["progress"]), sha256=header["sha256"], path=path,
             training={name.removeprefix("training."): t for name, t in tensors.items()
                       if training and name.startswith("training.")})
-    except (KeyError, TypeError, RuntimeError) as error:  # whole, but the layout of another version of this code
-        raise UserError(f"{path}: written by another version of this code ({str(error).splitlines()[0]}); "
+    # whole, but the layout of another version of this code
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
+        why = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"{path}: written by another version of this code ({type(error).__name__}: {why}); "
                         "use that version, or train again") from error
 
 
@@ -117,9 +137,48 @@ def export_checkpoint(source, path) -> Checkpoint:
     return load_checkpoint(path)
 
 
+def _build_model(sizes: dict, tensors: dict[str, torch.Tensor]) -> CLOP:
+    """The model that these tensors fill. Sizes that they do not fit fail before anything of that size is allocated."""
+    weights = {name.removeprefix("model."): t.float() for name, t in tensors.items() if name.startswith("model.")}
+    config = ModelConfig(**sizes)
+    if config.video_layers + config.text_layers > len(weights):
+        raise ValueError(f"{config.video_layers} + {config.text_layers} layers in {len(weights)} tensors")
+    with torch.device("meta"):  # shapes only
+        model = CLOP(config)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def resume_checkpoint(folder, *, repair: bool = True) -> Checkpoint | None:
+    """What a run in this folder goes on from: its newest whole checkpoint, with training state; None where there is none.
+
+    A damaged one is named on stderr and renamed to *.damaged (if `repair`; else it is skipped), and the one before it taken.
+    Raises UserError where all are damaged: a run of days is not started anew by itself.
+    """
+    folder = Path(folder)
+    if repair:
+        for leftover in folder.glob(".*.safetensors.*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+    damaged = None
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(path, training=True)
+        except DamagedCheckpoint as error:
+            damaged = error
+            if repair:
+                aside = path.with_suffix(".damaged")
+                os.replace(path, aside)
+                print(f"{error}: set aside as {aside.name}, going back to the one before it", file=sys.stderr,
+                      flush=True)
+    if damaged or any(folder.glob("step-*.damaged")):
+        raise UserError(f"{folder}: no checkpoint here is whole; delete the folder to start anew, or restore one")
+    return None
+
+
 def list_checkpoints(folder) -> list[Path]:
-    """step-*.safetensors of a run, oldest first."""
-    return sorted(Path(folder).glob("step-*.safetensors"))
+    """step-<number>.safetensors of a run, fewest steps first. Nothing else counts: neither best.safetensors nor others."""
+    found = {path: re.fullmatch(r"step-(\d+)\.safetensors", path.name) for path in Path(folder).iterdir()}
+    return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
 
 
 def newest_checkpoint(folder) -> Path:
@@ -128,6 +187,10 @@ def newest_checkpoint(folder) -> Path:
     if not found:
         raise UserError(f"{folder}: no step-*.safetensors in this folder; train first, or name the file itself")
     return found[-1]
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash(tensors: dict[str, torch.Tensor]) -> str:

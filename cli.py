@@ -35,6 +35,8 @@ import typing
 class UserError(Exception):
     """One line for the user: the offending value, what is wrong with it, what to do."""
 
+    status = 2  # of the process that it ends
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -83,12 +85,17 @@ def parse_config(config_class, argv: list[str] | None = None, positional: str | 
 
 
 def run(main) -> None:
-    """Call `main()`; a UserError ends the process with its one line and status 2, Ctrl-C with status 130."""
+    """Call `main()`; a UserError ends the process with its one line and status 2, Ctrl-C with status 130.
+
+    A terminal that cannot show a character (LC_ALL=C) gets its code instead: no caption or "β" may end a run.
+    """
     _keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        sys.exit(_print_error(f"error: {error}", 2))
+        sys.exit(_print_error(f"error: {error}", error.status))
     except KeyboardInterrupt:
         sys.exit(_print_error("interrupted", 130))
 

@@ -177,8 +177,7 @@ class KnowledgeBatchSampler:
     A schedule may come from `guided_share` as a function of the epoch. The epoch's last batch holds what is left,
     fewer than `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all
     ranks; it is planned first and then cut into `world_size` parts in order, equal to within one sample, so another
-    number of ranks sees the same batches, and each rank the same number of them. (A last batch of fewer samples than
-    ranks leaves some ranks an empty part.)
+    number of ranks sees the same batches, and each rank the same number of them.
     """
 
     WINDOW = 64    # neighbours that a group is chosen from: more find higher overlaps, and cost in proportion
@@ -190,15 +189,18 @@ class KnowledgeBatchSampler:
                  group_size: int = 8, drop_last: bool = False, rank: int = 0, world_size: int = 1):
         """Sets and ids of the N samples; the share `guided_share`, or guided_share(epoch), of a batch is groups.
 
-        Raises UserError where batch_size is not a multiple of world_size, or larger than N with drop_last.
+        Raises UserError where batch_size is larger than N with drop_last, or a batch has fewer samples than there are
+        ranks.
         """
         size = len(concept_sets)
         lengths = size, len(video_of_sample), len(meaning_id)
         assert len({*lengths}) == 1, f"sets, videos and meanings of {lengths} samples"
         assert 0 <= rank < world_size, f"{rank=} of {world_size=}"
         assert group_size >= 2, f"{group_size=}: a group is an anchor and at least one more"
-        if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"batch size {batch_size}: must be a positive multiple of the {world_size} processes")
+        smallest = batch_size if drop_last or not size % max(1, batch_size) else size % batch_size
+        if smallest < world_size:
+            raise UserError(f"batch size {batch_size}: an epoch of {size} samples has a batch of {smallest} for "
+                            f"{world_size} processes; choose another")
         if drop_last and size < batch_size:
             raise UserError(f"batch size {batch_size}: larger than the data set of {size} samples; lower it")
         self.size, self.batch_size, self.seed, self.guided_share = size, batch_size, seed, guided_share

@@ -315,7 +315,7 @@ def _read_mc(path: Path) -> Iterator[tuple[str, str, list, int]]:
     else:
         names = ["a1", "a2", "a3", "a4", "a5"]
         for where, row in read_csv(path, ["vid_key", *names, "answer"], delimiter="\t"):
-            if not row["answer"].strip().isdecimal():
+            if not row["answer"].strip().isdecimal() or len(row["answer"]) > 9:  # int() refuses 4,301 digits
                 raise UserError(f"{where}: answer is {row['answer'][:40]!r}, expected a whole number")
             yield where, row["vid_key"], [row[name] for name in names], int(row["answer"])
 

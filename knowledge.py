@@ -45,6 +45,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -358,10 +359,14 @@ def _extract_distinct(captions: Strings, workers: int | None, progress: bool) ->
             return Knowledge.concatenate(counted(_extract_chunk(captions[i:i + 500]) for i in starts))
         # fork shares the loaded tagger; elsewhere it is unsafe (macOS) or missing (Windows)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(workers, context) as pool:
-            waves = (starts[i:i + 64] for i in range(0, len(starts), 64))  # one `map` would copy all captions at once
-            return Knowledge.concatenate(counted(itertools.chain.from_iterable(
-                pool.map(_extract_chunk, [captions[i:i + 500] for i in wave]) for wave in waves)))
+        try:
+            with ProcessPoolExecutor(workers, context) as pool:
+                waves = (starts[i:i + 64] for i in range(0, len(starts), 64))  # one `map` would copy all captions at once
+                return Knowledge.concatenate(counted(itertools.chain.from_iterable(
+                    pool.map(_extract_chunk, [captions[i:i + 500] for i in wave]) for wave in waves)))
+        except BrokenProcessPool as error:
+            raise UserError(f"knowledge of {len(captions)} captions: a tagging process died (out of memory?); run the "
+                            "same command again, with fewer --workers") from error
 
 
 def _extract_chunk(captions: Strings) -> Knowledge:

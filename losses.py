@@ -18,9 +18,8 @@ SKP pulls   the video embedding predicts the concepts of its caption.
 
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
 
-Several processes: every rank keeps its own videos (rows) and meets the captions of all (columns). What is gathered
-keeps its gradient: without it each encoder would get 1/world_size of the contrastive gradient, and SKP would weigh
-world_size times too much.
+Several processes: every rank keeps its own videos (rows) and meets the captions of all (columns), gathered with gradient;
+each weighs its pairs by world_size / B, so that the mean over ranks is the loss of the global batch (distributed.py).
 
     python losses.py         # ln B at random; how β moves the push; what SKP pulls
 """
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from cli import run
+from distributed import exchange, gather, share_sizes, world_size
 from kernels import knowledge_nce_stats, merge_hardest
 from model import MAX_LOGIT_SCALE
 
@@ -69,66 +69,50 @@ def skp_loss(concept_logits, concepts):
     return -(target * F.log_softmax(concept_logits.float(), dim=1)).sum(dim=1).mean()
 
 
-class _GatherWithGrad(torch.autograd.Function):
-    """Rows of all ranks, in rank order; backward returns to each rank the sum of what all ranks want of its rows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(x):
-    """[n, …] on each rank -> [world_size · n, …] on all, with gradient. The identity in a single process."""
-    return _GatherWithGrad.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
-
-
 def clop_loss(video_emb, text_emb, logit_scale, config: LossConfig, *, knowledge=None, signature=None,
-              concept_logits=None, concepts=None, impl="auto"):
+              concept_logits=None, concepts=None, batch_size: int | None = None, impl="auto"):
     """The whole objective of one batch -> (loss, {name: detached part}).
 
-    video_emb, text_emb [n, E] unit norm: this rank's n pairs; every other rank must call with as many.
+    video_emb, text_emb [n, E] unit norm: this rank's n of the batch_size pairs of all ranks (None: as many on each).
     knowledge [n, M]: unit rows whose dot product is κ (knowledge.concept_vectors), for β > 0.
     signature [n, S] int64: two captions with an equal entry in any column are false negatives (video id, meaning id).
     concept_logits, concepts [n, K]: SKP's prediction and target, for skp_weight > 0.
     The mean of the losses over ranks is the global batch's loss, so that averaged gradients (DDP) are its gradient.
+    A loss that is not finite is returned, not raised: the caller looks.
     """
-    n, rank = len(video_emb), dist.get_rank() if dist.is_initialized() else 0
-    mine = slice(rank * n, (rank + 1) * n)                                    # this rank's columns
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    n, B = len(video_emb), batch_size or len(video_emb) * world_size()
+    sizes = share_sizes(B, world_size())
+    assert n == sizes[rank], f"rank {rank} has {n} of {B} pairs, its share is {sizes[rank]}"
+    texts = gather(text_emb, sizes)                                           # [B, E]
     stats = knowledge_nce_stats(
-        video_emb, gather(text_emb), logit_scale, offset=rank * n, beta=config.beta, k=config.hard_k, impl=impl,
-        concepts=(knowledge, gather(knowledge)) if config.beta else None,
-        signature=(signature, gather(signature)) if config.mask_false_negatives else None)
+        video_emb, texts, logit_scale, offset=sum(sizes[:rank]), beta=config.beta, k=config.hard_k,
+        concepts=(knowledge, gather(knowledge, sizes)) if config.beta else None,
+        signature=(signature, gather(signature, sizes)) if config.mask_false_negatives else None,
+        impl=impl, check=False)
     video_to_text = F.softplus(stats.row_negatives - stats.positive)          # logsumexp − positive, exact if saturated
-    by_rank = gather(stats.col_negatives).view(-1, len(stats.col_negatives))  # [world_size, B], each from its rows only
-    text_to_video = F.softplus(by_rank.clamp(min=NO_NEGATIVES).logsumexp(dim=0)[mine] - stats.positive)
-    nce = (video_to_text.mean() + text_to_video.mean()) / 2
+    by_rank = exchange(stats.col_negatives, sizes)                            # [world_size, n], each from its rows only
+    text_to_video = F.softplus(by_rank.clamp(min=NO_NEGATIVES).logsumexp(dim=0) - stats.positive)
+    weight = world_size() / B
+    nce = weight * (video_to_text + text_to_video).sum() / 2
     parts = {"nce": nce}
     loss = nce
     if config.hard_k and config.hard_weight:
-        parts["hard"] = hard_negative_loss(video_emb, text_emb, logit_scale, stats, rank)
+        parts["hard"] = weight * hard_negative_loss(video_emb, text_emb, texts, logit_scale, stats, sizes).sum()
         loss = loss + config.hard_weight * parts["hard"]
     if config.skp_weight:
-        parts["skp"] = skp_loss(concept_logits, concepts)
+        parts["skp"] = weight * n * skp_loss(concept_logits, concepts)
         loss = loss + config.skp_weight * parts["skp"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def hard_negative_loss(video_emb, text_emb, logit_scale, stats, rank=0):
-    """KCL's second InfoNCE: the positive against the k hardest negatives of its row and of its column.
+def hard_negative_loss(video_emb, text_emb, texts, logit_scale, stats, sizes):
+    """KCL's second InfoNCE: the positive against the k hardest negatives of its row and of its column -> [n].
 
-    The op mines without gradient; the few logits that it names are computed again here with one. What the mined score
-    holds beyond s·v·t is β·κ, a constant.
+    texts [B, E]: those of all ranks; sizes: how many each has. The op mines without gradient; the few logits that it
+    names are computed again here with one. What the mined score holds beyond s·v·t is β·κ, a constant.
     """
     scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    videos, texts = gather(video_emb), gather(text_emb)
 
     def against_hardest(anchor, others, index, score):              # [n, E], [B, E], [n, k], [n, k] -> [n]
         logits = scale * torch.einsum("ne,nke->nk", anchor, others[index.clamp(min=0)])
@@ -136,21 +120,20 @@ def hard_negative_loss(video_emb, text_emb, logit_scale, stats, rank=0):
         return F.softplus(logits.masked_fill(index < 0, NO_NEGATIVES).logsumexp(dim=1) - stats.positive)
 
     mined = stats.mined
-    t2v_index, t2v_score = merge_columns(mined.t2v_index, mined.t2v_score, rows=len(video_emb), rank=rank)
     v2t = against_hardest(video_emb, texts, mined.v2t_index, mined.v2t_score)
-    t2v = against_hardest(text_emb, videos, t2v_index, t2v_score)
-    return (v2t.mean() + t2v.mean()) / 2
+    t2v = against_hardest(text_emb, gather(video_emb, sizes), *merge_columns(mined.t2v_index, mined.t2v_score, sizes))
+    return (v2t + t2v) / 2
 
 
-def merge_columns(index, score, *, rows: int, rank: int):
-    """The k hardest videos of this rank's captions, out of what each rank found among its own `rows` videos.
+def merge_columns(index, score, sizes):
+    """The k hardest videos of this rank's captions, out of what each rank found among its own videos.
 
-    index, score [B, k], index local to the rank -> [rows, k], index global; ties keep the lowest index.
+    index, score [B, k], index local to the rank -> [n, k], index global; ties keep the lowest index.
     """
-    k, mine = index.shape[1], slice(rank * rows, (rank + 1) * rows)
-    index = torch.where(index < 0, index, index + rank * rows)
-    index, score = (rearrange(gather(x), "(ranks b) k -> b (ranks k)", b=len(x))[mine] for x in (index, score))
-    return merge_hardest(index, score, k)
+    start = sum(sizes[:dist.get_rank()]) if len(sizes) > 1 else 0
+    index = torch.where(index < 0, index, index + start)
+    return merge_hardest(*(rearrange(exchange(x, sizes), "ranks n k -> n (ranks k)") for x in (index, score)),
+                         k=index.shape[1])
 
 
 def main():

@@ -248,14 +248,14 @@ def read_captions_pickle(path: Path) -> dict[str, list]:
 
     try:
         data = load_plain_pickle(path.read_bytes(), encoding="bytes")
+        if isinstance(data, dict):
+            return {text(video): text(captions) for video, captions in data.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle raises nearly anything; a list may be its own member, or a key a list
         raise UserError(f"{path}: not a pickle of plain data ({_short(str(error))}); expected {{video: captions}}; "
                         "fetch it again") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds {_short(data)}; expected {{video: captions}}")
-    return {text(video): text(captions) for video, captions in data.items()}
+    raise UserError(f"{path}: holds {_short(data)}; expected {{video: captions}}")
 
 
 def _lines(path: Path, expected: str) -> Iterator[str]:

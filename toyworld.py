@@ -379,6 +379,9 @@ def _write_videos(jobs: list, workers: int, progress: bool) -> None:
             try:
                 for _ in pool.map(_write_video, jobs, chunksize=32):
                     bar.update()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise UserError("a rendering process died (out of memory?); run the same command again: what is "
+                                "rendered is kept") from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # else the pool would render the whole rest before it raised
                 raise

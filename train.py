@@ -2,8 +2,9 @@
 
     python train.py                              # embedded toy world, no data and no GPU needed: minutes on two cores
     python train.py --dataset csv --data train.csv --val-data val.csv --preset small --out runs/mine
-    python train.py --gpus 8 …                   # eight processes, one a GPU (torchrun train.py … works as well)
     python train.py --init FOLDER --encoder-lr 1e-6 …   # from CLIP's weights: docs/finetune.md
+    python train.py --gpus 8 …                   # eight processes, one a GPU; --procs 2: two on a CPU
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py …    # four machines
 
 1. data         captions → knowledge → concept vocabulary, tokenizer; videos → frame cache (decoded once)
 2. model        preset or --init, optimizer; a run that was interrupted goes on from the newest checkpoint in --out
@@ -12,43 +13,52 @@
 4. the end      curves.png; for the toy world also the test gallery, metrics.json and report.html
 
 Everything that is drawn at random (batch order, frames) is a pure function of (seed, epoch, sample): a resumed run sees
-what it would have seen. The same command starts and resumes; a folder that holds a run with other settings is refused,
-never overwritten.
+what it would have seen, on any number of processes. The same command starts and resumes; a folder that holds a run with
+other settings or other data is refused, never overwritten. Killed at any moment, a run loses the steps since its newest
+checkpoint and takes them again, on the same CPU to the same bits. SIGTERM and SIGINT (Ctrl-C) write one first, at the next step,
+and end with status 0 and 130; before the first step there is nothing to save, and they end as usual.
 
-Output in --out: log.jsonl (first line: settings, versions, commit, hardware; then a line a logged step),
-step-*.safetensors, curves.png.
+Large batches on small memory (--chunk): the contrastive loss needs all embeddings at once, but not all activations. So, as
+in GradCache (arXiv 2101.06983): embed the batch chunk by chunk without a graph; take the loss of all, and its gradient with
+respect to the embeddings; embed each chunk again, now with a graph, and feed it its part of that gradient. The same gradient,
+one more forward pass of the encoders. It holds because no pair sees another one inside the encoders (no batch norm) and both
+passes agree (no dropout).
+
+Output in --out: log.jsonl (runlog.py), step-*.safetensors, best.safetensors (on validation), curves.png.
 """
 
+import contextlib
+import hashlib
 import itertools
-import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import toyworld
-from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from checkpoint import list_checkpoints, resume_checkpoint, save_checkpoint
 from clip import is_new, layer_of, read_clip
 from cli import UserError, parse_config, run
 from data import KnowledgeBatchSampler, PairDataset, keep_decodable, open_cache, prefetch, prepare_video
 from datasets import DATASETS, load_split
+from distributed import Ranks, StopSignals, launch
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
-from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids
+from knowledge import ConceptVocab, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
-from model import CLOP, PRESETS, build_config
+from model import CLOP, build_config
+from runlog import Log, plot_curves
 from tokenizer import Tokenizer
 
 
-Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m",
-                    "webvid+cc3m"]
+Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m"]
 
 
 @dataclass
@@ -68,7 +78,9 @@ class TrainConfig:
     # optimisation
     steps: int = 1200                        # optimizer steps
     batch_size: int = 128                    # pairs in the global batch, over all processes
+    drop_last: bool = True                   # leave out what is left of an epoch after its last full batch
     accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
+    chunk: int = 0                           # pairs that a process encodes at a time, same negatives; 0 = its whole share
     lr: float = 1e-3                         # peak learning rate
     encoder_lr: float | None = None          # --init: peak rate of CLIP's weights, --lr of what is new; None: --lr
     layer_decay: float = 1.0                 # --init: … times this for each layer that lies deeper below the top
@@ -87,6 +99,7 @@ class TrainConfig:
     mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
     # machine
     gpus: int = 0                            # start this many processes, one a GPU; 0 = this process alone
+    procs: int = 0                           # start this many processes on the CPU; 0 = this process alone
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     compile: bool = False                    # torch.compile the model
     checkpointing: bool = False              # recompute activations in the backward pass
@@ -94,61 +107,60 @@ class TrainConfig:
     # rhythm
     log_every: int = 20                      # steps
     eval_every: int = 240                    # steps between validations, each with a checkpoint
+    keep: int = 2                            # newest checkpoints that stay
+    skip_nonfinite: int = 3                  # steps in a row that may be left out for a loss or gradient of NaN or inf
     max_broken: float = 0.05                 # share of unreadable videos that stops the run
     test: bool = True                        # toy: at the end, evaluate on the test gallery
 
 
 def main():
     config = parse_config(TrainConfig)
-    if config.gpus and "LOCAL_RANK" not in os.environ:
-        launch(config.gpus)
-    train(config)
+    if config.gpus and config.procs:
+        raise UserError(f"--gpus {config.gpus} --procs {config.procs}: processes on GPUs or on the CPU, not both")
+    if config.gpus > torch.cuda.device_count():
+        raise UserError(f"--gpus {config.gpus}: this machine has {torch.cuda.device_count()} GPU(s); lower it, or leave "
+                        "it out for a CPU (--procs for several processes there)")
+    processes = config.gpus or config.procs
+    if processes and "LOCAL_RANK" not in os.environ:
+        sys.exit(launch(processes))
+    ranks = Ranks.join(cpu=config.procs > 0)
+    with ranks.explain_lost_rank():
+        stopped_by = train(config, ranks)
+    ranks.leave()
+    sys.exit(130 if stopped_by == signal.SIGINT else 0)
 
 
-def launch(processes: int):
-    """Replace this process by `processes` copies of the command, started by torch.distributed.run."""
-    if processes > torch.cuda.device_count():
-        raise UserError(f"--gpus {processes}: this machine has {torch.cuda.device_count()} GPU(s); "
-                        "lower it, or leave it out for a CPU")
-    arguments = ["--standalone", f"--nproc-per-node={processes}", *sys.argv]
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments])
-
-
-def train(config: TrainConfig):
-    rank, world_size, device = set_up_process()
-    main_process, out = rank == 0, Path(config.out)
-    say = print if main_process else (lambda *args, **kwargs: None)
+def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
+    """The whole run. Returns 0 at its end, or the number of the signal that stopped it (after a checkpoint)."""
+    ranks = ranks or Ranks.join()
+    device, out, say = ranks.device, Path(config.out), print if ranks.is_first else lambda *args: None
     bf16 = device.type == "cuda" if config.precision == "auto" else config.precision == "bf16"
-    if config.batch_size % world_size:
-        raise UserError(f"--batch-size {config.batch_size}: not divisible by {world_size} processes; choose a multiple")
-
     stages = frames_stages(config)           # T of each share of the steps; the last is the model's
     make_folder(out)  # fail before the work, not after it
 
     # ---- 1. data: captions -> knowledge and tokens, videos -> frames -------------------------------------------------
     started = time.perf_counter()
-    if not main_process:
-        dist.barrier()  # the first rank renders, decodes and tags; the others find all of it in the cache
-    train_split, val_split = load_data(config)
-    resumed = load_checkpoint(out, training=True) if list_checkpoints(out) else None
-    if resumed:
-        check_same_run(resumed, config, out)
-    clip, sizes, tokenizer = starting_point(config, resumed, stages[-1])
-    cache = open_cache(Path(config.cache) / "frames", sizes)
-    usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=main_process)
-    train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
-    knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge",
-                             progress=main_process)
-    if main_process and world_size > 1:
-        dist.barrier()
-    vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
-    tokenizer = tokenizer or Tokenizer.train(train_split.captions, sizes.vocab_size)
+    with ranks.first_goes_first():  # it renders, decodes and tags; the others find all of it in the cache
+        train_split, val_split = load_data(config)
+        resumed = resume_checkpoint(out, repair=ranks.is_first)
+        clip, sizes, tokenizer = starting_point(config, resumed, stages[-1])
+        cache = open_cache(Path(config.cache) / "frames", sizes)
+        usable = dict(cache=cache, max_broken=config.max_broken, workers=config.workers, progress=ranks.is_first)
+        train_split, val_split = (split and keep_decodable(split, **usable) for split in (train_split, val_split))
+        progress = dict(data=fingerprint(train_split), best=None, skipped=0, skipped_in_a_row=0)
+        if resumed:
+            check_same_run(resumed, config, progress, out)
+            progress = resumed.progress
+        knowledge = extract_many(train_split.captions, workers=config.workers, cache=Path(config.cache) / "knowledge",
+                                 progress=ranks.is_first)
+        vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
+        tokenizer = tokenizer or Tokenizer.train(train_split.captions, sizes.vocab_size)
     dataset = PairDataset(train_split, cache, tokenizer, vocab, knowledge, length=sizes.text_length)
     del knowledge  # the dataset has the ids; the names of all that millions of captions mention need not stay
     guided_from = config.guided_from * config.steps * config.accumulate  # batches
     sampler = KnowledgeBatchSampler(
         dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
-        seed=config.seed, drop_last=True, rank=rank, world_size=world_size,
+        seed=config.seed, drop_last=config.drop_last, rank=ranks.rank, world_size=ranks.world_size,
         guided_share=lambda epoch: config.guided_share if epoch * len(sampler) >= guided_from else 0.0)
     idf = torch.from_numpy(vocab.idf).to(device)
     say(f"{len(dataset)} captions of {len(train_split.video_paths)} videos, {len(vocab)} concepts, "
@@ -169,88 +181,136 @@ def train(config: TrainConfig):
         model.load_state_dict(resumed.model.state_dict())
         restore_optimizer(optimizer, model, resumed.training)
         say(f"{resumed.path}: goes on from step {step} of {config.steps}")
-    towers = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    towers = DistributedDataParallel(model) if ranks.world_size > 1 else model
     towers = torch.compile(towers) if config.compile else towers
-    losses = LossConfig(skp_weight=config.skp_weight, beta=config.beta, hard_k=config.hard_k,
-                        hard_weight=config.hard_weight, mask_false_negatives=config.mask_false_negatives)
+    weights = LossConfig(skp_weight=config.skp_weight, beta=config.beta, hard_k=config.hard_k,
+                         hard_weight=config.hard_weight, mask_false_negatives=config.mask_false_negatives)
 
     # ---- 3. the loop -------------------------------------------------------------------------------------------------
-    log = Log(out / "log.jsonl") if main_process else None
-    if main_process:
-        log.write(dict(config=asdict(config), world_size=world_size,
+    if ranks.is_first:
+        log = Log(out / "log.jsonl", step)
+        log.write(dict(config=asdict(config), world_size=ranks.world_size,
                        parameters=sum(p.numel() for p in model.parameters()), **machine_facts(device.type),
                        resumed_at=step))
-    saved = resumed.path if resumed else None
-    jobs = ((frames_at(number // config.accumulate, stages, config.steps), epoch, indices)
-            for number, epoch, indices in endless_batches(sampler, start=step * config.accumulate))
-    batches = prefetch(lambda job: dataset.batch(job[2], num_frames=job[0], seed=config.seed, epoch=job[1]), jobs)
+    saved, stopped_by = resumed.path if resumed else None, 0
+    jobs = ((frames_at(number // config.accumulate, stages, config.steps), epoch, indices, size)
+            for number, epoch, indices, size in endless_batches(sampler, start=step * config.accumulate))
+    batches = prefetch(lambda job: (dataset.batch(job[2], num_frames=job[0], seed=config.seed, epoch=job[1]), job[3]),
+                       jobs)
     data_time, logged_step, clock = 0.0, step, time.perf_counter()
-    while step < config.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config) * group["scale"]
-        sums: dict[str, float] = {}
-        for micro in range(config.accumulate):
-            waited = time.perf_counter()
-            batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
-            data_time += time.perf_counter() - waited
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                video_emb, text_emb, concept_logits = towers(
-                    prepare_video(batch["video"]), batch["tokens"], batch["text_mask"])
-            loss, parts = clop_loss(
-                video_emb, text_emb, model.logit_scale, losses, concept_logits=concept_logits,
-                concepts=batch["concepts"], knowledge=concept_vectors(batch["concepts"], idf) if config.beta else None,
-                signature=torch.stack([batch["video_id"], batch["meaning_id"]], dim=1))
-            (loss / config.accumulate).backward()
-            for name, value in {"loss": loss, **parts}.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        if not math.isfinite(sums["loss"] + grad_norm):
-            raise UserError(f"step {step + 1}: loss {sums['loss']} with gradient norm {grad_norm} is not finite; "
-                            f"the last good checkpoint is {saved or 'none, this run saved none yet'}; "
-                            "lower --lr or raise --warmup")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+    with StopSignals(ranks) as signals:
+        while step < config.steps and not stopped_by:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config) * group["scale"]
+            totals = 0.0
+            for micro in range(config.accumulate):
+                waited = time.perf_counter()
+                batch, batch_size = next(batches)
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                data_time += time.perf_counter() - waited
 
-        if main_process and (step % config.log_every == 0 or step == config.steps):
-            seconds = (time.perf_counter() - clock) / (step - logged_step)
-            log.step(step, config, sums, scale=model.logit_scale.exp().item(), grad_norm=grad_norm,
-                     lr=learning_rate(step - 1, config), step_s=seconds, data_s=data_time / (step - logged_step))
-            data_time, logged_step, clock = 0.0, step, time.perf_counter()
-        if step % config.eval_every == 0 or step == config.steps:
-            paused = time.perf_counter()
-            if main_process:
-                if val_split:
-                    log.validation(step, evaluate_retrieval(model, tokenizer, val_split, cache))
-                saved = out / f"step-{step:06d}.safetensors"
-                save_checkpoint(saved, model, tokenizer, vocab, config=asdict(config), step=step,
-                                training=optimizer_tensors(optimizer, model))
-                for old in list_checkpoints(out)[:-2]:
-                    old.unlink()
-            clock += time.perf_counter() - paused
+                def loss_of(video_emb, text_emb, concept_logits, logit_scale):
+                    loss, parts = clop_loss(
+                        video_emb, text_emb, logit_scale, weights, batch_size=batch_size,
+                        concept_logits=concept_logits, concepts=batch["concepts"],
+                        knowledge=concept_vectors(batch["concepts"], idf) if config.beta else None,
+                        signature=torch.stack([batch["video_id"], batch["meaning_id"]], dim=1))
+                    return loss / config.accumulate, {"loss": loss.detach(), **parts}
+
+                parts = backward(towers, model.logit_scale, batch, loss_of, chunk=config.chunk, bf16=bf16,
+                                 sync=micro == config.accumulate - 1)
+                totals = totals + torch.stack([*parts.values()]) / config.accumulate
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            # one number from each rank for each question, so that all ranks get the same answers
+            asked = totals.new_tensor([signals.received == signal.SIGINT, signals.received == signal.SIGTERM])
+            *values, grad_norm, by_int, by_term = ranks.mean(torch.cat([totals, grad_norm[None], asked])).tolist()
+            sums = dict(zip(parts, values))
+            stopped_by = signal.SIGINT if by_int else signal.SIGTERM if by_term else 0
+            if math.isfinite(sums["loss"] + grad_norm):
+                optimizer.step()
+                progress["skipped_in_a_row"] = 0
+            else:
+                progress["skipped"] += 1
+                progress["skipped_in_a_row"] += 1
+                what = f"step {step + 1}: loss {sums['loss']} with gradient norm {grad_norm} is not finite"
+                if progress["skipped_in_a_row"] > config.skip_nonfinite:
+                    ranks.fail(f"{what}, after {config.skip_nonfinite} skipped steps; the last good checkpoint is "
+                               f"{saved or 'none, this run saved none yet'}; lower --lr or raise --warmup")
+                say(f"{what}: skipped, the weights stay as they are")
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            if ranks.is_first and (step % config.log_every == 0 or step == config.steps or stopped_by):
+                seconds = (time.perf_counter() - clock) / (step - logged_step)
+                log.step(step, config, sums, scale=model.logit_scale.exp().item(), grad_norm=grad_norm,
+                         lr=learning_rate(step - 1, config), skipped=progress["skipped"], step_s=seconds,
+                         data_s=data_time / (step - logged_step))
+                data_time, logged_step, clock = 0.0, step, time.perf_counter()
+            if step % config.eval_every == 0 or step == config.steps or stopped_by:
+                paused = time.perf_counter()
+                if ranks.is_first:
+                    contents = dict(model=model, tokenizer=tokenizer, concept_vocab=vocab, config=asdict(config),
+                                    step=step, progress=progress)
+                    if val_split and not stopped_by:
+                        score = log.validation(step, evaluate_retrieval(model, tokenizer, val_split, cache))
+                        if progress["best"] is None or score > progress["best"]:
+                            progress["best"] = score
+                            save_checkpoint(out / "best.safetensors", **contents)
+                    saved = out / f"step-{step:06d}.safetensors"
+                    log.flush_to_disk()
+                    save_checkpoint(saved, **contents, training=optimizer_tensors(optimizer, model))
+                    for old in list_checkpoints(out)[:-config.keep]:
+                        old.unlink()
+                ranks.wait()
+                clock += time.perf_counter() - paused
 
     # ---- 4. the end --------------------------------------------------------------------------------------------------
-    if main_process:
+    if stopped_by:
+        say(f"stopped by {signal.Signals(stopped_by).name} after step {step}: {saved}; the same command goes on from it")
+        return stopped_by
+    if ranks.is_first:
         plot_curves(out / "log.jsonl", out / "curves.png")
         say(f"{saved}, {out / 'log.jsonl'}, {out / 'curves.png'}")
         for split in filter(None, (train_split, val_split)):
             print(split.describe_broken(), end="\n" * bool(split.broken))
         if config.dataset == "toy" and config.test:
             evaluate(EvalConfig(checkpoint=str(saved), task="toy", out=str(out), cache=config.cache))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return 0
 
 
-def set_up_process() -> tuple[int, int, torch.device]:
-    """(rank, world_size, device); joins the process group if torchrun started us."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # the first rank may decode for hours while the others wait
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
-    return dist.get_rank(), dist.get_world_size(), device
+def backward(towers, logit_scale, batch: dict, loss_of, *, chunk: int, bf16: bool, sync: bool) -> dict:
+    """Add the gradients of one batch to the parameters; {name: detached part of the loss}.
+
+    loss_of(video_emb, text_emb, concept_logits, logit_scale) -> (loss, parts). Without `sync` ranks do not average yet.
+    chunk > 0: by chunks, as the top of this file explains; the gradient is the same.
+    """
+    n = len(batch["tokens"])
+    pieces = [slice(start, start + (chunk or n)) for start in range(0, n, chunk or n)]
+
+    def encode(rows: slice):
+        with torch.autocast(batch["video"].device.type, torch.bfloat16, enabled=bf16):
+            return towers(prepare_video(batch["video"][rows]), batch["tokens"][rows], batch["text_mask"][rows])
+
+    def averaging(now: bool):  # DDP averages at the end of a backward pass, unless told not to
+        return contextlib.nullcontext() if now or not hasattr(towers, "no_sync") else towers.no_sync()
+
+    if len(pieces) == 1:
+        with averaging(sync):
+            loss, parts = loss_of(*encode(pieces[0]), logit_scale)
+            loss.backward()
+        return parts
+    with torch.no_grad():
+        encoded = [torch.cat(x) if x[0] is not None else None for x in zip(*map(encode, pieces))]   # [n, …] each
+    inputs = [x if x is None else x.detach().requires_grad_() for x in (*encoded, logit_scale)]
+    loss, parts = loss_of(*inputs)
+    *gradients, scale_gradient = torch.autograd.grad(loss, [x for x in inputs if x is not None])
+    for rows in pieces:
+        last = rows is pieces[-1]
+        with averaging(sync and last):
+            outputs = [x for x in encode(rows) if x is not None]
+            torch.autograd.backward(outputs + [logit_scale] * last,
+                                    [gradient[rows] for gradient in gradients] + [scale_gradient] * last)
+    return parts
 
 
 def make_folder(out: Path):
@@ -318,15 +378,25 @@ def parameter_groups(model: CLOP, config: TrainConfig) -> list[dict]:
             if (params := [p for p in parameters if p.requires_grad])]
 
 
-def check_same_run(resumed, config: TrainConfig, out: Path):
-    """A folder holds one run: raise UserError if its checkpoint was made with settings that change the result."""
-    free = {"out", "cache", "gpus", "workers", "log_every", "eval_every",
+def fingerprint(split) -> str:
+    """Of the captions, and of which of them are of one video: with others, the batches would not be those of before."""
+    digest = hashlib.sha256("\n".join(split.captions).encode("utf-8", "surrogatepass"))
+    digest.update(split.video_of_caption.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_run(resumed, config: TrainConfig, progress: dict, out: Path):
+    """A folder holds one run: raise UserError if its checkpoint was made with settings or data that change the result."""
+    free = {"out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep", "skip_nonfinite",
             "checkpointing", "compile", "max_broken", "test"}
-    changed = [f"--{name.replace('_', '-')} {old} → {getattr(config, name)}" for name, old in resumed.config.items()
-               if name not in free and getattr(config, name) != old]
+    changed = [f"--{name.replace('_', '-')} {old} → {getattr(config, name, 'gone')}"
+               for name, old in resumed.config.items() if name not in free and getattr(config, name, None) != old]
     if changed:
         raise UserError(f"{out}: holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or delete the folder")
+    if resumed.progress.get("data") != progress["data"]:
+        raise UserError(f"{out}: holds a run on other captions or videos (has the data file changed, or are other videos "
+                        "broken now?); restore them, choose another --out, or delete the folder")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -356,84 +426,28 @@ def frames_at(step: int, stages: list[int], steps: int) -> int:
 
 
 def endless_batches(sampler, start: int):
-    """(number, epoch, sample indices) of batch `start`, `start` + 1, …: resuming skips, and replays nothing."""
+    """(number, epoch, this rank's samples, size on all ranks) of batch `start`, `start` + 1, …: resuming skips, and
+    replays nothing."""
     epoch, first = divmod(start, len(sampler))
     numbers = itertools.count(start)
     for epoch in itertools.count(epoch):
-        for indices in sampler.batches(epoch, first):
-            yield next(numbers), epoch, indices
+        for number, indices in enumerate(sampler.batches(epoch, first), first):
+            yield next(numbers), epoch, indices, min(sampler.batch_size, sampler.size - number * sampler.batch_size)
         first = 0
 
 
 def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:
     """{"<moment>.<parameter>": tensor}: AdamW's state under the parameters' names, so that order does not matter."""
-    return {f"{moment}.{name}": value for name, p in model.named_parameters() if p.requires_grad
+    return {f"{moment}.{name}": value for name, p in model.named_parameters()
             for moment, value in optimizer.state[p].items()}
 
 
 def restore_optimizer(optimizer, model, tensors):
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        optimizer.state[p] = {moment: tensors[f"{moment}.{name}"].to(p.device if moment != "step" else "cpu")
-                              for moment in ("step", "exp_avg", "exp_avg_sq")}
-
-
-class Log:
-    """log.jsonl: one JSON object a line, and the same for people on stdout."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, entry: dict):
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-
-    def step(self, step, config: TrainConfig, sums, *, scale, grad_norm, lr, step_s, data_s):
-        pairs_per_s = config.batch_size * config.accumulate / step_s
-        self.write(dict(step=step, **sums, logit_scale=scale, grad_norm=grad_norm, lr=lr, pairs_per_s=pairs_per_s,
-                        step_s=step_s, data_s=data_s))
-        parts = " ".join(f"{name} {value:.3f}" for name, value in sums.items())
-        left = (config.steps - step) * step_s
-        print(f"step {step}/{config.steps}  {parts}  scale {scale:.1f}  grad {grad_norm:.2f}  lr {lr:.1e}  "
-              f"{pairs_per_s:.0f} pairs/s  step {1000 * step_s:.0f} ms (data {1000 * data_s:.0f})  "
-              f"{left / 60:.1f} min left", flush=True)
-
-    def validation(self, step: int, metrics: dict):
-        self.write(dict(step=step, validation=metrics))
-        print(f"step {step}  validation: " + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()),
-              flush=True)
-
-
-def plot_curves(log_path: Path, picture: Path):
-    """Loss parts, logit scale, speed and validation recall over steps -> a PNG."""
-    import matplotlib  # here, not above: it takes a second to import, and only the end of a run draws
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in open(log_path, encoding="utf-8")]
-    steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "validation" in x]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-
-    def draw(axis, title, entries, names, value):
-        for name in names:
-            points = [(x["step"], value(x)[name]) for x in entries if name in value(x)]
-            if points:
-                axis.plot(*zip(*points), label=name, linewidth=1.2)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8)
-
-    draw(axes[0, 0], "loss and its parts", steps, ("loss", "nce", "hard", "skp"), lambda x: x)
-    draw(axes[0, 1], "validation recall, %", checks, ("t2v_R@1", "t2v_R@5", "v2t_R@1"), lambda x: x["validation"])
-    draw(axes[1, 0], "logit scale and gradient norm", steps, ("logit_scale", "grad_norm"), lambda x: x)
-    draw(axes[1, 1], "seconds a step, and of them waiting for data", steps, ("step_s", "data_s"), lambda x: x)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+        found = {moment: tensors.get(f"{moment}.{name}") for moment in ("step", "exp_avg", "exp_avg_sq")}
+        if found["step"] is not None:  # none yet: every step until now was skipped
+            optimizer.state[p] = {moment: value.to(p.device if moment != "step" else "cpu")
+                                  for moment, value in found.items()}
 
 
 if __name__ == "__main__":

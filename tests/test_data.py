@@ -237,7 +237,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
         assert sampler.plan(epoch).tobytes() == plans[1, epoch]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 7, 8])
 def test_ranks_cut_the_same_batches(world_size):
     whole = list(make_sampler().batches(epoch=1))
     parts = [list(make_sampler(rank=rank, world_size=world_size).batches(epoch=1)) for rank in range(world_size)]
@@ -245,7 +245,7 @@ def test_ranks_cut_the_same_batches(world_size):
     for i, batch in enumerate(whole):
         assert (np.concatenate([part[i] for part in parts]) == batch).all()
         sizes = [len(part[i]) for part in parts]
-        assert max(sizes) - min(sizes) <= 1 and (i == len(whole) - 1 or set(sizes) == {64 // world_size})
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("start", [0, 1, 20, 46, 47])
@@ -326,7 +326,7 @@ def test_scarce_groups_are_dealt_out_evenly():
 
 
 def test_wrong_settings():
-    for wrong in (dict(batch_size=0), dict(batch_size=10, world_size=4), dict(batch_size=4000, drop_last=True)):
+    for wrong in (dict(batch_size=0), dict(batch_size=3, world_size=4), dict(batch_size=4000, drop_last=True)):
         with pytest.raises(UserError, match="batch size"):
             make_sampler(**wrong)
     for wrong in (dict(rank=2, world_size=2), dict(group_size=1)):

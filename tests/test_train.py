@@ -125,7 +125,7 @@ def test_non_finite_loss_names_step_and_checkpoint(tiny_world, tmp_path, cache, 
     real = train.clop_loss
     monkeypatch.setattr(train, "clop_loss", explode)
     with pytest.raises(UserError, match=r"step 5: loss nan .*step-000003.safetensors"):
-        train.train(settings(tiny_world, tmp_path, cache))
+        train.train(settings(tiny_world, tmp_path, cache, skip_nonfinite=0))
     assert load_checkpoint(tmp_path).step == 3
 
 

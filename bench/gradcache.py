@@ -1,0 +1,112 @@
+"""Peak memory and time of one training step: the whole batch at once against chunks with the same negatives (--chunk).
+
+Each row is a process of its own, because a peak is one number a process. Memory: what the process (on a GPU: the
+allocator) held at most, beyond what it held before the step. The gradient of each row is compared with the first's.
+
+    python bench/gradcache.py                                    # a CPU, toy preset, 1,024 pairs
+    python bench/gradcache.py --preset base --batch 512          # on a GPU
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from cli import parse_config, run
+from eval import machine_facts
+from knowledge import concept_vectors
+from losses import LossConfig, clop_loss
+from model import CLOP, build_config
+from train import backward
+
+CONCEPTS = 512
+
+
+@dataclass
+class BenchConfig:
+    """Memory and time of --chunk."""
+
+    preset: str = "toy"             # of model.py
+    batch: int = 1024               # pairs
+    frames: int = 8                 # of a video
+    chunks: str = "0,256,64,16"     # pairs encoded at a time, a row each; 0 = all at once
+    rounds: int = 3                 # steps timed after one that is not; the fastest counts
+    checkpointing: bool = False     # recompute activations, in every row
+    only: int = -1                  # (internal) run this chunk in this process and print JSON
+
+
+def measure(config: BenchConfig) -> dict:
+    """One row, in this process."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    sizes, B = build_config(config.preset, num_frames=config.frames, num_concepts=CONCEPTS), config.batch
+    model = CLOP(sizes).to(device)
+    model.use_checkpointing(config.checkpointing)
+    lengths = torch.randint(4, sizes.text_length + 1, (B,))
+    batch = dict(
+        video=torch.randint(256, (B, config.frames, sizes.image_size, sizes.image_size, 3), dtype=torch.uint8),
+        tokens=torch.randint(sizes.vocab_size, (B, sizes.text_length)),
+        text_mask=torch.arange(sizes.text_length) < lengths[:, None],
+        concepts=(torch.rand(B, CONCEPTS) < 0.01).float(), ids=torch.arange(B)[:, None].repeat(1, 2))
+    batch = {name: x.to(device) for name, x in batch.items()}
+    idf = torch.ones(CONCEPTS, device=device)
+    weights = LossConfig(skp_weight=1.0, beta=1.0, hard_k=8, hard_weight=0.5, mask_false_negatives=True)
+
+    def loss_of(video_emb, text_emb, concept_logits, logit_scale):
+        return clop_loss(video_emb, text_emb, logit_scale, weights, concept_logits=concept_logits,
+                         concepts=batch["concepts"], knowledge=concept_vectors(batch["concepts"], idf),
+                         signature=batch["ids"])
+
+    def held() -> int:
+        return (torch.cuda.max_memory_allocated() if device == "cuda"
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    before, seconds = held(), []
+    for _ in range(config.rounds + 1):
+        model.zero_grad(set_to_none=True)
+        wall, cpu = time.perf_counter(), time.process_time()
+        backward(model, model.logit_scale, batch, loss_of, chunk=config.only, bf16=device == "cuda", sync=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall, cpu = min(seconds[1:])
+    gradient = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
+    torch.save(gradient, os.environ["GRADIENT_FILE"])
+    return dict(mib=(held() - before) / 2**20, wall=wall, cpu=cpu)
+
+
+def main():
+    config = parse_config(BenchConfig)
+    if config.only >= 0:
+        print(json.dumps(measure(config)))
+        return
+    facts = machine_facts("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{facts['hardware']}, torch {facts['versions']['torch']}, load {os.getloadavg()[0]:.1f}; preset {config.preset}, "
+          f"{config.batch} pairs of {config.frames} frames, all losses on")
+    print("| chunk | peak beyond start, MiB | of all at once | s | CPU s | of all at once | gradient differs by |")
+    print("|---|---|---|---|---|---|---|")
+    first = whole = None
+    for chunk in map(int, config.chunks.split(",")):
+        file = f"{os.environ.get('TMPDIR', '/tmp')}/gradient-{os.getpid()}.pt"
+        flags = [f"--{name}={value}" for name, value in (asdict(config) | dict(only=chunk)).items()
+                 if not isinstance(value, bool)] + ["--checkpointing"] * config.checkpointing
+        done = subprocess.run([sys.executable, __file__, *flags], env=dict(os.environ, GRADIENT_FILE=file), check=True,
+                              stdout=subprocess.PIPE, text=True)
+        row, gradient = json.loads(done.stdout.splitlines()[-1]), torch.load(file, weights_only=True)
+        os.unlink(file)
+        first, whole = (row, gradient) if first is None else (first, whole)
+        error = ((gradient - whole).norm() / whole.norm()).item()
+        print(f"| {chunk or 'all'} | {row['mib']:.0f} | {row['mib'] / first['mib']:.2f} | {row['wall']:.2f} | "
+              f"{row['cpu']:.2f} | {row['cpu'] / first['cpu']:.2f} | {error:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,357 @@
+"""distributed.py and train.py on 2, 4 and 8 processes (gloo): the gradients, losses and batches of one process.
+
+The ranks of a world size are forked from a server that has PyTorch loaded, form one group, and run all checks in it.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from checkpoint import load_checkpoint
+from cli import UserError
+from distributed import LostRank, Ranks, StopSignals, exchange, gather, share_sizes, world_size
+from knowledge import concept_vectors
+from losses import LossConfig, clop_loss
+from model import CLOP, PRESETS, build_config
+from train import TrainConfig, backward
+
+ROOT = Path(__file__).parent.parent
+ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_false_negatives=True)
+TINY = dict(image_size=16, num_frames=2, video_width=32, video_layers=1, video_heads=2, text_width=32, text_layers=1,
+            text_heads=2, text_length=8, vocab_size=64, embed_dim=16, num_concepts=9)
+CASES = {  # sizes of the batches of one optimizer step, pairs encoded at a time, activations recomputed
+    "equal shares": ([16], 0, False), "unequal shares": ([13], 0, False), "chunks": ([13], 1, False),
+    "everything": ([16, 13], 3, True)}
+
+
+# ---- what ranks compute ----------------------------------------------------------------------------------------------
+
+
+def embeddings(B):
+    """Inputs of the loss in float64, the same in every process: ([B, …] tensors, logit_scale)."""
+    g = torch.Generator().manual_seed(B)
+    concepts = (torch.rand(B, 9, generator=g) < 0.3).double()
+    concepts[2] = 0
+    rows = dict(
+        video_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1),
+        text_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1), concepts=concepts,
+        knowledge=F.normalize(concepts, dim=1), concept_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
+        signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]))
+    return rows, torch.tensor(math.log(10.0), dtype=torch.float64)
+
+
+def loss_gradients(B, rank=0, parts=1):
+    """(loss, gradients of this rank's rows and of the scale)."""
+    rows, scale = embeddings(B)
+    sizes = share_sizes(B, parts)
+    mine = {name: x.split(sizes)[rank].clone() for name, x in rows.items()}
+    wanted = [mine[name].requires_grad_() for name in ("video_emb", "text_emb", "concept_logits")]
+    wanted.append(scale.requires_grad_())
+    loss, _ = clop_loss(mine.pop("video_emb"), mine.pop("text_emb"), scale, ALL_ON, batch_size=B, **mine)
+    return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, wanted)]
+
+
+def step_gradients(case, ranks=Ranks(0, 1, torch.device("cpu"))):
+    """{parameter: gradient} of one optimizer step of the tiny model on this rank's shares of the case's batches."""
+    batch_sizes, chunk, checkpointing = CASES[case]
+    torch.manual_seed(0)
+    model = CLOP(build_config("toy", **TINY))
+    torch.nn.init.normal_(model.video.blocks[0].time_attn.out.weight, std=0.1)     # it starts at zero
+    model.use_checkpointing(checkpointing)
+    towers = torch.nn.parallel.DistributedDataParallel(model) if ranks.world_size > 1 else model
+    for number, B in enumerate(batch_sizes):
+        g = torch.Generator().manual_seed(number)
+        lengths = torch.randint(2, 9, (B,), generator=g)
+        batch = dict(video=torch.randint(256, (B, 2, 16, 16, 3), generator=g).byte(),
+                     tokens=torch.randint(64, (B, 8), generator=g), text_mask=torch.arange(8) < lengths[:, None],
+                     concepts=(torch.rand(B, 9, generator=g) < 0.3).float(), ids=torch.randint(9, (B, 2), generator=g))
+        batch = {name: x.split(share_sizes(B, ranks.world_size))[ranks.rank] for name, x in batch.items()}
+
+        def loss_of(video_emb, text_emb, concept_logits, logit_scale):
+            loss, parts = clop_loss(
+                video_emb, text_emb, logit_scale, ALL_ON, batch_size=B, signature=batch["ids"],
+                concept_logits=concept_logits, concepts=batch["concepts"],
+                knowledge=concept_vectors(batch["concepts"], torch.ones(9)))
+            return loss / len(batch_sizes), parts
+
+        backward(towers, model.logit_scale, batch, loss_of, chunk=chunk, bf16=False,
+                 sync=number == len(batch_sizes) - 1)
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+
+
+def settings(world, folder, name, **other):
+    """A short run with all losses on, unequal shares, an unequal last batch, accumulation, chunks, checkpointing."""
+    return TrainConfig(**dict(
+        dataset="csv", data=str(world / "train.csv"), out=str(folder / name), cache=str(folder / "cache"), steps=4,
+        batch_size=83, drop_last=False, accumulate=2, chunk=24, checkpointing=True, num_frames=2, warmup=2, log_every=1,
+        eval_every=3, workers=1, guided_from=0.0, hard_k=2, hard_weight=0.5) | other)
+
+
+def poison(rank, at_calls):
+    """Make train.py's loss NaN at these of its calls on this rank; returns the function to restore."""
+    real, calls = train.clop_loss, []
+
+    def clop_loss_or_nan(*args, **kwargs):
+        calls.append(1)
+        loss, parts = real(*args, **kwargs)
+        return loss * (math.nan if rank == 1 and len(calls) in at_calls else 1), parts
+
+    train.clop_loss = clop_loss_or_nan
+    return real
+
+
+def rank_main(rank, count, port, folder, world, answers):
+    """All that one rank does; answers.put((rank, {name: result}))."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+    ranks, found = Ranks.join(cpu=True), {}
+    assert (ranks.rank, ranks.world_size, world_size(), ranks.is_first) == (rank, count, count, rank == 0)
+    sizes = share_sizes(count + 1, count)
+    found["gather"] = gather(torch.full((sizes[rank], 2), rank), sizes).tolist()
+    found["exchange"] = exchange(100 * rank + torch.arange(count + 1), sizes).tolist()
+    found["mean"] = ranks.mean(torch.tensor([rank, math.nan if rank == 1 else 0.0])).tolist()
+    found |= {f"loss of {B}": loss_gradients(B, rank, count) for B in (16, 13)}
+    found |= {case: step_gradients(case, ranks) for case in CASES}
+    train.train(settings(world, folder, f"of-{count}"), ranks)
+    restore = poison(rank, at_calls=(2, 4))
+    train.train(settings(world, folder, f"skipped-{count}", accumulate=1, skip_nonfinite=1), ranks)
+    train.clop_loss = restore
+    restore = poison(rank, at_calls=(3, 4))
+    try:
+        train.train(settings(world, folder, f"ended-{count}", accumulate=1, skip_nonfinite=1, eval_every=2), ranks)
+    except (UserError, SystemExit) as error:
+        found["ended"] = str(error)
+    train.clop_loss = restore
+    if rank == 1:
+        train.StopSignals = lambda ranks: StopAfter(ranks, calls=2)
+    found["stopped"] = train.train(settings(world, folder, f"stopped-{count}", accumulate=1), ranks)
+    answers.put((rank, found))
+    ranks.wait()
+    ranks.leave()
+
+
+class StopAfter(StopSignals):
+    """SIGINT arrives at this rank alone, before the loop looks for the `calls`-th time."""
+
+    def __init__(self, ranks, calls):
+        self.ranks, self.calls, self.before = ranks, calls, {}
+
+    @property
+    def received(self):
+        self.calls -= 0.5  # the loop looks twice a step
+        return signal.SIGINT if self.calls <= 0 else 0
+
+
+# ---- groups of ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_world, folder):
+    """The same by one process."""
+    train.train(settings(tiny_world, folder, "of-1"))
+    return {f"loss of {B}": loss_gradients(B) for B in (16, 13)} | {case: step_gradients(case) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=[2, 4, 8])
+def group(request, alone, tiny_world, folder):
+    """[what each rank found]."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    answers = context.SimpleQueue()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [context.Process(target=rank_main, args=(rank, request.param, port, folder, tiny_world, answers))
+             for rank in range(request.param)]
+    for process in ranks:
+        process.start()
+    found = []
+    while len(found) < len(ranks):
+        assert all(process.exitcode in (None, 0) for process in ranks), "a rank failed, see its traceback"
+        if answers.empty():
+            time.sleep(0.02)
+        else:
+            found.append(answers.get())
+    for process in ranks:
+        process.join()
+    return [results for _, results in sorted(found, key=lambda pair: pair[0])]
+
+
+def test_rows_reach_who_needs_them(group):
+    count = len(group)
+    rows = [[rank] * 2 for rank, size in enumerate(share_sizes(count + 1, count)) for _ in range(size)]
+    assert all(found["gather"] == rows for found in group)
+    starts = np.cumsum([0, *share_sizes(count + 1, count)])
+    for rank, found in enumerate(group):
+        columns = range(starts[rank], starts[rank + 1])
+        assert found["exchange"] == [[100 * other + column for column in columns] for other in range(count)]
+        assert found["mean"][0] == (count - 1) / 2 and math.isnan(found["mean"][1])
+
+
+@pytest.mark.parametrize("B", [16, 13])
+def test_loss_and_its_gradient_are_those_of_the_whole_batch(group, alone, B):
+    loss, gradients = alone[f"loss of {B}"]
+    losses, parts = zip(*(found[f"loss of {B}"] for found in group))
+    assert np.mean(losses) == pytest.approx(loss, rel=1e-12)
+    for i, expected in enumerate(gradients):                           # DDP averages: rows scatter, the scale is shared
+        merged = (np.mean([p[i] for p in parts], axis=0) if expected.ndim == 0
+                  else np.concatenate([p[i] for p in parts]) / len(group))
+        np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_get_the_gradient_of_one_process(group, alone, case):
+    for found in group:
+        assert found[case].keys() == alone[case].keys()
+        for name, expected in alone[case].items():
+            assert np.linalg.norm(found[case][name] - expected) <= 3e-6 * np.linalg.norm(expected) + 1e-9, name
+            assert np.array_equal(found[case][name], group[0][case][name]), f"{name} differs between ranks"
+
+
+def log_of(folder, name) -> list[dict]:
+    return [json.loads(line) for line in open(folder / name / "log.jsonl", encoding="utf-8")]
+
+
+def losses_of(folder, name) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in log_of(folder, name) if "loss" in line}
+
+
+def test_a_run_is_the_run_of_one_process(group, folder):
+    one, many = (losses_of(folder, f"of-{count}") for count in (1, len(group)))
+    assert len(one) == 4 and log_of(folder, f"of-{len(group)}")[0]["world_size"] == len(group)
+    assert many == pytest.approx(one, rel=2e-5)
+    a, b = (load_checkpoint(folder / f"of-{count}").model.state_dict() for count in (1, len(group)))
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+def test_a_run_goes_on_with_another_number_of_processes(group, tiny_world, folder):
+    out = folder / f"was-{len(group)}"
+    out.mkdir()
+    (out / "step-000003.safetensors").write_bytes(
+        (folder / f"of-{len(group)}" / "step-000003.safetensors").read_bytes())
+    train.train(settings(tiny_world, folder, out.name))
+    assert losses_of(folder, out.name) == pytest.approx(
+        {step: loss for step, loss in losses_of(folder, "of-1").items() if step > 3}, rel=2e-5)
+
+
+def test_a_gradient_of_nan_on_one_rank_is_skipped_by_all(group, folder):
+    lines = [line for line in log_of(folder, f"skipped-{len(group)}") if "grad_norm" in line]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False, True]
+    assert "step 4: loss nan" in group[0]["ended"] and "step-000002.safetensors" in group[0]["ended"]
+    assert {found["ended"] for found in group[1:]} == {"2"}            # end too, and leave the words to the first
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, folder):
+    assert [found["stopped"] for found in group] == [signal.SIGINT] * len(group)
+    assert log_of(folder, f"stopped-{len(group)}")[-1]["step"] == 2 == load_checkpoint(folder / f"stopped-{len(group)}").step
+
+
+# ---- alone -----------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_give_the_gradient_of_the_whole(alone):
+    for name, expected in alone["unequal shares"].items():             # 13 chunks of one pair, against one of 13
+        assert np.linalg.norm(alone["chunks"][name] - expected) <= 3e-6 * np.linalg.norm(expected) + 1e-9, name
+
+
+def test_shares_are_those_of_the_sampler():
+    for total in range(40):
+        for parts in range(1, 9):
+            assert share_sizes(total, parts) == [len(x) for x in np.array_split(np.arange(total), parts)]
+
+
+def test_no_module_sees_its_share_only_or_draws_at_random():
+    refused = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    for preset in PRESETS:
+        with torch.device("meta"):
+            model = CLOP(build_config(preset, num_concepts=5))
+        assert not [name for name, module in model.named_modules() if isinstance(module, refused)]
+
+
+def test_only_errors_of_lost_connections_are_explained():
+    ranks = Ranks(1, 2, torch.device("cpu"))
+    with pytest.raises(LostRank, match="rank 1: another rank went away"), ranks.explain_lost_rank():
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:49152")
+    with pytest.raises(RuntimeError, match="shapes"), ranks.explain_lost_rank():
+        raise RuntimeError("shapes do not match")
+
+
+def test_demo_runs():
+    done = subprocess.run([sys.executable, "distributed.py"], cwd=ROOT, capture_output=True, text=True)
+    assert "with gradient: dL/dx = 14; 2 Σ x = 14" in done.stdout, done.stderr
+    assert "detached: dL/dx = 7; 2 Σ x = 14" in done.stdout
+
+
+# ---- docs/scaling.md -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import scaling
+    sys.path.pop(0)
+    return scaling
+
+
+def test_the_page_holds_what_the_script_prints(scaling):
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"<!-- python docs/scaling.py -->\n{scaling.tables()}\n<!-- end -->" in page
+
+
+def test_counted_flops_are_those_that_pytorch_counts(scaling):
+    sizes = build_config("toy", image_size=64)
+    model, L = CLOP(sizes), sizes.text_length
+    counted = []
+    for call in (lambda: model.encode_video(torch.randn(1, 8, 3, 64, 64)),
+                 lambda: model.encode_text(torch.zeros(1, L, dtype=torch.long), torch.ones(1, L, dtype=torch.bool))):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        counted.append(counter.get_total_flops())
+    for ours, theirs in zip(scaling.encoder_flops(sizes), counted):        # theirs leaves attention's products out
+        assert 1 <= ours / theirs < 1.1
+
+
+def test_bytes_of_a_step_are_those_that_are_sent(scaling, monkeypatch):
+    """What rank 0 of 2 hands to the collectives of one loss, forward and backward."""
+    sent = []
+    B, E, K = 12, 6, 9
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda out, x: (
+        sent.append(x.nbytes), [y.copy_(x) for y in out]))
+    monkeypatch.setattr(torch.distributed, "reduce_scatter", lambda out, x: (
+        sent.append(x[1].nbytes), out.copy_(x[0])))
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda out, x, *_: (
+        sent.append(x.nbytes // 2), out.copy_(x)))
+    rows, scale = embeddings(B)
+    mine = {name: x[:B // 2].float() if x.is_floating_point() else x[:B // 2] for name, x in rows.items()}
+    video_emb, text_emb = (mine.pop(name).requires_grad_() for name in ("video_emb", "text_emb"))
+    loss, _ = clop_loss(video_emb, text_emb, scale.float(), LossConfig(beta=1.0, mask_false_negatives=True),
+                        knowledge=mine["knowledge"], signature=mine["signature"], batch_size=B)
+    loss.backward()
+    monkeypatch.setitem(scaling.PRESETS, "tiny", dict(embed_dim=E))
+    expected = scaling.cost("tiny", B, 2, K)
+    assert sum(sent) == expected["text"] + expected["knowledge"] + expected["ids"] + expected["columns"]

@@ -1,0 +1,389 @@
+"""What goes wrong on real machines, injected: each fault ends in one clear line, or in nothing at all, and loses nothing."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import knowledge
+import toyworld
+import train
+from checkpoint import load_checkpoint
+from cli import UserError
+from train import TrainConfig
+from video import FrameCache
+
+ROOT = Path(__file__).parent.parent
+ENDS_WITHIN = 20  # seconds after which no rank is left when one has died: a limit for a loaded machine (LOG.md has times)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_world, tmp_path_factory, cache):
+    """The losses of an uninterrupted run, {step: repr}."""
+    out = tmp_path_factory.mktemp("whole")
+    train.train(settings(tiny_world, out, cache))
+    return losses_of(out)
+
+
+def settings(world, out, cache, **other):
+    """A run of seconds on the tiny world."""
+    return TrainConfig(**dict(
+        dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"), out=str(out), cache=cache,
+        steps=12, batch_size=16, num_frames=2, warmup=2, log_every=1, eval_every=4, workers=1, guided_from=0.0,
+        hard_k=2, hard_weight=0.5) | other)
+
+
+def flags(config: TrainConfig, *more) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items()
+            if value != getattr(TrainConfig, name)] + list(more)
+
+
+def start(config, *more, script="train.py", env=()) -> subprocess.Popen:
+    """The command line as a process, in a group of its own."""
+    return subprocess.Popen([sys.executable, script, *flags(config, *more)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **dict(env)))
+
+
+def log_of(out) -> list[dict]:
+    path = Path(out) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]      # the last may be half written
+
+
+def losses_of(out) -> dict[int, str]:
+    """{step: repr}; no step may be there twice."""
+    steps = [(line["step"], repr(line["loss"])) for line in log_of(out) if "loss" in line]
+    assert len(dict(steps)) == len(steps), steps
+    return dict(steps)
+
+
+def wait_for_step(process, out, step, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not any(line.get("step", 0) >= step for line in log_of(out)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no step {step} after {seconds} s"
+        time.sleep(0.005)
+
+
+DIES_WRITING = """
+import os, signal, sys
+import checkpoint, cli, train
+real = checkpoint.save_file
+def half_a_file(tensors, path, metadata):
+    real(tensors, path, metadata)
+    if "step-000008" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = half_a_file
+cli.run(train.main)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_bit_by_bit(tiny_world, tmp_path, cache, whole):
+    config = settings(tiny_world, tmp_path / "out", cache)
+    script = tmp_path / "dies_writing.py"
+    script.write_text(DIES_WRITING)
+    killed = start(config, script=str(script))                             # 1. in the middle of a checkpoint
+    assert killed.wait(600) == -signal.SIGKILL, killed.communicate()[1]
+    assert load_checkpoint(config.out).step == 4 and list(Path(config.out).glob(".step-000008*.tmp"))
+    random.seed(int.from_bytes(os.urandom(4)))                             # 2., 3. at a random moment
+    for _ in range(2):
+        process = start(config)
+        wait_for_step(process, config.out, random.randint(5, 10))
+        time.sleep(random.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    train.train(config)
+    assert losses_of(config.out) == whole                                  # every step once, to the last bit
+    assert not list(Path(config.out).glob(".*.tmp"))
+
+
+def test_the_loop_draws_nothing_from_a_global_generator(tiny_world, tmp_path, cache, monkeypatch):
+    """So no state of one is in the checkpoint."""
+    states = []
+
+    def remember(*args, **kwargs):
+        states.append(torch.get_rng_state())
+        return real(*args, **kwargs)
+
+    real = train.clop_loss
+    monkeypatch.setattr(train, "clop_loss", remember)
+    train.train(settings(tiny_world, tmp_path, cache, steps=3))
+    assert len(states) == 3 and all(state.equal(states[0]) for state in states)
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_means_checkpoint_then_end(number, tiny_world, tmp_path, cache, whole, monkeypatch, capfd):
+    calls = []
+
+    def signal_in_third_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    real, before = train.clop_loss, signal.getsignal(number)
+    monkeypatch.setattr(train, "clop_loss", signal_in_third_step)
+    config = settings(tiny_world, tmp_path, cache)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(config)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == (130 if number == signal.SIGINT else 0)
+    assert load_checkpoint(tmp_path).step == 3 and list(losses_of(tmp_path)) == [1, 2, 3]
+    assert signal.getsignal(number) is before
+    said = capfd.readouterr()
+    assert said.err.count("stops after this step\n") == 1 and "step-000003.safetensors; the same command" in said.out
+    train.train(config)
+    assert losses_of(tmp_path) == whole
+
+
+def ranks_of(process) -> list[int]:
+    """Process ids of the ranks of a launcher, by rank."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    by_rank = {}
+    for pid in map(int, pids):
+        environment = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if entry)
+        if "RANK" in environment:
+            by_rank[int(environment["RANK"])] = pid
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def test_ranks_stop_together_and_one_that_dies_ends_all(tiny_world, tmp_path, cache):
+    config = settings(tiny_world, tmp_path, cache, steps=100_000, eval_every=50_000, val_data=None)
+    process = start(config, "--procs=2")
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)                                    # to the launcher, as a scheduler does
+    said, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert error.splitlines().count("SIGTERM: stops after this step") == 1 and "Traceback" not in error
+    step = load_checkpoint(tmp_path).step
+    assert step == log_of(tmp_path)[-1]["step"] and f"step-{step:06d}.safetensors" in said
+
+    process = start(config, "--procs=2")
+    wait_for_step(process, tmp_path, step + 2)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, error = process.communicate(timeout=120)
+    assert time.monotonic() - killed_at < ENDS_WITHIN
+    print(f"the others ended {time.monotonic() - killed_at:.1f} s after the kill")
+    *_, last = lines = error.strip().splitlines()
+    assert process.returncode == 1 and "Traceback" not in error and len(lines) == 2, error
+    assert lines[0].startswith("error: rank 0: another rank went away")
+    assert last.startswith("error: rank 1 (process ") and "SIGKILL" in last and "the same command goes on" in last
+    assert load_checkpoint(tmp_path).step == step
+
+
+FAILS_ON_ONE_RANK = """
+import os
+import cli, train
+real, calls = train.clop_loss, []
+def fail(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        raise {error}
+    return real(*args, **kwargs)
+train.clop_loss = fail
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("error, status", [("ValueError('a bug')", 1), ("cli.UserError('x.mp4: gone; fetch it')", 2)])
+def test_the_rank_that_failed_speaks_first(error, status, tiny_world, tmp_path, cache):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_ON_ONE_RANK.format(error=error))
+    process = start(settings(tiny_world, tmp_path / "out", cache), "--procs=2", script=str(script))
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == status
+    lines = said.strip().splitlines()
+    if status == 1:
+        assert lines[0].endswith("Traceback (most recent call last):") and said.count("Traceback") == 1
+        assert said.index("ValueError: a bug") < said.index("rank 0: another rank went away")
+        assert lines[-1].startswith("error: rank 1 ") and "failed with status 1, its message is above" in lines[-1]
+    else:
+        assert lines[0] == "error: x.mp4: gone; fetch it" and len(lines) == 2
+
+
+@pytest.mark.parametrize("what, said", [(["--gpus=99"], "this machine has"), (["--gpus=1", "--procs=1"], "not both")])
+def test_processes_that_cannot_be_started_are_one_line(what, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *what, f"--out={tmp_path}"])
+    with pytest.raises(UserError, match=said):
+        train.main()
+
+
+# ---- workers, disks, numbers -----------------------------------------------------------------------------------------
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_decoding_worker_is_one_line(tiny_world, tmp_path, monkeypatch):
+    videos = sorted(map(str, (tiny_world / "videos").glob("train_*.mp4")))
+    cache = FrameCache(tmp_path, size=32, num_frames=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameCache, "_try_store", die)                       # in the workers, which are forked
+        with pytest.raises(UserError, match="a decoding process died .*run the same command again"):
+            cache.fill(videos, workers=2, progress=False)
+    assert cache.fill(videos, workers=2, progress=False) == {}
+
+
+def test_a_killed_tagging_worker_is_one_line(monkeypatch):
+    captions = [f"a dog chases cat {i}" for i in range(1500)]
+    monkeypatch.setattr(knowledge, "extract_knowledge", die)
+    with pytest.raises(UserError, match="a tagging process died"):
+        knowledge.extract_many(captions, workers=2, progress=False)
+
+
+def test_a_killed_rendering_worker_is_one_line(tmp_path):
+    def kill_a_child():
+        children = Path(f"/proc/{os.getpid()}/task/{main}/children")
+        while not done.is_set():
+            for pid in children.read_text().split():
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    return
+            time.sleep(0.01)
+
+    done, main = threading.Event(), threading.get_native_id()
+    killer = threading.Thread(target=kill_a_child)
+    killer.start()
+    counts = dict(train=64, val=8, test=8, progress=False)
+    try:
+        with pytest.raises(UserError, match="a rendering process died"):
+            toyworld.generate(tmp_path / "world", workers=2, **counts)
+    finally:
+        done.set()
+        killer.join()
+    assert len(list((toyworld.generate(tmp_path / "world", workers=1, **counts) / "videos").glob("*.mp4"))) == 80
+
+
+def on_a_full_disk(function, *args, room=10_000, **kwargs):
+    """function(…) while no file of this process may grow beyond `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        return function(*args, **kwargs)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tiny_world, tmp_path, cache, whole, monkeypatch):
+    config, real = settings(tiny_world, tmp_path, cache, val_data=None), train.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", lambda path, **contents: on_a_full_disk(real, path, **contents)
+                      if contents["step"] == 8 else real(path, **contents))
+        with pytest.raises(UserError, match=r"step-000008.safetensors: checkpoint not written.*free the disk") as error:
+            train.train(config)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir() if "safetensors" in path.name] == ["step-000004.safetensors"]
+    train.train(config)
+    assert losses_of(tmp_path) == whole
+
+
+def test_a_full_disk_while_logging_is_one_line(tiny_world, tmp_path, cache):
+    log = train.Log(tmp_path / "log.jsonl", 0)
+    with pytest.raises(UserError, match="log.jsonl: cannot be written.*free the disk"):
+        on_a_full_disk(log.write, dict(text="x" * 100), room=10)
+
+
+def test_a_damaged_checkpoint_falls_back_saying_so(tiny_world, tmp_path, cache, whole, capsys):
+    config = settings(tiny_world, tmp_path, cache)
+    train.train(config)
+    newest = tmp_path / "step-000012.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    capsys.readouterr()
+    train.train(config)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "step-000012.safetensors: damaged" in error and "going back" in error
+    assert losses_of(tmp_path) == whole and (tmp_path / "step-000012.damaged").exists()
+    assert load_checkpoint(newest).step == 12
+
+
+def test_a_checkpoint_for_other_data_is_refused(tiny_world, tmp_path, cache):
+    data = tmp_path / "train.csv"
+    lines = (tiny_world / "train.csv").read_text().replace("videos/", f"{tiny_world}/videos/")
+    data.write_text(lines)
+    config = settings(tiny_world, tmp_path / "out", cache, data=str(data), steps=1, val_data=None)
+    train.train(config)
+    data.write_text(lines.replace(" a ", " one "))
+    with pytest.raises(UserError, match="on other captions or videos"):
+        train.train(config)
+
+
+def test_best_and_last_checkpoints_are_kept(tiny_world, tmp_path, cache, monkeypatch):
+    scores = iter([10.0, 30.0, 30.0])
+    real = train.Log.validation
+    monkeypatch.setattr(train.Log, "validation", lambda *args: (real(*args), next(scores))[1])
+    train.train(settings(tiny_world, tmp_path, cache, keep=1))
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "best.safetensors", "step-000012.safetensors"]
+    best = load_checkpoint(tmp_path / "best.safetensors", training=True)
+    assert (best.step, best.progress["best"], best.training) == (8, 30.0, {})  # the first of equals
+    assert load_checkpoint(tmp_path).step == 12
+
+
+def test_non_finite_steps_are_skipped_then_end_the_run(tiny_world, tmp_path, cache, monkeypatch):
+    calls = []
+
+    def explode(video_emb, text_emb, *args, **kwargs):
+        calls.append(1)
+        if len(calls) in bad:                                              # in the embeddings, as bf16 would
+            video_emb = video_emb * torch.where(torch.arange(len(video_emb)) == 3, torch.nan, 1.0)[:, None]
+        return real(video_emb, text_emb, *args, **kwargs)
+
+    real, bad = train.clop_loss, {2, 3, 5, 6, 7}
+    monkeypatch.setattr(train, "clop_loss", explode)
+    with pytest.raises(UserError, match=r"step 7: loss nan .* after 2 skipped steps; .*step-000004.safetensors"):
+        train.train(settings(tiny_world, tmp_path, cache, skip_nonfinite=2))
+    lines = [line for line in log_of(tmp_path) if "grad_norm" in line]
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3, 4]
+    found = load_checkpoint(tmp_path)
+    assert all(torch.isfinite(x).all() for x in found.model.state_dict().values())
+    assert found.progress["skipped"] == 2
+
+
+# ---- clock and locale ------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_runs_backwards(tiny_world, tmp_path, cache, whole, monkeypatch):
+    ticks = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
+    train.train(settings(tiny_world, tmp_path, cache))
+    assert losses_of(tmp_path) == whole
+    assert all(0 <= line["data_s"] <= line["step_s"] for line in log_of(tmp_path) if "step_s" in line)
+
+
+ODD = [dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TZ="Antarctica/Troll"),
+       dict(LC_ALL="tr_TR.UTF-8", LANGUAGE="tr", TZ="XXX-99:59")]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd["LC_ALL"])
+def test_odd_locales_change_nothing(odd, tiny_world, tmp_path, cache, whole):
+    config = settings(tiny_world, tmp_path, cache)
+    process = start(config, env=odd)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in error, error
+    assert losses_of(tmp_path) == whole
+    refused = start(settings(tiny_world, tmp_path, cache, lr=0.5), env=odd)  # its message has an arrow
+    _, error = refused.communicate(timeout=300)
+    assert refused.returncode == 2 and "--lr 0.001" in error and "Traceback" not in error, error

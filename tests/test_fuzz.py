@@ -1,0 +1,354 @@
+"""Every parser, fed with what nobody would write: the result is whole, or an error of one line, and nothing else happens.
+
+Valid files are damaged in places (spans cut out, doubled, replaced by what parsers stumble over), so that the damage gets
+past the first check. "Nothing else" includes: no path in a data file leads out of the data root.
+"""
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import test_datasets as builders
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import report
+from checkpoint import _hash_text, load_checkpoint, save_checkpoint
+from cli import UserError
+from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
+from knowledge import ConceptVocab, _read_cache, _write_cache, extract_knowledge, extract_many, read_captions
+from model import CLOP, build_config
+from runlog import Log, read_log
+from splits import Split
+from tagger import load_plain_pickle
+from tokenizer import Tokenizer
+
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+STUMBLES = [b"", b"\n", b"\r", b"\t", b",", b'"', b"'", b"\\", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80",
+            b"\\ud800", b"\xe2\x80\xae", b"../../", b"/etc/passwd", b"C:\\x", b"null", b"NaN", b"1e999", b"-1", b"[]",
+            b"{}", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, "²٣".encode(), b"video", b"msr", b"_", b"://"]
+
+
+@st.composite
+def damaged(draw, whole: bytes) -> bytes:
+    """`whole` with up to three spans replaced."""
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(whole)))
+        end = min(len(whole), start + draw(st.integers(0, 1) | st.integers(0, 40)))
+        middle = draw(st.sampled_from(STUMBLES) | st.binary(max_size=8) | st.just(whole[start:end] * 2))
+        whole = whole[:start] + middle + whole[end:]
+    return whole
+
+
+def one_line(error: UserError) -> str:
+    text = str(error)
+    assert text and "\n" not in text and "\r" not in text and len(text) < 2000, text
+    return text
+
+
+def assert_whole(split: Split, root: Path):
+    """Every caption can be written, and every path lies in the root."""
+    assert len(split.captions) == len(split.video_of_caption) and split.video_paths
+    for caption in split.captions:
+        caption.encode("utf-8")
+    inside = os.path.realpath(root) + os.sep
+    for path in split.video_paths:
+        assert os.path.realpath(path.replace("\0", "")).startswith(inside), path
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+BUILD = {"msrvtt": builders.build_msrvtt, "msvd": builders.build_msvd, "msvd-json": builders.build_msvd_json,
+         "didemo": builders.build_didemo, "lsmdc": builders.build_lsmdc, "webvid": builders.build_webvid,
+         "cc3m": builders.build_cc3m}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """{name: folder}: tiny data sets in the layout of their authors; the videos are empty files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builders, "film", lambda path, *_, **__: (path.parent.mkdir(parents=True, exist_ok=True),
+                                                                path.touch()))
+        folders = {}
+        for name, build in BUILD.items():
+            folders[name] = tmp_path_factory.mktemp(name)
+            build(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_damaged_annotations_of_a_data_set(name, published):
+    root, dataset = published[name], name.removesuffix("-json")
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".csv", ".json", ".jsonl", ".txt", ".tsv", ".pkl"))
+    assert files
+
+    @quick
+    @given(st.data())
+    def check(data):
+        path = data.draw(st.sampled_from(files))
+        role = data.draw(st.sampled_from(sorted(DATASETS[dataset].videos)))
+        whole = path.read_bytes()
+        try:
+            path.write_bytes(data.draw(damaged(whole)))
+            assert_whole(load_split(dataset, root, role), root)
+        except UserError as error:
+            one_line(error)
+        finally:
+            path.write_bytes(whole)
+
+    check()
+
+
+OWN = {"own.csv": b'video,caption\na.mp4,a dog runs\nsub/b.mp4,"two cats, asleep"\na.mp4,\n',
+       "own.jsonl": b'{"video": "a.mp4", "caption": "a dog runs"}\n{"video": "sub/b.mp4", "caption": "two cats"}\n'}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_damaged_lists_of_ones_own_videos(name):
+    @quick
+    @given(damaged(OWN[name]))
+    def check(content):
+        with tempfile.TemporaryDirectory() as folder:
+            path, root = Path(folder, name), Path(folder, "root")
+            path.write_bytes(content)
+            try:
+                assert_whole(load_split("csv", path, root=root), root)
+            except UserError as error:
+                one_line(error)
+            try:
+                assert all(caption.strip() for caption in read_captions(path))
+            except UserError as error:
+                one_line(error)
+
+    check()
+
+
+QUESTIONS = {
+    "q.jsonl": b'{"video": "a.mp4", "options": ["x", "y"], "answer": 1, "kind": "noun"}\n' * 2,
+    "mc.jsonl": b'{"qid": 1, "clip_name": "video7", "options": ["x", "y"], "answer": 1}\n' * 2,
+    "mc.json": b'[{"video": "video7.mp4", "caption": ["x", "y"], "answer": 1}]',
+    "mc.tsv": b"\tvid_key\ta1\ta2\ta3\ta4\ta5\tanswer\n0\tmsr7\tv\tw\tx\ty\tz\t3\n"}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_damaged_questions(name):
+    @quick
+    @given(damaged(QUESTIONS[name]))
+    def check(content):
+        with tempfile.TemporaryDirectory() as folder:
+            root, path = Path(folder), Path(folder, name)
+            path.write_bytes(content)
+            try:
+                questions = load_questions(path) if name == "q.jsonl" else load_msrvtt_mc(root, path)
+            except UserError as error:
+                one_line(error)
+                return
+            assert all(0 <= q.answer < len(q.options) for q in questions)
+            assert_whole(Split.from_pairs((q.video, option) for q in questions for option in q.options), root)
+
+    check()
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("the trap was sprung",)
+
+
+@quick
+@given(damaged(pickle.dumps({"v": [["a", "dog"], "runs"], "n": 1.5}, protocol=2)) | damaged(pickle.dumps(Trap())))
+def test_damaged_pickles_call_nothing(content):
+    try:
+        plain(load_plain_pickle(content))
+    except Exception as error:  # nearly any: its callers turn all of them into one line
+        assert not isinstance(error, AssertionError), error
+    assert not os.path.exists("the trap was sprung")
+
+
+def plain(value):
+    assert isinstance(value, (dict, list, tuple, set, str, bytes, bytearray, int, float, bool, type(None), type, frozenset)), \
+        value
+    return value
+
+
+OWN_MEMBER: list = []
+OWN_MEMBER.append(OWN_MEMBER)
+
+
+@pytest.mark.parametrize("data", [{("a", "b"): ["x"]}, {"v": OWN_MEMBER}, [1], {"v": [[["deep"]]]}], ids=str)
+def test_pickles_of_plain_data_in_odd_shapes(data, tmp_path):
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(data))
+    (tmp_path / "test_list.txt").write_text("v\n")
+    with pytest.raises(UserError) as error:
+        load_split("msvd", tmp_path, "test")
+    one_line(error.value)
+
+
+def test_a_number_of_five_thousand_digits(tmp_path):
+    path = tmp_path / "mc.tsv"
+    path.write_bytes(QUESTIONS["mc.tsv"].replace(b"\t3\n", b"\t" + b"9" * 5000 + b"\n"))
+    with pytest.raises(UserError, match="answer is '999") as error:
+        load_msrvtt_mc(tmp_path, path)
+    one_line(error.value)
+
+
+# ---- what this code wrote itself, and a disk or a stranger changed ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(path, its bytes) of a tiny one."""
+    captions = ["a dog chases a cat", "two red balls bounce"]
+    tokenizer = Tokenizer.train(captions, 280)
+    vocab = ConceptVocab.build(map(extract_knowledge, captions), min_count=1)
+    sizes = dict(image_size=16, video_width=16, video_layers=1, video_heads=1, text_width=16, text_layers=1, text_heads=1,
+                 text_length=8, embed_dim=8)
+    model = CLOP(build_config("toy", **sizes, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
+    path = tmp_path_factory.mktemp("checkpoint") / "x.safetensors"
+    save_checkpoint(path, model, tokenizer, vocab, config=dict(lr=0.1), step=7, training=dict(moment=torch.arange(3.0)))
+    return path, path.read_bytes()
+
+
+def test_a_checkpoint_with_any_byte_changed_is_refused(checkpoint):
+    path, whole = checkpoint
+    header_end = 8 + struct.unpack("<Q", whole[:8])[0]
+
+    @quick
+    @given(st.integers(0, header_end) | st.integers(0, len(whole) - 1), st.integers(1, 255))
+    def check(place, change):
+        changed = bytearray(whole)
+        changed[place] ^= change
+        path.with_name("changed").write_bytes(changed)
+        with pytest.raises(UserError) as error:
+            load_checkpoint(path.with_name("changed"), training=True)
+        one_line(error.value)
+
+    check()
+
+
+ODD_VALUES = [None, True, -1, 0, 3, 2**31, 10**30, 1.5, 1e308, "", "x", [], {}, [[]], [None], {"a": 1}]
+
+
+def places(value, path=()):
+    """The paths of all values inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] + [p for key, x in inner for p in places(x, (*path, key))] if path else [
+        p for key, x in inner for p in places(x, (key,))]
+
+
+def with_value(document, path, value):
+    document = copy.deepcopy(document)
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    return document
+
+
+def test_a_checkpoint_made_to_harm_is_refused_or_loads(checkpoint):
+    """Its checksums are right; what they cover is not."""
+    path, whole = checkpoint
+    size, = struct.unpack("<Q", whole[:8])
+    outer = json.loads(whole[8:8 + size])
+    header = json.loads(outer["__metadata__"]["clop"])
+    top = [place for place in places(header) if len(place) < 3]
+
+    @quick
+    @given(st.sampled_from(top) | st.sampled_from(places(header)), st.sampled_from(ODD_VALUES))
+    def check(place, value):
+        changed = json.dumps(with_value(header, place, value))
+        outer["__metadata__"] = dict(clop=changed, clop_sha256=_hash_text(changed))
+        text = json.dumps(outer).encode()
+        text += b" " * (-len(text) % 8)
+        path.with_name("made").write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size:])
+        try:
+            found = load_checkpoint(path.with_name("made"), training=True)
+            assert isinstance(found.step, int) and isinstance(found.config, dict)
+        except UserError as error:
+            one_line(error)
+
+    check()
+
+
+@quick
+@given(st.recursive(st.none() | st.text(max_size=4) | st.integers(), lambda x: st.lists(x, max_size=3) | st.dictionaries(
+    st.sampled_from(["tokens", "names", "counts", "num_captions"]), x, max_size=4)))
+def test_saved_vocabularies(value):
+    """What load_checkpoint takes for a damaged or foreign file, and nothing else, comes out of bad ones."""
+    for read in (Tokenizer.from_dict, ConceptVocab.from_dict):
+        try:
+            read(value)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError):
+            pass
+
+
+def test_damaged_knowledge_caches_are_made_anew(capsys):
+    captions = ["a dog chases a cat", "two red balls bounce", ""]
+    expected = extract_many(captions, progress=False)
+    folder = Path(tempfile.mkdtemp())
+    _write_cache(folder / "whole.npz", expected)
+    whole = (folder / "whole.npz").read_bytes()
+
+    @quick
+    @given(damaged(whole))
+    def check(content):
+        (folder / "x.npz").write_bytes(content)
+        found = _read_cache(folder / "x.npz")
+        assert found is None or list(found) == list(expected)
+
+    check()
+    shutil.rmtree(folder)
+
+
+def test_damaged_logs_are_cut_back():
+    whole = "".join(json.dumps(line) + "\n" for line in (
+        dict(config={}), dict(step=1, loss=2.5), dict(step=2, loss=None), dict(step=2, validation={}))).encode()
+
+    @quick
+    @given(damaged(whole))
+    def check(content):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "log.jsonl")
+            path.write_bytes(content)
+            log = Log(path, step=1)
+            log.write(dict(step=2, loss=1.0))
+            log.file.close()
+            *before, last = read_log(path)
+            assert last == dict(step=2, loss=1.0) and all(line.get("step", 0) <= 1 for line in before)
+
+    check()
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@quick
+@given(st.text(st.characters(codec=None), max_size=60) | st.text("<>&\"'\x00\x07\x1b\x7f\x9b\u202e\u2028/script b=", max_size=40))
+def test_no_caption_writes_html_or_hides_characters(caption):
+    page = report.card("gone.mp4", "title", caption, "right")
+    elements = Elements()
+    elements.feed(page)
+    expected = ["li", "p", "div", "p", "bdi" if caption.strip() else "i"]
+    assert elements.tags == expected, page
+    assert all(c.isprintable() or c in "\u200c\u200d" for c in page)
+    page.encode("utf-8")
