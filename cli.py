@@ -108,6 +108,12 @@ def _keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def give_back_memory() -> None:
+    """glibc only: return freed memory to the kernel, once, after work that took much more than what follows."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _print_error(line: str, status: int) -> int:
     print(line, file=sys.stderr, flush=True)
     return status

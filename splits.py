@@ -56,7 +56,7 @@ class Split:
         """From (video path, caption) pairs; the same path is the same video."""
         paths, captions = Strings.columns(pairs, 2)
         first, video_of_caption = paths.distinct()
-        return cls(paths.take(first), captions, video_of_caption)
+        return cls(paths if len(first) == len(paths) else paths.take(first), captions, video_of_caption)
 
     @classmethod
     def join(cls, splits: Sequence["Split"]) -> "Split":
@@ -72,6 +72,8 @@ class Split:
 
     def without(self, broken: dict[str, str]) -> "Split":
         """This split without some videos ({path: why}) and their captions."""
+        if not broken:
+            return self
         kept = np.fromiter((path not in broken for path in self.video_paths), bool, len(self.video_paths))
         keep_caption = kept[self.video_of_caption]
         return replace(self, video_paths=self.video_paths.take(kept), captions=self.captions.take(keep_caption),

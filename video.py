@@ -32,10 +32,10 @@ archive, reads a little faster from spinning disks, but needs locks and repair. 
 and 150 kB at 224 px: a 10,000-video set of 12 frames at 224 px takes 18 GB, and reads without any decoder.
 
 **Files from strangers.** A damaged or hostile file can do worse than fail: it can hang the decoder for ever, or crash
-the process that it runs in. So every video is decoded in a process of its own kind, which may take `PATIENCE` seconds
-and one more for each megabyte of the file. When they are over it is killed, the video is listed as broken with that
-reason, and another process takes its place. A process that dies is replaced too and the video tried once more, for the
-death may not have been the video's fault; if it happens again, it was.
+the process that it runs in. So the cache decodes in processes that can be spared, and a video may take `PATIENCE` seconds and
+one more for each megabyte of the file. When they are over, its process is killed, the video is listed as broken with
+that reason, and another process goes on with the next. One that dies is replaced too and its video tried once more,
+for the death may not have been the video's fault; if it happens again, it was.
 
     python video.py FILE        frames of FILE; without FILE, of a small video of its own
 """
@@ -345,13 +345,15 @@ def run_apart(work: collections.abc.Callable, paths: collections.abc.Iterable[st
         while busy:
             soonest = min(over for *_, over in busy.values())
             done = multiprocessing.connection.wait(busy, max(0, soonest - time.monotonic()))
-            for pipe in done or [pipe for pipe, (*_, over) in busy.items() if over <= time.monotonic()]:
+            late = [pipe for pipe, (*_, over) in busy.items() if over <= time.monotonic() and pipe not in done]
+            for pipe in [*done, *late]:
                 process, n, path, _ = busy.pop(pipe)
                 try:
                     result = pipe.recv() if pipe in done else None
                 except (EOFError, ConnectionResetError):
                     result = None
                 if isinstance(result, UserError):
+                    pipe.close()
                     raise result
                 if result is not None:
                     yield n, result
@@ -360,7 +362,7 @@ def run_apart(work: collections.abc.Callable, paths: collections.abc.Iterable[st
                 process.kill()
                 process.join()
                 pipe.close()
-                if pipe not in done:
+                if pipe in late:
                     yield n, (f"{path}: the decoder gave no frames within {_seconds_allowed(path):.0f} s and was "
                               "stopped; encode the file again or remove it")
                 elif n in tried_twice:
@@ -371,8 +373,9 @@ def run_apart(work: collections.abc.Callable, paths: collections.abc.Iterable[st
                     again.append((n, path))
                 start()
     finally:  # nobody is busy, unless something was raised: then a video that is almost done may be stored
+        grace = time.monotonic() + 2
         for pipe, (process, *_) in busy.items():
-            multiprocessing.connection.wait([pipe], timeout=2)
+            multiprocessing.connection.wait([pipe], max(0, grace - time.monotonic()))
             pipe.close()
             process.kill()
             process.join()

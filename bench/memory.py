@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import parse_config, run  # noqa: E402
+from cli import give_back_memory, parse_config, run  # noqa: E402
 from datasets import load_split  # noqa: E402
 
 
@@ -91,6 +91,7 @@ def work(load, path: Path, all_there, results):
     """In a worker, with the settings of malloc that every script of this repository has (cli.run)."""
     def main():
         data = load(path) if path else load  # forked workers get the data itself
+        give_back_memory()
         look(*data)
         all_there.wait()
         results.put(memory())
@@ -112,7 +113,11 @@ def measure(method: str, load, path: Path | None, workers: int) -> list[dict]:
 
 def fork_workers(load, path: Path, workers: int, results):
     """In a parent of its own: what an earlier one had freed would still be its memory."""
-    run(lambda: results.put(measure("fork", load(path), None, workers)))
+    def main():
+        data = load(path)
+        give_back_memory()
+        results.put(measure("fork", data, None, workers))
+    run(main)
 
 
 def main():
@@ -123,11 +128,11 @@ def main():
         path = Path(folder) / "train.csv"
         write_rows(path, int(config.millions * 1e6))
         print(f"{config.millions * 1e6:,.0f} rows, {path.stat().st_size / 1e6:.0f} MB of csv, {config.workers} workers"
-              "\nMB a worker (mean)             RSS      PSS  Private     peak    all workers (sum of PSS)")
+              "\nMB a worker (mean)                RSS      PSS  Private     peak    all workers (sum of PSS)")
 
         def show(name, found):
             mean = {key: sum(one[key] for one in found) / len(found) / 1e6 for key in found[0]}
-            print(f"    {name:22s}" + "".join(f"{mean[key]:9.0f}" for key in ("Rss", "Pss", "Private", "peak"))
+            print(f"    {name:25s}" + "".join(f"{mean[key]:9.0f}" for key in ("Rss", "Pss", "Private", "peak"))
                   + f"{mean['Pss'] * len(found):12.0f}", flush=True)
 
         loads = {"nothing": load_nothing, "list of str": load_lists, "Strings (ours)": load_strings}

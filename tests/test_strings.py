@@ -1,6 +1,7 @@
 """strings.py: says what a list would say, and its file is shared, whole, and repaired when it is not."""
 
 import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_processes_write_the_same_file_at_once(tmp_path):
     for process in processes:
         process.join()
     assert len(list(tmp_path.iterdir())) == 1  # and no temporary files
+
+
+def test_processes_that_hold_them_share_the_memory():
+    done = subprocess.run([sys.executable, "bench/memory.py", "--millions", "0.1", "--workers", "2"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    rows = re.findall(r"    (\w+, .+?)  +(\d+) +(\d+) +(\d+) +\d+ +\d+\n", done.stdout)
+    private = {name: int(megabytes) for name, _, _, megabytes in rows}
+    for way in ("separate", "forked"):  # of a worker's own, beyond what any process has
+        lists, ours = (private[f"{way}, {data}"] - private[f"{way}, nothing"]
+                       for data in ("list of str", "Strings (ours)"))
+        assert lists > 15 and ours < lists / 3, private
 
 
 def test_demo_runs():
