@@ -2,17 +2,17 @@
 
 A checkpoint is a safetensors file (https://github.com/huggingface/safetensors): a JSON header, then raw tensors.
 Reading it runs no code. `model.*` are the weights; `training.*` what only a resumed run wants (optimizer moments).
-The header's metadata holds JSON: model sizes, tokenizer, concept vocabulary, the run's configuration, step and progress,
-a SHA-256 over names and bytes of all tensors; and beside it the SHA-256 of that JSON. Both are verified at every read. So
-evaluation never needs a second file, and never takes a damaged one. (No state of a random generator is in it: all that a
-run draws is a pure function of seed, epoch and sample.)
+The header's metadata holds JSON: model sizes, tokenizer, concept vocabulary, the run's configuration, step and
+progress, a SHA-256 over names and bytes of all tensors; and beside it the SHA-256 of that JSON. Both are verified at
+every read. So evaluation never needs a second file, and never takes a damaged one. (No state of a random generator is
+in it: all that a run draws is a pure function of seed, epoch and sample.)
 
 Written to a temporary file in the same folder, flushed to disk, then renamed over the target: whoever reads sees the
 old file or the new one, never half of one. (`torch.save` would write a pickle: reading one runs what is in it.)
 
 A run's folder holds step-*.safetensors, the last few, and best.safetensors, the best on validation, which carries no
-training state. A resumed run takes the newest whole one (`resume_checkpoint`): a damaged one is named, set aside, and the one
-before it taken. Evaluation does not: a number from another file than the named one would be a wrong number.
+training state. A resumed run takes the newest whole one (`resume_checkpoint`): a damaged one is named, set aside, and
+the one before it taken. Evaluation does not: a number from another file than the named one would be a wrong number.
 
     python checkpoint.py runs/toy      # what is in the newest checkpoint there (without a path: in a fresh model's)
     python checkpoint.py --export runs/toy FILE     # weights alone, in half precision: to publish or to evaluate
@@ -76,8 +76,8 @@ def save_checkpoint(path, model, tokenizer, concept_vocab, *, config: dict, step
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: checkpoint not written ({error}); those before it are kept: free the disk and run the "
-                        "same command again") from error
+        raise UserError(f"{path}: checkpoint not written ({error}); those before it are kept: free the disk and run "
+                        "the same command again") from error
     return sha256
 
 
@@ -150,9 +150,9 @@ def _build_model(sizes: dict, tensors: dict[str, torch.Tensor]) -> CLOP:
 
 
 def resume_checkpoint(folder, *, repair: bool = True) -> Checkpoint | None:
-    """What a run in this folder goes on from: its newest whole checkpoint, with training state; None where there is none.
+    """What a run in this folder goes on from: its newest whole checkpoint, with training state; None if there is none.
 
-    A damaged one is named on stderr and renamed to *.damaged (if `repair`; else it is skipped), and the one before it taken.
+    A damaged one is named on stderr and renamed to *.damaged (without `repair`: skipped), and the one before it taken.
     Raises UserError where all are damaged: a run of days is not started anew by itself.
     """
     folder = Path(folder)
@@ -176,7 +176,7 @@ def resume_checkpoint(folder, *, repair: bool = True) -> Checkpoint | None:
 
 
 def list_checkpoints(folder) -> list[Path]:
-    """step-<number>.safetensors of a run, fewest steps first. Nothing else counts: neither best.safetensors nor others."""
+    """step-<number>.safetensors of a run, fewest steps first; best.safetensors is none of them."""
     found = {path: re.fullmatch(r"step-(\d+)\.safetensors", path.name) for path in Path(folder).iterdir()}
     return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
 

@@ -18,8 +18,9 @@ SKP pulls   the video embedding predicts the concepts of its caption.
 
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
 
-Several processes: every rank keeps its own videos (rows) and meets the captions of all (columns), gathered with gradient;
-each weighs its pairs by world_size / B, so that the mean over ranks is the loss of the global batch (distributed.py).
+Several processes: every rank keeps its own videos (rows) and meets the captions of all (columns), gathered with
+gradient; each weighs its pairs by world_size / B, so that the mean over ranks is the loss of the global batch
+(distributed.py).
 
     python losses.py         # ln B at random; how β moves the push; what SKP pulls
 """

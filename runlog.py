@@ -1,8 +1,8 @@
 """log.jsonl: what a run says, one JSON object a line, the same for people on stdout, and a picture of it.
 
-    {"config": …, "versions": …, "commit": …, "hardware": …, "world_size": …, "resumed_at": 0}     each start of the run
-    {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …, "data_s": …}       every --log-every steps
-    {"step": 230, "validation": {"t2v_R@1": …}}                                                     every --eval-every steps
+    {"config": …, "versions": …, "commit": …, "hardware": …, "world_size": …, "resumed_at": 0}     each start
+    {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …, "data_s": …}      each --log-every
+    {"step": 230, "validation": {"t2v_R@1": …}}                                                    each --eval-every
 
 A run that was killed wrote lines of steps after its newest checkpoint. It will take these steps again, so a resumed run
 first cuts them off (and the half line that a kill may leave): each step is in the log once, as if nothing had happened,
@@ -45,8 +45,8 @@ class Log:
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free the disk and run the same command "
-                            "again: it goes on from the newest checkpoint") from error
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free the disk and run the same "
+                            "command again: it goes on from the newest checkpoint") from error
 
     def flush_to_disk(self):
         os.fsync(self.file.fileno())

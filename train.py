@@ -15,14 +15,14 @@
 Everything that is drawn at random (batch order, frames) is a pure function of (seed, epoch, sample): a resumed run sees
 what it would have seen, on any number of processes. The same command starts and resumes; a folder that holds a run with
 other settings or other data is refused, never overwritten. Killed at any moment, a run loses the steps since its newest
-checkpoint and takes them again, on the same CPU to the same bits. SIGTERM and SIGINT (Ctrl-C) write one first, at the next step,
-and end with status 0 and 130; before the first step there is nothing to save, and they end as usual.
+checkpoint and takes them again, on the same CPU to the same bits. SIGTERM and SIGINT (Ctrl-C) write one first, at the
+next step, and end with status 0 and 130; before the first step there is nothing to save, and they end as usual.
 
-Large batches on small memory (--chunk): the contrastive loss needs all embeddings at once, but not all activations. So, as
-in GradCache (arXiv 2101.06983): embed the batch chunk by chunk without a graph; take the loss of all, and its gradient with
-respect to the embeddings; embed each chunk again, now with a graph, and feed it its part of that gradient. The same gradient,
-one more forward pass of the encoders. It holds because no pair sees another one inside the encoders (no batch norm) and both
-passes agree (no dropout).
+Large batches on small memory (--chunk): the contrastive loss needs all embeddings at once, but not all activations. So,
+as in GradCache (arXiv 2101.06983): embed the batch chunk by chunk without a graph; take the loss of all, and its gradient
+with respect to the embeddings; embed each chunk again, now with a graph, and feed it its part of that gradient. The same
+gradient, one more forward pass of the encoders. It holds because no pair sees another one inside the encoders (no batch
+norm) and both passes agree (no dropout).
 
 Output in --out: log.jsonl (runlog.py), step-*.safetensors, best.safetensors (on validation), curves.png.
 """
@@ -80,7 +80,7 @@ class TrainConfig:
     batch_size: int = 128                    # pairs in the global batch, over all processes
     drop_last: bool = True                   # leave out what is left of an epoch after its last full batch
     accumulate: int = 1                      # batches per optimizer step (each with its own negatives)
-    chunk: int = 0                           # pairs that a process encodes at a time, same negatives; 0 = its whole share
+    chunk: int = 0                           # pairs that a process encodes at a time, same negatives; 0 = all
     lr: float = 1e-3                         # peak learning rate
     encoder_lr: float | None = None          # --init: peak rate of CLIP's weights, --lr of what is new; None: --lr
     layer_decay: float = 1.0                 # --init: … times this for each layer that lies deeper below the top
@@ -107,7 +107,7 @@ class TrainConfig:
     # rhythm
     log_every: int = 20                      # steps
     eval_every: int = 240                    # steps between validations, each with a checkpoint
-    keep: int = 2                            # newest checkpoints that stay
+    keep: int = 2                            # newest checkpoints that stay; 0 = all
     skip_nonfinite: int = 3                  # steps in a row that may be left out for a loss or gradient of NaN or inf
     max_broken: float = 0.05                 # share of unreadable videos that stops the run
     test: bool = True                        # toy: at the end, evaluate on the test gallery
@@ -118,8 +118,8 @@ def main():
     if config.gpus and config.procs:
         raise UserError(f"--gpus {config.gpus} --procs {config.procs}: processes on GPUs or on the CPU, not both")
     if config.gpus > torch.cuda.device_count():
-        raise UserError(f"--gpus {config.gpus}: this machine has {torch.cuda.device_count()} GPU(s); lower it, or leave "
-                        "it out for a CPU (--procs for several processes there)")
+        raise UserError(f"--gpus {config.gpus}: this machine has {torch.cuda.device_count()} GPU(s); lower it, or "
+                        "leave it out for a CPU (--procs for several processes there)")
     processes = config.gpus or config.procs
     if processes and "LOCAL_RANK" not in os.environ:
         sys.exit(launch(processes))
@@ -267,7 +267,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 4. the end --------------------------------------------------------------------------------------------------
     if stopped_by:
-        say(f"stopped by {signal.Signals(stopped_by).name} after step {step}: {saved}; the same command goes on from it")
+        say(f"stopped by {signal.Signals(stopped_by).name} after step {step}; the same command goes on from {saved}")
         return stopped_by
     if ranks.is_first:
         plot_curves(out / "log.jsonl", out / "curves.png")
@@ -387,7 +387,7 @@ def fingerprint(split) -> str:
 
 
 def check_same_run(resumed, config: TrainConfig, progress: dict, out: Path):
-    """A folder holds one run: raise UserError if its checkpoint was made with settings or data that change the result."""
+    """A folder holds one run: raise UserError if its checkpoint comes of settings or data that change the result."""
     free = {"out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep", "skip_nonfinite",
             "checkpointing", "compile", "max_broken", "test"}
     changed = [f"--{name.replace('_', '-')} {old} → {getattr(config, name, 'gone')}"
@@ -396,8 +396,8 @@ def check_same_run(resumed, config: TrainConfig, progress: dict, out: Path):
         raise UserError(f"{out}: holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or delete the folder")
     if resumed.progress.get("data") != progress["data"]:
-        raise UserError(f"{out}: holds a run on other captions or videos (has the data file changed, or are other videos "
-                        "broken now?); restore them, choose another --out, or delete the folder")
+        raise UserError(f"{out}: holds a run on other captions or videos (has the data file changed, or are other "
+                        "videos broken now?); restore them, choose another --out, or delete the folder")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

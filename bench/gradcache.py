@@ -89,8 +89,8 @@ def main():
         print(json.dumps(measure(config)))
         return
     facts = machine_facts("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{facts['hardware']}, torch {facts['versions']['torch']}, load {os.getloadavg()[0]:.1f}; preset {config.preset}, "
-          f"{config.batch} pairs of {config.frames} frames, all losses on")
+    print(f"{facts['hardware']}, torch {facts['versions']['torch']}, load {os.getloadavg()[0]:.1f}; "
+          f"preset {config.preset}, {config.batch} pairs of {config.frames} frames, all losses on")
     print("| chunk | peak beyond start, MiB | of all at once | s | CPU s | of all at once | gradient differs by |")
     print("|---|---|---|---|---|---|---|")
     first = whole = None

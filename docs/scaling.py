@@ -1,7 +1,8 @@
 """What a training step costs each rank: FLOPs, bytes through the network, and which of them takes longest.
 
-Counts follow from the sizes in model.py and from what losses.py and distributed.py send; the rates below are assumptions, so
-the last columns are estimates. docs/scaling.md explains the formulas and holds this script's output (a test compares).
+Counts follow from the sizes in model.py and from what losses.py and distributed.py send; the rates below are
+assumptions, so the last columns are estimates. docs/scaling.md explains the formulas and holds this script's output (a
+test compares).
 
     python docs/scaling.py                 # the tables
     python docs/scaling.py --measure       # pairs per second of one process and of two on this machine
@@ -68,7 +69,7 @@ def cost(preset: str, B: int, N: int, concepts: int = CONCEPTS) -> dict[str, flo
         knowledge=others * 4 * B * concepts,                                   # all_gather: data, no gradient
         ids=others * 8 * B * IDS,
         columns=2 * others * 4 * B,                                            # all_to_all and back
-        gradients=2 * others * 4 * count_parameters(preset))                   # all_reduce = reduce_scatter + all_gather
+        gradients=2 * others * 4 * count_parameters(preset))                   # all_reduce
 
 
 def limits(c: dict[str, float], N: int) -> dict[str, float]:
@@ -88,8 +89,8 @@ def tables() -> str:
                      f"{text / 1e9:.3g} GFLOP |")
     for concepts, batches in ((CONCEPTS, BATCHES), (0, BATCHES[-1:])):
         lines += ["", f"Preset base, {FRAMES} frames, K = {concepts:,}" + ("" if concepts else " (β = 0)") + ":", "",
-                  "| B | GPUs | pairs a rank | encoders, TFLOP | op, TFLOP | texts, MB | concepts, MB | ids + columns, MB | "
-                  "gradients, MB | ms: encoders + op + gathers + gradients left over | share of the encoders |",
+                  "| B | GPUs | pairs a rank | encoders, TFLOP | op, TFLOP | texts, MB | concepts, MB | ids + columns, MB"
+                  " | gradients, MB | ms: encoders + op + gathers + gradients left over | share of the encoders |",
                   "|" + "---|" * 11]
         for B in batches:
             for N in GPUS:
@@ -97,8 +98,9 @@ def tables() -> str:
                 seconds = limits(c, N)
                 total = sum(seconds.values())
                 lines.append(
-                    f"| {B:,} | {N:,} | {B // N} | {c['encoders'] / 1e12:,.1f} | {c['op'] / 1e12:.4f} | {c['text'] / 1e6:.1f} "
-                    f"| {c['knowledge'] / 1e6:,.0f} | {(c['ids'] + c['columns']) / 1e6:.2f} | {c['gradients'] / 1e6:.0f} | "
+                    f"| {B:,} | {N:,} | {B // N:,} | {c['encoders'] / 1e12:,.1f} | {c['op'] / 1e12:.4f} | "
+                    f"{c['text'] / 1e6:.1f} | {c['knowledge'] / 1e6:,.0f} | {(c['ids'] + c['columns']) / 1e6:.2f} | "
+                    f"{c['gradients'] / 1e6:,.0f} | "
                     + " + ".join(f"{1000 * s:.1f}" for s in seconds.values())
                     + f" | {seconds['encoders'] / total:.0%} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What goes wrong on real machines, injected: each fault ends in one clear line, or in nothing at all, and loses nothing."""
+"""What goes wrong on real machines, injected: each fault ends in one clear line, or in none, and loses nothing."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from train import TrainConfig
 from video import FrameCache
 
 ROOT = Path(__file__).parent.parent
-ENDS_WITHIN = 20  # seconds after which no rank is left when one has died: a limit for a loaded machine (LOG.md has times)
+ENDS_WITHIN = 60  # seconds after which no rank is left when one has died: hangs fail, a loaded machine does not
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_signal_means_checkpoint_then_end(number, tiny_world, tmp_path, cache,
     assert load_checkpoint(tmp_path).step == 3 and list(losses_of(tmp_path)) == [1, 2, 3]
     assert signal.getsignal(number) is before
     said = capfd.readouterr()
-    assert said.err.count("stops after this step\n") == 1 and "step-000003.safetensors; the same command" in said.out
+    assert said.err.count("stops after this step\n") == 1 and "the same command goes on from" in said.out
     train.train(config)
     assert losses_of(tmp_path) == whole
 
@@ -160,7 +160,8 @@ def ranks_of(process) -> list[int]:
     pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     by_rank = {}
     for pid in map(int, pids):
-        environment = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if entry)
+        entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
         if "RANK" in environment:
             by_rank[int(environment["RANK"])] = pid
     return [by_rank[rank] for rank in sorted(by_rank)]

@@ -94,17 +94,17 @@ def test_frames_of_each_step():
             train.frames_stages(TrainConfig(num_frames=wrong))
 
 
-def test_two_processes_train_as_one(tiny_world, tmp_path, cache):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in dict(
-        dataset="csv", data=tiny_world / "train.csv", cache=cache, steps=4, batch_size=16, num_frames=2, warmup=2, log_every=1,
-        guided_from=0.0, hard_k=2, hard_weight=0.5, workers=1, seed=3).items()]
-    for processes in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                               "train.py", *flags, f"--out={tmp_path / str(processes)}"], cwd=ROOT, capture_output=True, text=True,
-                              env=dict(os.environ, OMP_NUM_THREADS="1"))
-        assert done.returncode == 0, done.stderr
-    one, two = (load_checkpoint(tmp_path / str(processes)).model.state_dict() for processes in (1, 2))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+def test_torchrun_starts_it_unchanged(tiny_world, tmp_path, cache):
+    """(That ranks train as one process does, whatever their number: tests/test_distributed.py.)"""
+    config = settings(tiny_world, tmp_path / "one", cache, val_data=None, steps=3)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items()
+             if value != getattr(TrainConfig, name) and name != "out"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *flags]
+    done = subprocess.run([*command, f"--out={tmp_path / 'two'}"], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+    assert done.returncode == 0, done.stderr
+    train.train(config)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
 
 
 def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
