@@ -53,7 +53,7 @@ from distributed import Ranks, StopSignals, launch
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
-from model import CLOP, build_config
+from model import CLOP, MAX_LOGIT_SCALE, build_config
 from runlog import Log, plot_curves
 from tokenizer import Tokenizer
 
@@ -229,6 +229,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
             stopped_by = signal.SIGINT if by_int else signal.SIGTERM if by_term else 0
             if math.isfinite(sums["loss"] + grad_norm):
                 optimizer.step()
+                model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)  # beyond it there is no gradient to come back by
                 progress["skipped_in_a_row"] = 0
             else:
                 progress["skipped"] += 1
