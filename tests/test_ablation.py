@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -139,9 +141,34 @@ def test_a_real_run_leaves_its_line(tiny_world, tmp_path):
     assert [step for step, _ in record["curve"]] == [1, 2] and record["seconds"] > 0
     assert {"t2v_R@1", "v2t_R@1", "mc_accuracy", "mc_accuracy_noun"} <= record["metrics"].keys()
     assert record["config"]["skp_weight"] == VARIANTS["all"]["skp_weight"] and record["threads"] >= 1
-    wrong = settings(tmp_path, variants="all", seeds=1, runs=str(tmp_path / "b"), results=str(tmp_path / "w.jsonl"))
-    with pytest.raises(UserError, match="output.txt: train.py ended with status 2: error: .*gone.csv"):
-        run_all(wrong, ["--dataset", "csv", "--data", str(tmp_path / "gone.csv")])
+
+
+def test_a_failing_script_is_named_with_its_last_line(tmp_path):
+    (tmp_path / "x.py").write_text("import os, sys\nprint(os.environ['OMP_NUM_THREADS'])\nsys.exit('error: no disk')\n")
+    with pytest.raises(UserError, match=r"out.txt: x.py ended with status 1: error: no disk"):
+        ablation.call([str(tmp_path / "x.py")], threads=3, log=tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text().startswith("3\n") and not ablation.LIVE
+
+
+def test_a_killed_ablation_leaves_nothing_running(tmp_path):
+    """SIGTERM reaches the run in flight, and what is not recorded is done again by the next call."""
+    (tmp_path / "kill.py").write_text(f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+from bench import ablation
+sleeper = {str(tmp_path / "sleep.py")!r}
+def run_one(variant, train_config, flags, config):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    ablation.call([sleeper], 1, ablation.Path({str(tmp_path / "out.txt")!r}))
+ablation.run_all(ablation.AblationConfig(results={str(tmp_path / "r.jsonl")!r}, jobs=1), ["--dataset", "csv"], run_one)
+""")
+    (tmp_path / "sleep.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "kill.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 143, done.stderr
+    sleeper = int((tmp_path / "out.txt").read_text() or 0)                # 0: killed before it began
+    with pytest.raises(ProcessLookupError):
+        os.kill(sleeper or 2**22 + 1, 0)
+    assert paired.read_runs(tmp_path / "r.jsonl") == []
 
 
 def test_seconds_and_curve_of_an_interrupted_log(tmp_path):
@@ -188,6 +215,11 @@ def test_tables_by_hand():
     assert "| skp | 4 | 36.8 ± 41.6 |" in text
     # differences 4, 3, 5: mean 4, standard error 1/√3, t = 6.93 with 2 degrees of freedom; seed 3 has no partner
     assert "| skp | 3 | **+4.0 ± 0.6** (p .020, .250) |" in text
+
+
+def test_demo_tells_a_difference_from_noise(capsys):
+    paired.main()
+    assert capsys.readouterr().out == "clear: **+4.6 ± 0.5** (p <.001, .062)\nnoise: +0.7 ± 1.7 (p .708, .688)\n"
 
 
 def test_one_run_has_no_spread_and_a_missing_metric_no_number():
