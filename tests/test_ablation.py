@@ -250,11 +250,25 @@ def test_a_section_is_replaced_and_nothing_else(tmp_path):
     assert page.read_text() == "before\n<!-- x -->\n\ntwo\n\n<!-- end of x -->\nafter\n"
 
 
-def test_a_plot_is_drawn_from_records_alone(tmp_path):
-    runs = [dict(line(name, seed, 10.0 + seed), curve=[[5, 4.0], [10, 9.0]]) for name in ("base", "all")
-            for seed in (0, 1)]
-    ablation.draw_groups([runs], tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 5000
+def test_page_and_plot_come_from_the_records_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "ablation.md").write_text("# x\n<!-- toy world -->\nold\n<!-- end of toy world -->\n")
+    for steps in (7, 9):
+        for name, value in (("base", 10.0), ("all", 15.5)):
+            for seed in (0, 1):
+                paired.append_run(tmp_path / "results" / "ablation.jsonl", dict(
+                    line(name, seed, value + seed), split="val", eval="--task toy", curve=[[5, 4.0], [10, 9.0]],
+                    seconds=60.0, videos=500, questions=500, hardware="x86_64 CPU", jobs=2, commit="abc",
+                    config=vars(TrainConfig(steps=steps)) | variant_fields(name)))
+    ablation.print_tables(str(tmp_path / "results" / "ablation.jsonl"))
+    said, page = capsys.readouterr().out, (tmp_path / "docs" / "ablation.md").read_text()
+    for text in (said, page):
+        assert "| all | 2 | **+5.5 ± 0.0** (p <.001, .500) |" in text and text.count("| base | 2 | 10.5 ± 0.7 |") == 2
+        assert "7 steps of 128 pairs, val split (500 videos, 500 questions), --steps 7; 60 s a run" in text
+    assert "old" not in page and 5000 < (tmp_path / "docs" / "ablation.png").stat().st_size < 300_000
+    with pytest.raises(UserError, match="holds no runs yet"):
+        ablation.print_tables(str(tmp_path / "none.jsonl"))
 
 
 # ---- the latent space ----
