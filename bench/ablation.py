@@ -61,9 +61,10 @@ VARIANTS = {
     "all": BASE | SKP | SAMPLING | WEIGHTING,  # what train.py does without any flag
     "all+mining": BASE | SKP | SAMPLING | WEIGHTING | MINING,
 }
-# fields of train.py that change no result; those in front are this script's own
-OURS, MACHINE = ("out", "seed", "test"), ("cache", "gpus", "workers", "checkpointing", "compile", "log_every",
-                                          "eval_every", "max_broken")
+# fields of train.py that this script sets itself, and those that change no result
+OURS = ("out", "seed", "test")
+MACHINE = ("cache", "gpus", "procs", "workers", "chunk", "checkpointing", "compile", "log_every", "eval_every", "keep",
+           "skip_nonfinite", "max_broken")
 HEADINGS = {"t2v_R@1": "t2v R@1", "t2v_R@5": "R@5", "t2v_R@10": "R@10", "t2v_MdR": "MdR", "v2t_R@1": "v2t R@1",
             "v2t_R@5": "R@5", "mc_accuracy": "multiple choice", "mc_accuracy_noun": "noun", "mc_accuracy_verb": "verb",
             "mc_accuracy_direction": "direction"}

@@ -286,8 +286,9 @@ def draw_batches(space: Space, path: Path):
         column[0].imshow(batch.kappa, vmin=0, vmax=1, cmap="magma", interpolation="nearest")
         column[0].set(title=f"κ, {name}: each caption's nearest\nnegative has κ = {hardest:.2f} in the mean")
         column[1].imshow(batch.sim, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        column[1].set(title=f"similarity by {space.name}, {name}:\nnegatives {batch.sim[others].mean():+.2f}, hard ones "
-                            f"{batch.sim[batch.hard].mean() if batch.hard.any() else float('nan'):+.2f}")
+        hard = batch.sim[batch.hard].mean() if batch.hard.any() else float("nan")
+        column[1].set(title=f"similarity by {space.name}, {name}:\nnegatives {batch.sim[others].mean():+.2f}, "
+                            f"hard ones {hard:+.2f}")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], xlabel="videos", ylabel="captions")
     save(plt, figure, path)

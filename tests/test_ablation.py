@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -139,9 +141,34 @@ def test_a_real_run_leaves_its_line(tiny_world, tmp_path):
     assert [step for step, _ in record["curve"]] == [1, 2] and record["seconds"] > 0
     assert {"t2v_R@1", "v2t_R@1", "mc_accuracy", "mc_accuracy_noun"} <= record["metrics"].keys()
     assert record["config"]["skp_weight"] == VARIANTS["all"]["skp_weight"] and record["threads"] >= 1
-    wrong = settings(tmp_path, variants="all", seeds=1, runs=str(tmp_path / "b"), results=str(tmp_path / "w.jsonl"))
-    with pytest.raises(UserError, match="output.txt: train.py ended with status 2: error: .*gone.csv"):
-        run_all(wrong, ["--dataset", "csv", "--data", str(tmp_path / "gone.csv")])
+
+
+def test_a_failing_script_is_named_with_its_last_line(tmp_path):
+    (tmp_path / "x.py").write_text("import os, sys\nprint(os.environ['OMP_NUM_THREADS'])\nsys.exit('error: no disk')\n")
+    with pytest.raises(UserError, match=r"out.txt: x.py ended with status 1: error: no disk"):
+        ablation.call([str(tmp_path / "x.py")], threads=3, log=tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text().startswith("3\n") and not ablation.LIVE
+
+
+def test_a_killed_ablation_leaves_nothing_running(tmp_path):
+    """SIGTERM reaches the run in flight, and what is not recorded is done again by the next call."""
+    (tmp_path / "kill.py").write_text(f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+from bench import ablation
+sleeper = {str(tmp_path / "sleep.py")!r}
+def run_one(variant, train_config, flags, config):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    ablation.call([sleeper], 1, ablation.Path({str(tmp_path / "out.txt")!r}))
+ablation.run_all(ablation.AblationConfig(results={str(tmp_path / "r.jsonl")!r}, jobs=1), ["--dataset", "csv"], run_one)
+""")
+    (tmp_path / "sleep.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "kill.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 143, done.stderr
+    sleeper = int((tmp_path / "out.txt").read_text() or 0)                # 0: killed before it began
+    with pytest.raises(ProcessLookupError):
+        os.kill(sleeper or 2**22 + 1, 0)
+    assert paired.read_runs(tmp_path / "r.jsonl") == []
 
 
 def test_seconds_and_curve_of_an_interrupted_log(tmp_path):
@@ -190,6 +217,11 @@ def test_tables_by_hand():
     assert "| skp | 3 | **+4.0 ± 0.6** (p .020, .250) |" in text
 
 
+def test_demo_tells_a_difference_from_noise(capsys):
+    paired.main()
+    assert capsys.readouterr().out == "clear: **+4.6 ± 0.5** (p <.001, .062)\nnoise: +0.7 ± 1.7 (p .708, .688)\n"
+
+
 def test_one_run_has_no_spread_and_a_missing_metric_no_number():
     text = paired.markdown_tables([line("base", 0, 10.0)], {"t2v_R@1": "R@1", "mc_accuracy": "MC"}, ["base"])
     assert text.splitlines()[-1] == "| base | 1 | 10.0 | – |"
@@ -218,11 +250,25 @@ def test_a_section_is_replaced_and_nothing_else(tmp_path):
     assert page.read_text() == "before\n<!-- x -->\n\ntwo\n\n<!-- end of x -->\nafter\n"
 
 
-def test_a_plot_is_drawn_from_records_alone(tmp_path):
-    runs = [dict(line(name, seed, 10.0 + seed), curve=[[5, 4.0], [10, 9.0]]) for name in ("base", "all")
-            for seed in (0, 1)]
-    ablation.draw_groups([runs], tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 5000
+def test_page_and_plot_come_from_the_records_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "ablation.md").write_text("# x\n<!-- toy world -->\nold\n<!-- end of toy world -->\n")
+    for steps in (7, 9):
+        for name, value in (("base", 10.0), ("all", 15.5)):
+            for seed in (0, 1):
+                paired.append_run(tmp_path / "results" / "ablation.jsonl", dict(
+                    line(name, seed, value + seed), split="val", eval="--task toy", curve=[[5, 4.0], [10, 9.0]],
+                    seconds=60.0, videos=500, questions=500, hardware="x86_64 CPU", jobs=2, commit="abc",
+                    config=vars(TrainConfig(steps=steps)) | variant_fields(name)))
+    ablation.print_tables(str(tmp_path / "results" / "ablation.jsonl"))
+    said, page = capsys.readouterr().out, (tmp_path / "docs" / "ablation.md").read_text()
+    for text in (said, page):
+        assert "| all | 2 | **+5.5 ± 0.0** (p <.001, .500) |" in text and text.count("| base | 2 | 10.5 ± 0.7 |") == 2
+        assert "7 steps of 128 pairs, val split (500 videos, 500 questions), --steps 7; 60 s a run" in text
+    assert "old" not in page and 5000 < (tmp_path / "docs" / "ablation.png").stat().st_size < 300_000
+    with pytest.raises(UserError, match="holds no runs yet"):
+        ablation.print_tables(str(tmp_path / "none.jsonl"))
 
 
 # ---- the latent space ----
