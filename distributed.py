@@ -25,8 +25,8 @@ The model has neither dropout nor batch norm, which would see their share only.
 **Faults.** No rank can go on alone. A rank that dies takes the others along: on CPUs (gloo) they see the closed
 connection at once; a rank that hangs in a GPU collective is ended by its launcher, 30 s after that found the dead one;
 one on another machine by NCCL's timeout, 10 minutes. The rank that failed speaks first, the others say one line, the
-launcher's last line names it. SIGTERM or SIGINT to any of them is a request (`StopSignals`), which the ranks agree on at
-the next step.
+launcher's last line names it. SIGTERM or SIGINT to any of them is a request (`StopSignals`), which the ranks agree on
+at the next step.
 
     python distributed.py    # two processes on this machine: a gradient gathered right and wrong
 """

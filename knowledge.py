@@ -361,7 +361,8 @@ def _extract_distinct(captions: Strings, workers: int | None, progress: bool) ->
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         try:
             with ProcessPoolExecutor(workers, context) as pool:
-                waves = (starts[i:i + 64] for i in range(0, len(starts), 64))  # one `map` would copy all captions at once
+                # in waves: one `map` would copy all captions at once
+                waves = (starts[i:i + 64] for i in range(0, len(starts), 64))
                 return Knowledge.concatenate(counted(itertools.chain.from_iterable(
                     pool.map(_extract_chunk, [captions[i:i + 500] for i in wave]) for wave in waves)))
         except BrokenProcessPool as error:

@@ -19,9 +19,9 @@ checkpoint and takes them again, on the same CPU to the same bits. SIGTERM and S
 next step, and end with status 0 and 130; before the first step there is nothing to save, and they end as usual.
 
 Large batches on small memory (--chunk): the contrastive loss needs all embeddings at once, but not all activations. So,
-as in GradCache (arXiv 2101.06983): embed the batch chunk by chunk without a graph; take the loss of all, and its gradient
-with respect to the embeddings; embed each chunk again, now with a graph, and feed it its part of that gradient. The same
-gradient, one more forward pass of the encoders. It holds because no pair sees another one inside the encoders (no batch
+as in GradCache (arXiv 2101.06983): embed the batch chunk by chunk without a graph; take the loss of all, and its
+gradient with respect to the embeddings; embed each chunk again, now with a graph, and feed it its part of that
+gradient. The same gradient, one more forward pass of the encoders. It holds because no pair sees another one inside the encoders (no batch
 norm) and both passes agree (no dropout).
 
 Output in --out: log.jsonl (runlog.py), step-*.safetensors, best.safetensors (on validation), curves.png.

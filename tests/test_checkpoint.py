@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import checkpoint
 import eval
 import train
-from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
 from cli import UserError
 from knowledge import ConceptVocab, extract_knowledge
 from model import CLOP, build_config
@@ -50,18 +50,50 @@ def test_round_trip(tmp_path, parts):
 
 
 def test_a_folder_means_its_newest(tmp_path, parts):
-    for step in (20, 100):
+    for step in (20, 1_000_000, 999_999):
         save(tmp_path / f"step-{step:06d}.safetensors", parts)
-    assert load_checkpoint(tmp_path).path.name == "step-000100.safetensors"
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000020.safetensors", "step-000100.safetensors"]
+    for name in ("best.safetensors", "step-best.safetensors", "step-2000000.damaged", ".step-000021.safetensors.7.tmp"):
+        (tmp_path / name).write_bytes(b"none of a run's steps")
+    assert load_checkpoint(tmp_path).path.name == "step-1000000.safetensors"
+    assert [int(p.stem[5:]) for p in list_checkpoints(tmp_path)] == [20, 999_999, 1_000_000]
 
 
-@pytest.mark.parametrize("position", [-5, 4000])
+def test_resuming_goes_back_to_the_newest_whole_one(tmp_path, parts, capsys):
+    assert resume_checkpoint(tmp_path) is None
+    paths = [tmp_path / f"step-00000{step}.safetensors" for step in (1, 2, 3)]
+    for path in paths:
+        save(path, parts, training=dict(moment=torch.ones(2)))
+    (leftover := tmp_path / ".step-000004.safetensors.123.tmp").touch()
+    for path in paths[1:]:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert resume_checkpoint(tmp_path, repair=False).path == paths[0] and paths[2].exists() and leftover.exists()
+    assert not capsys.readouterr().err                                  # the first rank says it, once
+    found = resume_checkpoint(tmp_path)
+    assert found.path == paths[0] and found.training["moment"].equal(torch.ones(2))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said] == [str(paths[2]), str(paths[1])]
+    assert all("damaged" in line and "going back to the one before it" in line for line in said)
+    assert sorted(os.listdir(tmp_path)) == ["step-000001.safetensors", "step-000002.damaged", "step-000003.damaged"]
+    assert resume_checkpoint(tmp_path).path == paths[0]
+    paths[0].write_bytes(b"")
+    for _ in range(2):                                                  # the second start must not begin anew, either
+        with pytest.raises(UserError, match="no checkpoint here is whole"):
+            resume_checkpoint(tmp_path)
+
+
+def test_resuming_refuses_what_is_whole_but_foreign(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "step-000001.safetensors")
+    with pytest.raises(UserError, match="not a CLOP checkpoint"):
+        resume_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("position", ["last", "step", "vocabulary"])
 def test_a_flipped_bit_is_found(tmp_path, parts, position):
     path = tmp_path / "x.safetensors"
     save(path, parts)
     data = bytearray(path.read_bytes())
-    data[position] ^= 1
+    place = {"last": len(data) - 5, "step": data.index(b'step\\": 7') + 8, "vocabulary": data.index(b"noun:dog") + 5}
+    data[place[position]] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(path)

@@ -1,5 +1,6 @@
 """cli.py: flags from a dataclass, mistakes in one line."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ def test_user_errors_end_with_their_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: film.mp4: empty file; fetch it again\n"
+
+
+def test_a_poor_terminal_gets_codes():
+    code = "import cli; cli.run(lambda: print('β → 走'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and done.stdout == r"\u03b2 \u2192 \u8d70" + "\n", done.stderr
 
 
 def test_demo_runs():

@@ -1,6 +1,7 @@
 """train.py: learns, resumes exactly, and answers each kind of bad input with one line."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -105,6 +106,25 @@ def test_torchrun_starts_it_unchanged(tiny_world, tmp_path, cache):
     assert done.returncode == 0, done.stderr
     train.train(config)
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+def test_the_log_is_cut_back_where_it_goes_on(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [dict(config={}, resumed_at=0), dict(step=1, loss=2.0), dict(step=2, loss=1.5), dict(step=2, validation={}),
+             dict(step=3, loss=1.0)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')  # killed in this line
+    log = train.Log(path, 2)
+    log.write(dict(config={}, resumed_at=2, grad_norm=math.nan))
+    assert log_of(tmp_path) == [*lines[:4], dict(config={}, resumed_at=2, grad_norm=None)]
+    train.Log(path, 0)
+    assert [line.get("resumed_at") for line in log_of(tmp_path)] == [0, 2]
+
+
+def test_curves_of_a_log_can_be_drawn_again(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "step_s": 0.1}\n{"step": 2, "loss": null}\n')
+    done = subprocess.run([sys.executable, "runlog.py", tmp_path / "log.jsonl", tmp_path / "x.png"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), done.stderr
 
 
 def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
