@@ -38,8 +38,8 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, run
-from splits import (Question, Split, check_name, check_row, check_text, read_captions_pickle, read_columns, read_csv,
-                    read_entries, read_json, read_jsonl, read_list, read_pairs)
+from splits import (Question, Split, check_name, check_text, read_captions_pickle, read_columns, read_csv, read_entries,
+                    read_json, read_jsonl, read_list, read_pairs)
 
 VIDEO_FOLDERS = ("videos", "videos/all", "", "video", "clips", "images",   # anybody's
                  "TrainValVideo", "TestVideo", "YouTubeClips",             # as MSR-VTT and MSVD are packed
@@ -238,7 +238,7 @@ def load_lsmdc(root: Path, role: str) -> Split:
         for where, row in read_columns(path, columns):
             clip = row["CLIP_ID"].strip()
             if not (film := clip.rpartition("_")[0]):
-                raise UserError(f"{where}: CLIP_ID is {clip[:40]!r}, expected FILM_START-END; expected {', '.join(row)}")
+                raise UserError(f"{where}: CLIP_ID is {clip[:40]!r}, not FILM_START-END; expected {', '.join(row)}")
             yield finder.find(f"{film}/{clip}.avi", where), row["SENTENCE"].strip()
 
     return Split.from_pairs(pairs())

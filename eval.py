@@ -25,7 +25,7 @@ A sum over candidates can be taken tile by tile: 100,000 captions × 100,000 vid
 
 Multiple choice asks which of five captions fits a video; tied options share the point: a constant model gets chance.
 
-    python eval.py --checkpoint runs/toy --task toy                         # newest checkpoint of a run, toy test gallery
+    python eval.py --checkpoint runs/toy --task toy                         # newest checkpoint of a run, toy gallery
     python eval.py --checkpoint runs/mine --task csv --data FILE.csv        # your own videos and captions
     python eval.py --checkpoint runs/9k --task msrvtt --data-root FOLDER    # 1k-A; the others: see datasets.py
 

@@ -69,8 +69,9 @@ def tokenize(caption: str) -> list[str]:
 
 # Tags ----------------------------------------------------------------------------------------------------------------
 
-class _PlainUnpickler(pickle._Unpickler):  # in Python: the one in C can be told to reserve any amount of memory
-    dispatch = {op: load for op, load in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}  # as can this
+class _PlainUnpickler(pickle._Unpickler):
+    # in Python: the one in C can be told to reserve any amount of memory, as the operation left out here can
+    dispatch = {op: load for op, load in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module, name):
         if (module, name) in {("builtins", "set"), ("__builtin__", "set")}:

@@ -205,7 +205,8 @@ def test_dual_softmax_agrees_with_its_definition(scale):
     expected = {}
     for way, axis in (("t2v", 0), ("v2t", 1)):
         scores = sim * weights / weights.sum(axis=axis, keepdims=True)
-        rounded = [[float(f"{score:.11e}") for score in row] for row in scores.tolist()]  # two exp may differ at the end
+        # to 12 digits: two ways to compute exp may differ in the last
+        rounded = [[float(f"{score:.11e}") for score in row] for row in scores.tolist()]
         found = brute_force_metrics(rounded, video_of_text.tolist())
         expected |= {f"dsl_{key}": value for key, value in found.items() if key.startswith(way)}
     assert dual_softmax_metrics(torch.from_numpy(sim), video_of_text, scale) == pytest.approx(expected)
