@@ -148,7 +148,8 @@ class Strings(Sequence):
                     whole = hashlib.file_digest(file, "sha256").digest() == digest.digest()
                 if not whole:
                     print(f"{path}: damaged, so it is written again", file=sys.stderr)
-            if not path.exists() or not whole:
+                    path.unlink(missing_ok=True)
+            if not path.exists():
                 self._write(path)
             mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array: slices of a memmap are slow
         except OSError as error:
@@ -163,7 +164,8 @@ class Strings(Sequence):
             with open(unfinished, "wb") as file:
                 file.write(self.offsets.data)
                 file.write(self.blob.data)
-            os.replace(unfinished, path)
+            if not path.exists():  # else another process was faster: map its file, or both would cost memory
+                os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
 
