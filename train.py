@@ -58,7 +58,8 @@ from runlog import Log, plot_curves
 from tokenizer import Tokenizer
 
 
-Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m"]
+Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m",
+                    "webvid+cc3m"]
 
 
 @dataclass

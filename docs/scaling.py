@@ -35,7 +35,10 @@ BATCHES = (1024, 4096, 16384, 65536, 131072)
 
 
 def encoder_flops(sizes: ModelConfig, frames: int = FRAMES) -> tuple[float, float]:
-    """FLOPs of one forward pass of (one video, one caption): 2 a weight and token, 4 a pair of tokens and width."""
+    """FLOPs of one forward pass of (one video, one caption): 2 a weight and token, 4 a pair of tokens and width.
+
+    The last block's MLP, 8·width² weights, runs on what is read only: a class token a step, the end of the text.
+    """
     places, steps = (sizes.image_size // sizes.patch_size) ** 2, math.ceil(frames / sizes.frames_per_patch)
     D, S = sizes.video_width, places + 1                                       # S tokens a frame, the class token one
     block = 2 * 16 * D**2 + 4 * D * (S + steps)                                # a token: both attentions, and the MLP
@@ -47,9 +50,9 @@ def encoder_flops(sizes: ModelConfig, frames: int = FRAMES) -> tuple[float, floa
         stem = steps * sizes.frames_per_patch * (each + 2 * 9 * widths[-2] * D * sides[-1] ** 2)
     else:
         stem = steps * places * 2 * D * 3 * sizes.frames_per_patch * sizes.patch_size**2
-    video = stem + steps * S * sizes.video_layers * block + 2 * D * sizes.embed_dim
+    video = stem + steps * (S * sizes.video_layers * block - places * 2 * 8 * D**2) + 2 * D * sizes.embed_dim
     W, L = sizes.text_width, sizes.text_length
-    text = L * sizes.text_layers * (2 * 12 * W**2 + 4 * W * L) + 2 * W * sizes.embed_dim
+    text = L * sizes.text_layers * (2 * 12 * W**2 + 4 * W * L) - (L - 1) * 2 * 8 * W**2 + 2 * W * sizes.embed_dim
     return video, text
 
 

@@ -599,5 +599,5 @@ def test_videos_and_images_train_together_from_one_frame_on(tmp_path, cache):
     assert split.captions == [*parts[0].captions, *parts[1].captions]
     assert split.video_paths == [*parts[0].video_paths, *parts[1].video_paths] and len(split.video_paths) == 12
     checkpoint = train_tiny(tmp_path / "run", dataset="webvid+cc3m", data_root=str(tmp_path), cache=cache, steps=3,
-                            batch_size=12, num_frames=4, frames_curriculum="1,2,4")
+                            batch_size=12, num_frames="1,2,4")
     assert checkpoint.step == 3 and checkpoint.model.config.num_frames == 4
