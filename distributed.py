@@ -146,11 +146,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # DistBackendError (NCCL) is one; gloo has no class of its own
-            lost = re.search(r"[^\n]*(?:closed by peer|reset by peer|Broken pipe|NCCL)[^\n]*", str(error))
+            lost = re.search(r"Connection (?:closed|reset) by peer|Broken pipe|NCCL[^\n]{,100}", str(error))
             if self.world_size == 1 or not lost:
                 raise
-            raise LostRank(f"rank {self.rank}: another rank went away, so this one ends too "
-                           f"({lost[0].strip()[-100:]})") from error
+            raise LostRank(f"rank {self.rank}: another rank went away, so this one ends too ({lost[0]})") from error
 
     def fail(self, message: str):
         """End all ranks for a reason that they agree on: the first one says it."""

@@ -92,8 +92,8 @@ def tables() -> str:
                      f"{text / 1e9:.3g} GFLOP |")
     for concepts, batches in ((CONCEPTS, BATCHES), (0, BATCHES[-1:])):
         lines += ["", f"Preset base, {FRAMES} frames, K = {concepts:,}" + ("" if concepts else " (β = 0)") + ":", "",
-                  "| B | GPUs | pairs a rank | encoders, TFLOP | op, TFLOP | texts, MB | concepts, MB | ids + columns, MB"
-                  " | gradients, MB | ms: encoders + op + gathers + gradients left over | share of the encoders |",
+                  "| B | GPUs | pairs a rank | encoders, TFLOP | op, TFLOP | texts, MB | concepts, MB | ids + columns, "
+                  "MB | gradients, MB | ms: encoders + op + gathers + gradients left over | share of the encoders |",
                   "|" + "---|" * 11]
         for B in batches:
             for N in GPUS:
