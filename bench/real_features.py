@@ -115,25 +115,25 @@ class Side:
     meaning: np.ndarray         # int64 [n_text]
 
 
-def load_side(split: Split, cache: Path) -> Side:
+def load_side(path: str, cache: Path) -> Side:
+    split = load_split("csv", path)
     knowledge = extract_many(split.captions, cache=cache / "knowledge")
     video = torch.from_numpy(video_features(split.video_paths, cache / "features").astype(np.float32)).mean(dim=1)
     text = torch.from_numpy(text_features(split.captions, cache / "features").astype(np.float32))
-    return Side(video, text, split.video_of_caption, knowledge, meaning_ids(split.captions, knowledge))
+    return Side(video, text, split.video_of_caption, list(knowledge), meaning_ids(split.captions, knowledge))
 
 
 def load_sides(config: FeatureConfig) -> tuple[Side, Side]:
     """(training, gallery), standardised by the training features."""
-    train = load_split("csv", config.train)
+    train = load_side(config.train, Path(config.cache))
     if config.gallery == "tune":
-        if len(train.video_paths) < 3 * HELD_OUT:
-            raise UserError(f"--gallery tune: {config.train} has {len(train.video_paths)} videos; it takes "
-                            f"{3 * HELD_OUT} to hold out {HELD_OUT}")
-        held_out = np.random.default_rng(0).permutation(len(train.video_paths))[:HELD_OUT]
-        train, gallery = hold_out(train, held_out)
+        if len(train.video) < 3 * HELD_OUT:
+            raise UserError(f"--gallery tune: {config.train} has {len(train.video)} videos; it takes {3 * HELD_OUT} to "
+                            f"hold out {HELD_OUT}")
+        order = np.random.default_rng(0).permutation(len(train.video))
+        train, gallery = take_videos(train, order[HELD_OUT:]), take_videos(train, order[:HELD_OUT])
     else:
-        gallery = load_split("csv", config.val, "val")
-    train, gallery = load_side(train, Path(config.cache)), load_side(gallery, Path(config.cache))
+        gallery = load_side(config.val, Path(config.cache))
     for name in ("video", "text"):
         features = getattr(train, name)
         mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
@@ -142,11 +142,12 @@ def load_sides(config: FeatureConfig) -> tuple[Side, Side]:
     return train, gallery
 
 
-def hold_out(split: Split, videos: np.ndarray) -> tuple[Split, Split]:
-    """(the split without these videos, the split of these videos alone)."""
-    chosen = {split.video_paths[i]: "held out" for i in videos}
-    others = {path: "kept" for path in split.video_paths if path not in chosen}
-    return split.without(chosen), split.without(others)
+def take_videos(side: Side, videos: np.ndarray) -> Side:
+    """These videos alone, in ascending order, with all their captions."""
+    videos = np.sort(videos)
+    texts = np.flatnonzero(np.isin(side.video_of_text, videos))
+    return Side(side.video[videos], side.text[texts], np.searchsorted(videos, side.video_of_text[texts]),
+                [side.knowledge[i] for i in texts], side.meaning[texts])
 
 
 def hard_questions(side: Side, vocab: ConceptVocab, options: int = 5) -> np.ndarray:

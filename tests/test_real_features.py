@@ -15,7 +15,6 @@ from bench import frozen_features, paired, real_features  # noqa: E402
 from bench.ablation import BASE  # noqa: E402
 from bench.real_features import FeatureConfig, Side, hard_questions, train_heads  # noqa: E402
 from cli import UserError  # noqa: E402
-from data import Split  # noqa: E402
 from knowledge import ConceptVocab, extract_many, meaning_ids  # noqa: E402
 from losses import LossConfig  # noqa: E402
 from video import write_video  # noqa: E402
@@ -63,11 +62,31 @@ def test_base_is_plain_info_nce_and_each_variant_says_what_it_adds():
         assert real_features.VARIANTS[name] == joined
 
 
-def test_held_out_videos_leave_with_all_their_captions():
-    split = Split(["a", "b", "c"], ["a1", "b1", "a2", "c1", "c2"], np.array([0, 1, 0, 2, 2]))
-    rest, held = real_features.hold_out(split, np.array([2]))
-    assert (rest.video_paths, rest.captions, rest.video_of_caption.tolist()) == (["a", "b"], ["a1", "b1", "a2"], [0, 1, 0])
-    assert (held.video_paths, held.captions, held.video_of_caption.tolist()) == (["c"], ["c1", "c2"], [0, 0])
+def test_videos_are_taken_with_all_their_captions():
+    side = Side(torch.tensor([[0.0], [1], [2]]), torch.arange(5.0)[:, None], np.array([0, 1, 0, 2, 2]), list("abcde"),
+                np.arange(5) + 10)
+    held = real_features.take_videos(side, np.array([2, 0]))
+    assert held.video.ravel().tolist() == [0, 2] and held.text.ravel().tolist() == [0, 2, 3, 4]
+    assert held.video_of_text.tolist() == [0, 0, 1, 1] and held.knowledge == list("acde")
+    assert held.meaning.tolist() == [10, 12, 13, 14]
+
+
+def test_tuning_holds_out_training_videos_and_never_reads_the_validation_file(monkeypatch):
+    rng = np.random.default_rng(0)
+    whole = Side(torch.from_numpy(rng.normal(3, 2, (1000, 4))), torch.from_numpy(rng.normal(size=(2000, 4))),
+                 np.arange(2000) // 2, list(range(2000)), np.arange(2000))
+    asked = []
+    monkeypatch.setattr(real_features, "load_side", lambda path, cache: (asked.append(path), whole)[1])
+    train, gallery = real_features.load_sides(settings(gallery="tune", train="a.csv", val="b.csv"))
+    assert asked == ["a.csv"] and len(gallery.video) == 300 and len(train.video) == 700
+    assert not set(train.knowledge) & set(gallery.knowledge)
+    assert train.video.mean().abs() < 1e-6 and train.video.std().item() == pytest.approx(1, abs=0.01)
+    assert 0 < gallery.video.mean(dim=0).abs().max() < 0.5            # by the training videos' mean, not its own
+    real_features.load_sides(settings(gallery="val", train="a.csv", val="b.csv"))
+    assert asked == ["a.csv", "a.csv", "b.csv"]
+    monkeypatch.setattr(real_features, "HELD_OUT", 500)
+    with pytest.raises(UserError, match="has 1000 videos; it takes 1500 to hold out 500"):
+        real_features.load_sides(settings(gallery="tune", train="a.csv"))
 
 
 def test_questions_are_the_nearest_captions_that_say_something_else(side, vocab):
