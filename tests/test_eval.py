@@ -14,7 +14,7 @@ import toyworld
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from data import load_videos, prepare_video
-from eval import EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval
+from eval import SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval
 from knowledge import ConceptVocab, extract_many
 from metrics import retrieval_metrics, similarity
 from model import CLOP, build_config
@@ -206,7 +206,14 @@ def test_command_line(world, tmp_path):
 
 
 def test_no_checkpoint_no_result(tmp_path):
-    """Never random weights: without the default checkpoint the command ends with one line that says what to do."""
-    script = Path(__file__).parent.parent / "eval.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    """Never random weights: without its checkpoint the command ends with one line that says what to do."""
+    command = [sys.executable, Path(__file__).parent.parent / "eval.py", "--checkpoint", "missing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "python train.py" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_a_checkpoint_the_shipped_one_answers(world, tmp_path, capsys):
+    record = evaluate(config(world, tmp_path, checkpoint=None))
+    assert f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}" in capsys.readouterr().out
+    assert record["checkpoint_sha256"] == load_checkpoint(SHIPPED).sha256 and record["trained_on"] == "toy"
+    assert SHIPPED.stat().st_size <= 8e6
