@@ -1,5 +1,7 @@
 """What several test files share: a tiny toy world, rendered once."""
 
+import multiprocessing
+
 import pytest
 
 import toyworld
@@ -10,3 +12,10 @@ def tiny_world(tmp_path_factory):
     """A folder with 48 training, 12 validation and 12 test videos in the layout of the toy world."""
     folder = tmp_path_factory.mktemp("world")
     return toyworld.generate(folder, train=48, val=12, test=12, seed=0, workers=1, progress=False)
+
+
+def pytest_sessionfinish(session):
+    """A worker that a test left behind would keep pytest from ending: name it, and end it."""
+    for child in multiprocessing.active_children():
+        print(f"\nleft behind by a test: {child}")
+        child.kill()

@@ -284,15 +284,17 @@ def test_a_killed_tagging_worker_is_one_line(monkeypatch):
 
 def test_a_killed_rendering_worker_is_one_line(tmp_path):
     def kill_a_child():
-        children = Path(f"/proc/{os.getpid()}/task/{main}/children")
         while not done.is_set():
-            for pid in children.read_text().split():
-                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
-                    return
+            workers = [pid for pid in set(children.read_text().split()) - before
+                       if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            if len(workers) == 2:  # not sooner: Python's pool forgets a worker that it starts while another one dies
+                os.kill(int(workers[0]), signal.SIGKILL)
+                return
             time.sleep(0.01)
 
     done, main = threading.Event(), threading.get_native_id()
+    children = Path(f"/proc/{os.getpid()}/task/{main}/children")
+    before = set(children.read_text().split())
     killer = threading.Thread(target=kill_a_child)
     killer.start()
     counts = dict(train=64, val=8, test=8, progress=False)
