@@ -83,7 +83,7 @@ class FeatureConfig:
     batch_size: int = 256         # pairs
     lr: float = 1e-3              # peak learning rate; cosine to zero
     weight_decay: float = 0.1     # of matrices
-    dropout: float = 0.3          # of the features
+    dropout: float = 0.5          # of the features
     embed_dim: int = 256          # E
     cache: str = "cache"          # features, extracted knowledge
     results: str = "results/real_features.jsonl"  # a line for each run
