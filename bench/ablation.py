@@ -89,7 +89,7 @@ def main():
     config = parse_config(AblationConfig, sys.argv[1:split_at])
     if not config.table:
         run_all(config, sys.argv[split_at + 1:])
-    print_tables(config.results)
+    print_tables(config.results, refresh=config.table)
 
 
 # ---- which runs ------------------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ def describe_group(runs: list[dict]) -> str:
             f"{first['jobs']} runs at a time; commit {', '.join(commits)}")
 
 
-def print_tables(results: str):
-    """Tables of all groups to stdout; and, where docs/ablation.md has a place for this file, there with a plot."""
+def print_tables(results: str, refresh: bool = False):
+    """Tables of all groups to stdout; refresh: also into docs/ablation.md, with a plot, in the section of this file."""
     groups = group_runs(read_runs(results), lambda run: [settings(run["config"]), run["split"], run["eval"]])
     if not groups:
         raise UserError(f"{results}: holds no runs yet; leave out --table to do them")
@@ -271,11 +271,12 @@ def print_tables(results: str):
         headings = {name: heading for name, heading in HEADINGS.items() if name in runs[0]["metrics"]}
         texts.append(f"{describe_group(runs)}\n\n{markdown_tables(runs, headings, order_variants(runs))}")
     print("\n" + "\n\n".join(texts))
-    page = ROOT / "docs" / "ablation.md"
-    if Path(results).resolve() == ROOT / "results" / "ablation.jsonl":
-        replace_section(page, "toy world", "\n\n".join(texts) + "\n\n![Each seed of each variant](ablation.png)")
-        draw_groups(groups, page.with_suffix(".png"))
-        print(f"\n{page}, {page.with_suffix('.png')}")
+    if refresh:
+        page, picture = ROOT / "docs" / "ablation.md", ROOT / "docs" / f"{Path(results).stem}.png"
+        replace_section(page, Path(results).stem.replace("_", " "),
+                        "\n\n".join(texts) + f"\n\n![Each seed of each variant]({picture.name})")
+        draw_groups(groups, picture)
+        print(f"\n{page}, {picture}")
 
 
 def draw_groups(groups: list[list[dict]], picture: Path):

@@ -175,11 +175,12 @@ def markdown_tables(runs: Sequence[dict], metrics: dict[str, str], variants: Seq
 
 
 def replace_section(path: str | Path, name: str, text: str):
-    """Put `text` between the lines `<!-- name -->` and `<!-- end of name -->` of a Markdown file."""
+    """Put `text` between the lines `<!-- name -->` and `<!-- end of name -->` of a page. UserError without them."""
     path = Path(path)
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     old = path.read_text(encoding="utf-8")
-    assert old.count(start) == old.count(end) == 1, f"{path}: needs one {start.strip()} and one {end.strip()}"
+    if not old.count(start) == old.count(end) == 1:
+        raise UserError(f"{path}: has no place for the table; add the lines {start.strip()} and {end.strip()}")
     before, rest = old.split(start)
     path.write_text(before + start + "\n" + text + "\n\n" + end + rest.split(end)[1], encoding="utf-8")
 

@@ -25,7 +25,6 @@ half of the clips with two of them: not comparable with published numbers.
 """
 
 import os
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -87,7 +86,7 @@ class FeatureConfig:
     batch_size: int = 256         # pairs
     lr: float = 1e-3              # peak learning rate; cosine to zero
     weight_decay: float = 0.1     # of matrices
-    dropout: float = 0.3          # of the features
+    dropout: float = 0.5          # of the features
     embed_dim: int = 256          # E
     cache: str = "cache"          # features, extracted knowledge
     results: str = "results/real_features.jsonl"  # a line for each run
@@ -98,7 +97,7 @@ def main():
     config = parse_config(FeatureConfig)
     if not config.table:
         run_all(config)
-    print_tables(config.results)
+    print_tables(config.results, refresh=config.table)
 
 
 # ---- data: once for all runs -----------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     decayed = [p for p in heads.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=config.weight_decay),
                                    dict(params=[p for p in heads.parameters() if p.ndim < 2], weight_decay=0.0)],
-                                  lr=config.lr)
+                                  lr=config.lr, fused=True)
     steps = config.epochs * len(sampler)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps)))
@@ -296,8 +295,8 @@ def run_all(config: FeatureConfig):
               f"{metrics.get('mc_accuracy', float('nan')):.1f}, {seconds:.0f} s", flush=True)
 
 
-def print_tables(results: str):
-    """The tables to stdout; and, where docs/ablation.md has a place for this file, there."""
+def print_tables(results: str, refresh: bool = False):
+    """The tables to stdout; refresh: also into the section of docs/ablation.md that has this file's name."""
     texts = []
     for runs in group_runs(read_runs(results), lambda record: [record["config"][name] for name in describe_settings(
             FeatureConfig())]):
@@ -318,10 +317,8 @@ def print_tables(results: str):
     if not texts:
         raise UserError(f"{results}: holds no runs yet; leave out --table to do them")
     print("\n" + "\n\n".join(texts))
-    page = ROOT / "docs" / "ablation.md"
-    section = re.sub("_", " ", Path(results).stem)
-    if Path(results).resolve().parent == ROOT / "results" and f"<!-- {section} -->" in page.read_text("utf-8"):
-        replace_section(page, section, "\n\n".join(texts))
+    if refresh:
+        replace_section(ROOT / "docs" / "ablation.md", Path(results).stem.replace("_", " "), "\n\n".join(texts))
 
 
 if __name__ == "__main__":

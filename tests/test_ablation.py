@@ -248,12 +248,14 @@ def test_a_section_is_replaced_and_nothing_else(tmp_path):
     for text in ("one", "two"):
         paired.replace_section(page, "x", text)
     assert page.read_text() == "before\n<!-- x -->\n\ntwo\n\n<!-- end of x -->\nafter\n"
+    with pytest.raises(UserError, match="has no place for the table; add the lines <!-- y -->"):
+        paired.replace_section(page, "y", "text")
 
 
 def test_page_and_plot_come_from_the_records_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "ablation.md").write_text("# x\n<!-- toy world -->\nold\n<!-- end of toy world -->\n")
+    (tmp_path / "docs" / "ablation.md").write_text("# x\n<!-- ablation -->\nold\n<!-- end of ablation -->\n")
     for steps in (7, 9):
         for name, value in (("base", 10.0), ("all", 15.5)):
             for seed in (0, 1):
@@ -262,6 +264,9 @@ def test_page_and_plot_come_from_the_records_alone(tmp_path, monkeypatch, capsys
                     seconds=60.0, videos=500, questions=500, hardware="x86_64 CPU", jobs=2, commit="abc",
                     config=vars(TrainConfig(steps=steps)) | variant_fields(name)))
     ablation.print_tables(str(tmp_path / "results" / "ablation.jsonl"))
+    assert "old" in (tmp_path / "docs" / "ablation.md").read_text()       # only --table writes
+    capsys.readouterr()
+    ablation.print_tables(str(tmp_path / "results" / "ablation.jsonl"), refresh=True)
     said, page = capsys.readouterr().out, (tmp_path / "docs" / "ablation.md").read_text()
     for text in (said, page):
         assert "| all | 2 | **+5.5 ± 0.0** (p <.001, .500) |" in text and text.count("| base | 2 | 10.5 ± 0.7 |") == 2
