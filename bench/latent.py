@@ -247,8 +247,9 @@ def draw_geometry(spaces: list[Space], path: Path):
         axes[1].bar(np.arange(len(spaces)) + 0.4 * number - 0.2, 100 * shares[:, number], 0.38, color=color,
                     label=f"{name}: {100 * counts[number]:.1f} % of its negatives are hard")
     axes[1].set_xticks(range(len(spaces)), [space.name for space in spaces])
-    axes[1].set(ylabel="% of the push", ylim=(0, 130), title=f"Hard negatives get {100 * shares[:, 0].mean():.0f} % of "
-                f"the push in random,\n{100 * shares[:, 1].mean():.0f} % in guided batches (mean of the models)")
+    axes[1].set(ylabel="% of the push", ylim=(0, 130), yticks=range(0, 101, 20),
+                title=f"Hard negatives get {100 * shares[:, 0].mean():.0f} % of the push in random,\n"
+                      f"{100 * shares[:, 1].mean():.0f} % in guided batches (mean of the models)")
     axes[1].legend(frameon=False, fontsize=8)
     save(plt, figure, path)
 
