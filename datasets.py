@@ -289,7 +289,10 @@ def load_msrvtt_mc(root: Path, path: str | Path | None = None) -> list[Question]
     Answers count from 0; from 1 if one of them is the number of options, and none is 0.
     """
     names = [f"msrvtt_mc_test.{ending}" for ending in ("jsonl", "json", "tsv", "csv")]
-    rows, finder = list(_read_mc(Path(path) if path else find_file(root, *names))), VideoFinder(root)
+    path = Path(path) if path else find_file(root, *names)
+    rows, finder = list(_read_mc(path)), VideoFinder(root)
+    if not rows:
+        raise UserError(f"{path}: no questions in it")
     from_one = any(answer == len(options) for _, _, options, answer in rows) and all(row[3] != 0 for row in rows)
     questions = []
     for where, name, options, answer in rows:

@@ -75,7 +75,7 @@ def read_log(path: str | Path) -> list[dict]:
     for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step", 0), int):
             lines.append(line)

@@ -31,7 +31,8 @@ from splits import Split
 from tagger import load_plain_pickle
 from tokenizer import Tokenizer
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+# the same examples every time: a test that fails now and then is fixed by nobody. Before a release: 1,000, at random
+quick = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 STUMBLES = [b"", b"\n", b"\r", b"\t", b",", b'"', b"'", b"\\", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80",
             b"\\ud800", b"\xe2\x80\xae", b"../../", b"/etc/passwd", b"C:\\x", b"null", b"NaN", b"1e999", b"-1", b"[]",
@@ -190,6 +191,12 @@ def test_pickles_of_plain_data_in_odd_shapes(data, tmp_path):
     with pytest.raises(UserError) as error:
         load_split("msvd", tmp_path, "test")
     one_line(error.value)
+
+
+def test_a_header_without_questions(tmp_path):
+    (path := tmp_path / "mc.tsv").write_bytes(QUESTIONS["mc.tsv"].splitlines(keepends=True)[0])
+    with pytest.raises(UserError, match="no questions in it"):
+        load_msrvtt_mc(tmp_path, path)
 
 
 def test_a_number_of_five_thousand_digits(tmp_path):
