@@ -27,6 +27,8 @@ from distributed import launch
 from train import TrainConfig
 from video import FrameCache
 
+torch.set_num_threads(1)  # as in the processes that the tests start: the same sums, to the last bit
+
 ROOT = Path(__file__).parent.parent
 ENDS_WITHIN = 60  # seconds after which no rank is left when one has died: hangs fail, a loaded machine does not
 
