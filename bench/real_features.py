@@ -54,7 +54,7 @@ from splits import Split  # noqa: E402
 
 HELD_OUT = 300  # training videos that make the tuning gallery
 
-# Chosen on the tuning gallery (docs/ablation.md); bench/ablation.py says what each field is.
+# First guesses, not tuned yet (docs/ablation.md); bench/ablation.py says what each field is.
 SKP = dict(skp_weight=0.3)
 SAMPLING = dict(guided_share=0.5)
 WEIGHTING = dict(beta=1.0, mask_false_negatives=True)
