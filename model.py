@@ -244,10 +244,11 @@ class CLOP(nn.Module):
         self.video = VideoEncoder(config)
         self.text = TextEncoder(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # Paper: SKP "pulls together the latent representations of similar videos". We predict from the very vector that
-        # retrieval compares, not from a layer before it, so that the pull acts where it is wanted.
-        self.concept_head = nn.Linear(config.embed_dim, config.num_concepts) if config.num_concepts else None
         self.reset_parameters()
+        # Paper: SKP "pulls together the latent representations of similar videos". We predict from the very vector that
+        # retrieval compares, not from a layer before it, so that the pull acts where it is wanted. Drawn last: with and
+        # without it, all else starts from the same weights.
+        self.concept_head = nn.Linear(config.embed_dim, config.num_concepts) if config.num_concepts else None
 
     def reset_parameters(self):
         """CLIP's initialisation: residual branches shrink with depth; the time path starts at zero."""

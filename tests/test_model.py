@@ -105,6 +105,12 @@ def test_checkpointing_changes_memory_not_gradients():
         torch.testing.assert_close(grads[0][name], grads[1][name])
 
 
+def test_a_concept_head_changes_no_other_weight():
+    with_head, without = tiny(num_concepts=5).state_dict(), tiny().state_dict()
+    assert with_head.keys() - without.keys() == {"concept_head.weight", "concept_head.bias"}
+    assert all((with_head[name] == value).all() for name, value in without.items())
+
+
 def test_base_preset_is_vit_b16_with_clips_text_tower():
     with torch.device("meta"):
         model = CLOP(build_config("base"))
