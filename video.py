@@ -33,9 +33,9 @@ and 150 kB at 224 px: a 10,000-video set of 12 frames at 224 px takes 18 GB, and
 
 **Files from strangers.** A damaged or hostile file can do worse than fail: it can hang the decoder for ever, or crash
 the process that it runs in. So the cache decodes in processes that can be spared, and a video may take `PATIENCE`
-seconds and one more for each megabyte of the file. When they are over, its process is killed, the video is listed as broken with
-that reason, and another process goes on with the next. One that dies is replaced too and its video tried once more,
-for the death may not have been the video's fault; if it happens again, it was.
+seconds and one more for each megabyte of the file. When they are over, its process is killed, the video is listed as
+broken with that reason, and another process goes on with the next. One that dies is replaced too and its video tried
+once more, for the death may not have been the video's fault; if it happens again, it was.
 
     python video.py FILE        frames of FILE; without FILE, of a small video of its own
 """

@@ -64,7 +64,8 @@ def test_user_errors_end_with_their_line(capsys):
 
 def test_a_poor_terminal_gets_codes():
     code = "import cli; cli.run(lambda: print('β → 走'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True,
                           env=dict(os.environ, PYTHONIOENCODING="ascii"))
     assert done.returncode == 0 and done.stdout == r"\u03b2 \u2192 \u8d70" + "\n", done.stderr
 
