@@ -174,8 +174,8 @@ class KnowledgeBatchSampler:
     3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill
        the rest.
 
-    A schedule may come from `guided_share` as a function of the epoch. The epoch's last batch holds what is left,
-    fewer than `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all
+    The first `guided_from` batches of training have no groups. An epoch's last batch holds what is left, fewer than
+    `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all
     ranks; it is planned first and then cut into `world_size` parts in order, equal to within one sample, so another
     number of ranks sees the same batches, and each rank the same number of them.
     """
@@ -185,9 +185,9 @@ class KnowledgeBatchSampler:
     FLOORS = (0.4,) * 4 + (0.3,) * 4 + (0.2,) * 3 + (0.1,) * 2 + (0.0,) * 2  # of κ, one for each dictionary of an epoch
 
     def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray,
-                 *, batch_size: int, seed: int = 0, guided_share: float | Callable[[int], float] = 0.5,
+                 *, batch_size: int, seed: int = 0, guided_share: float = 0.5, guided_from: int = 0,
                  group_size: int = 8, drop_last: bool = False, rank: int = 0, world_size: int = 1):
-        """Sets and ids of the N samples; the share `guided_share`, or guided_share(epoch), of a batch is groups.
+        """Sets and ids of the N samples; the share `guided_share` of a batch is groups, from batch `guided_from` on.
 
         Raises UserError where batch_size is larger than N with drop_last, or a batch has fewer samples than there are
         ranks.
@@ -196,6 +196,7 @@ class KnowledgeBatchSampler:
         lengths = size, len(video_of_sample), len(meaning_id)
         assert len({*lengths}) == 1, f"sets, videos and meanings of {lengths} samples"
         assert 0 <= rank < world_size, f"{rank=} of {world_size=}"
+        assert 0 <= guided_share <= 1, f"{guided_share=}: a share is 0 … 1"
         assert group_size >= 2, f"{group_size=}: a group is an anchor and at least one more"
         smallest = batch_size if drop_last or not size % max(1, batch_size) else size % batch_size
         if smallest < world_size:
@@ -203,7 +204,8 @@ class KnowledgeBatchSampler:
                             f"{world_size} processes; choose another")
         if drop_last and size < batch_size:
             raise UserError(f"batch size {batch_size}: larger than the data set of {size} samples; lower it")
-        self.size, self.batch_size, self.seed, self.guided_share = size, batch_size, seed, guided_share
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.guided_share, self.guided_from = guided_share, guided_from
         self.group_size, self.drop_last, self.rank, self.world_size = group_size, drop_last, rank, world_size
         self.video, self.meaning = np.asarray(video_of_sample), np.asarray(meaning_id)
         self.idf = np.append(idf, 0).astype(np.float32)  # one more, of weight 0, pads the rows of `ids`
@@ -244,15 +246,15 @@ class KnowledgeBatchSampler:
         """All samples in the order of the epoch, int64 [N]: the batches of all ranks are consecutive pieces of it."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.size)
-        share = self.guided_share(epoch) if callable(self.guided_share) else self.guided_share
-        assert 0 <= share <= 1, f"guided_share is {share} in epoch {epoch}: expected 0 … 1"
-        full, per_batch = self.size // self.batch_size, round(share * self.batch_size) // self.group_size
-        if full * per_batch == 0:
+        full, per_batch = self.size // self.batch_size, round(self.guided_share * self.batch_size) // self.group_size
+        first = min(max(0, self.guided_from - epoch * len(self)), full)               # of this epoch, to have groups
+        if (full - first) * per_batch == 0:
             return order
-        groups = self._find_groups(order, full * per_batch, rng)                      # [G, group_size]
+        groups = self._find_groups(order, (full - first) * per_batch, rng)            # [G, group_size]
         is_free = np.ones(self.size, bool)
         is_free[groups] = False
-        guided = np.diff(-(-np.arange(full + 1) * len(groups) // full)) * self.group_size  # of each batch, evenly
+        guided = np.zeros(full, np.int64)                                             # samples of each batch, evenly
+        guided[first:] = np.diff(-(-np.arange(full - first + 1) * len(groups) // (full - first))) * self.group_size
         in_group = np.zeros(self.size, bool)
         in_group[:full * self.batch_size] = (np.arange(self.batch_size) < guided[:, None]).ravel()
         plan = np.empty_like(order)

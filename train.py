@@ -21,8 +21,8 @@ next step, and end with status 0 and 130; before the first step there is nothing
 Large batches on small memory (--chunk): the contrastive loss needs all embeddings at once, but not all activations. So,
 as in GradCache (arXiv 2101.06983): embed the batch chunk by chunk without a graph; take the loss of all, and its
 gradient with respect to the embeddings; embed each chunk again, now with a graph, and feed it its part of that
-gradient. The same gradient, one more forward pass of the encoders. It holds because no pair sees another one inside the encoders (no batch
-norm) and both passes agree (no dropout).
+gradient. The same gradient, one more forward pass of the encoders. It holds because no pair sees another one inside the
+encoders (no batch norm) and both passes agree (no dropout).
 
 Output in --out: log.jsonl (runlog.py), step-*.safetensors, best.safetensors (on validation), curves.png.
 """
@@ -97,6 +97,7 @@ class TrainConfig:
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
     guided_share: float = 0.75               # KCL: share of a batch that is sampled by knowledge
     guided_from: float = 0.3                 # … after this share of the steps (earlier it slows learning, LOG.md)
+    group_size: int = 8                      # … in groups of so many
     mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
     # machine
     gpus: int = 0                            # start this many processes, one a GPU; 0 = this process alone
@@ -112,6 +113,10 @@ class TrainConfig:
     skip_nonfinite: int = 3                  # steps in a row that may be left out for a loss or gradient of NaN or inf
     max_broken: float = 0.05                 # share of unreadable videos that stops the run
     test: bool = True                        # toy: at the end, evaluate on the test gallery
+
+# fields that change no result: a run may go on with others
+FREE = ("out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep", "skip_nonfinite",
+        "checkpointing", "compile", "max_broken", "test")
 
 
 def main():
@@ -159,11 +164,11 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
     dataset = PairDataset(train_split, cache, tokenizer, vocab, knowledge, length=sizes.text_length)
     del knowledge  # the dataset has the ids; the names of all that millions of captions mention need not stay
     give_back_memory()  # reading them took ten times what stays
-    guided_from = config.guided_from * config.steps * config.accumulate  # batches
     sampler = KnowledgeBatchSampler(
         dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
         seed=config.seed, drop_last=config.drop_last, rank=ranks.rank, world_size=ranks.world_size,
-        guided_share=lambda epoch: config.guided_share if epoch * len(sampler) >= guided_from else 0.0)
+        guided_share=config.guided_share, guided_from=round(config.guided_from * config.steps * config.accumulate),
+        group_size=config.group_size)
     idf = torch.from_numpy(vocab.idf).to(device)
     say(f"{len(dataset)} captions of {len(train_split.video_paths)} videos, {len(vocab)} concepts, "
         f"{tokenizer.vocab_size} tokens; ready after {time.perf_counter() - started:.0f} s")
@@ -390,10 +395,8 @@ def fingerprint(split) -> str:
 
 def check_same_run(resumed, config: TrainConfig, progress: dict, out: Path):
     """A folder holds one run: raise UserError if its checkpoint comes of settings or data that change the result."""
-    free = {"out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep", "skip_nonfinite",
-            "checkpointing", "compile", "max_broken", "test"}
     changed = [f"--{name.replace('_', '-')} {old} → {getattr(config, name, 'gone')}"
-               for name, old in resumed.config.items() if name not in free and getattr(config, name, None) != old]
+               for name, old in resumed.config.items() if name not in FREE and getattr(config, name, None) != old]
     if changed:
         raise UserError(f"{out}: holds a run with other settings ({', '.join(changed)}); "
                         "choose another --out, or delete the folder")

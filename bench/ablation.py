@@ -41,10 +41,10 @@ from bench.paired import (append_run, by_seed, group_runs, markdown_tables, pair
                           read_runs, replace_section)
 from checkpoint import newest_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
-from train import TrainConfig  # noqa: E402
+from train import FREE, TrainConfig  # noqa: E402
 
 # Every field of train.py that belongs to CLOP, off. A variant is what it switches on.
-BASE = dict(skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0, guided_from=0.0,
+BASE = dict(skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0, guided_from=0.0, group_size=8,
             mask_false_negatives=False)
 SKP = dict(skp_weight=1.0)
 SAMPLING = dict(guided_share=0.75, guided_from=0.3)
@@ -61,10 +61,7 @@ VARIANTS = {
     "all": BASE | SKP | SAMPLING | WEIGHTING,  # what train.py does without any flag
     "all+mining": BASE | SKP | SAMPLING | WEIGHTING | MINING,
 }
-# fields of train.py that this script sets itself, and those that change no result
-OURS = ("out", "seed", "test")
-MACHINE = ("cache", "gpus", "procs", "workers", "chunk", "checkpointing", "compile", "log_every", "eval_every", "keep",
-           "skip_nonfinite", "max_broken")
+OURS = ("out", "seed", "test")  # fields of train.py that this script sets itself
 HEADINGS = {"t2v_R@1": "t2v R@1", "t2v_R@5": "R@5", "t2v_R@10": "R@10", "t2v_MdR": "MdR", "v2t_R@1": "v2t R@1",
             "v2t_R@5": "R@5", "mc_accuracy": "multiple choice", "mc_accuracy_noun": "noun", "mc_accuracy_verb": "verb",
             "mc_accuracy_direction": "direction"}
@@ -137,7 +134,7 @@ def settings(train_config: dict) -> dict:
     A field that an older run did not know counts as its default.
     """
     return {field.name: train_config.get(field.name, field.default) for field in fields(TrainConfig)
-            if field.name not in (*BASE, *OURS, *MACHINE)}
+            if field.name not in (*BASE, *OURS, *FREE)}
 
 
 def is_same(record: dict, train_config: dict, config: AblationConfig) -> bool:

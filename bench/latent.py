@@ -51,6 +51,7 @@ class LatentConfig:
     split: Literal["val", "test"] = "val"  # the gallery
     concepts: Literal["noun", "verb"] = "verb"  # what colours the map
     batch_size: int = 128           # of the two batches that are shown
+    group_size: int = 8             # … of samples that share knowledge, in the guided one
     out: str = "docs"               # folder for the pictures
     cache: str = "cache"            # decoded frames, extracted knowledge
 
@@ -160,7 +161,8 @@ def load_space(word: str, config: LatentConfig) -> Space:
     batches = []
     for share in (0.0, 1.0):
         sampler = KnowledgeBatchSampler(sets, idf, train.video_of_caption, meaning_ids(train.captions, knowledge),
-                                        batch_size=config.batch_size, drop_last=True, guided_share=share)
+                                        batch_size=config.batch_size, drop_last=True, guided_share=share,
+                                        group_size=config.group_size)
         batches.append(embed_batch(checkpoint, train, next(sampler.batches(0)), config))
     return Space(name, checkpoint.model.logit_scale.exp().item(), embed_batch(checkpoint, gallery, first, config),
                  *batches)

@@ -193,11 +193,11 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     torch.manual_seed(seed)
     heads = Heads(side.video.shape[1], side.text.shape[1], config.embed_dim, len(vocab), config.dropout)
     sets, idf = vocab.encode_many(side.knowledge), torch.from_numpy(vocab.idf)
-    guided_from = fields["guided_from"] * config.epochs
     sampler = KnowledgeBatchSampler(
         sets, vocab.idf, side.video_of_text, side.meaning, batch_size=config.batch_size, seed=seed, drop_last=True,
-        guided_share=lambda epoch: fields["guided_share"] if epoch >= guided_from else 0.0)
-    losses = LossConfig(**{name: value for name, value in fields.items() if not name.startswith("guided")})
+        guided_share=fields["guided_share"], group_size=fields["group_size"],
+        guided_from=round(fields["guided_from"] * config.epochs * (len(sets) // config.batch_size)))
+    losses = LossConfig(**{name: value for name, value in fields.items() if name in vars(LossConfig())})
     decayed = [p for p in heads.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=config.weight_decay),
                                    dict(params=[p for p in heads.parameters() if p.ndim < 2], weight_decay=0.0)],
@@ -234,14 +234,14 @@ def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]
     return metrics
 
 
-def describe_batches(side: Side, vocab: ConceptVocab, share: float, batch_size: int, count: int = 20) -> dict:
+def describe_batches(side: Side, vocab: ConceptVocab, sampling: dict, batch_size: int, count: int = 20) -> dict:
     """What the negatives of `count` batches are like: mean κ, mean κ of each caption's nearest, false negatives a row.
 
-    False negatives (same video or meaning) are counted, and left out of both κ.
+    sampling: guided_share and group_size. False negatives (same video or meaning) are counted, and left out of both κ.
     """
     sets, idf = vocab.encode_many(side.knowledge), torch.from_numpy(vocab.idf)
     sampler = KnowledgeBatchSampler(sets, vocab.idf, side.video_of_text, side.meaning, batch_size=batch_size,
-                                    drop_last=True, guided_share=share)
+                                    drop_last=True, **sampling)
     mean, nearest, false = [], [], []
     for indices, _ in zip(sampler.batches(0), range(count)):
         vectors = concept_vectors(multi_hot([sets[i] for i in indices], len(vocab)), idf)
@@ -280,15 +280,16 @@ def run_all(config: FeatureConfig):
     print(f"{len(train.text)} captions of {len(train.video)} videos, {len(vocab)} concepts; gallery "
           f"{len(gallery.video)} videos, {len(gallery.text)} captions, {len(questions)} questions", flush=True)
     for seed, name, fields in todo:
-        started, share = time.perf_counter(), fields["guided_share"]
+        started, sampling = time.perf_counter(), {name: fields[name] for name in ("guided_share", "group_size")}
         heads = train_heads(train, vocab, fields, config, seed)
         seconds = time.perf_counter() - started
         metrics = measure(heads, gallery, questions)
-        if share not in batches:
-            batches[share] = describe_batches(train, vocab, share, config.batch_size)
+        kind = tuple(sampling.values())
+        if kind not in batches:
+            batches[kind] = describe_batches(train, vocab, sampling, config.batch_size)
         append_run(config.results, dict(
             variant=name, seed=seed, metrics={key: round(value, 4) for key, value in metrics.items()},
-            batches=batches[share], logit_scale=round(heads.logit_scale.exp().item(), 3), seconds=round(seconds, 1),
+            batches=batches[kind], logit_scale=round(heads.logit_scale.exp().item(), 3), seconds=round(seconds, 1),
             config=shared | fields, videos=len(gallery.video), captions=len(gallery.text), questions=len(questions),
             cores=os.cpu_count(), **machine_facts("cpu")))
         print(f"{name} seed {seed}: t2v R@1 {metrics['t2v_R@1']:.1f}, R@5 {metrics['t2v_R@5']:.1f}, multiple choice "
@@ -303,7 +304,8 @@ def print_tables(results: str, refresh: bool = False):
         first, config = runs[0], runs[0]["config"]
         headings = {name: heading for name, heading in HEADINGS.items() if name in first["metrics"]}
         seconds = np.mean([record["seconds"] for record in runs])
-        kinds = {record["config"]["guided_share"]: record["batches"] for record in runs}
+        kinds = {(record["config"]["guided_share"], record["config"]["group_size"]): record["batches"]
+                 for record in runs}
         texts.append(
             f"Gallery `{config['gallery']}`: {first['videos']:,} videos, {first['captions']:,} captions, "
             f"{first['questions']:,} questions; " + ", ".join(f"{name} {config[name]}" for name in (
@@ -311,9 +313,9 @@ def print_tables(results: str, refresh: bool = False):
             + f"; {seconds:.0f} s a run, {first['hardware']}; commit "
             f"{', '.join(dict.fromkeys(record['commit'] for record in runs))}\n\n"
             + markdown_tables(runs, headings, order_variants(runs, VARIANTS)) + "\n\n"
-            + "\n".join(f"- guided share {share}: mean κ of a batch's negatives {facts['kappa']:.3f}, of each "
-                        f"caption's nearest {facts['nearest_kappa']:.3f}; {facts['false_negatives']:.2f} false "
-                        "negatives a caption" for share, facts in sorted(kinds.items())))
+            + "\n".join(f"- guided share {share}, groups of {group}: mean κ of a batch's negatives {facts['kappa']:.3f}, "
+                        f"of each caption's nearest {facts['nearest_kappa']:.3f}; {facts['false_negatives']:.2f} false "
+                        "negatives a caption" for (share, group), facts in sorted(kinds.items())))
     if not texts:
         raise UserError(f"{results}: holds no runs yet; leave out --table to do them")
     print("\n" + "\n\n".join(texts))

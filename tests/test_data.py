@@ -312,10 +312,17 @@ def test_without_guidance_it_is_a_plain_shuffle():
     assert (nothing_known.plan(7) == np.random.default_rng((4, 7)).permutation(500)).all()
 
 
-def test_a_schedule_by_epoch():
-    sampler = make_sampler(guided_share=lambda epoch: 0.0 if epoch < 2 else 0.5)
-    for epoch in (0, 1, 2, 3):
-        assert (sampler.plan(epoch) == make_sampler(guided_share=0.0 if epoch < 2 else 0.5).plan(epoch)).all()
+def test_the_first_batches_have_no_groups():
+    sampler = make_sampler(guided_from=47 + 10)                                  # 47 batches an epoch, the last of 56
+    assert len(sampler) == 47
+    assert (sampler.plan(0) == make_sampler(guided_share=0.0).plan(0)).all()
+    assert (sampler.plan(2) == make_sampler().plan(2)).all()
+    plan = sampler.plan(1)
+    assert sorted(plan) == list(range(3000))
+    near = [overlap(WORLD, batch[:32])[np.arange(1, 32), np.arange(31)].mean() for batch in sampler.batches(1)]
+    by_chance = np.mean([overlap(WORLD, batch[:32])[np.arange(1, 32), np.arange(31)].mean()
+                         for batch in make_sampler(guided_share=0.0).batches(1)])
+    assert max(near[:10]) < 2 * by_chance < min(near[10:46])
 
 
 def test_scarce_groups_are_dealt_out_evenly():
@@ -329,11 +336,9 @@ def test_wrong_settings():
     for wrong in (dict(batch_size=0), dict(batch_size=3, world_size=4), dict(batch_size=4000, drop_last=True)):
         with pytest.raises(UserError, match="batch size"):
             make_sampler(**wrong)
-    for wrong in (dict(rank=2, world_size=2), dict(group_size=1)):
+    for wrong in (dict(rank=2, world_size=2), dict(group_size=1), dict(guided_share=1.5)):
         with pytest.raises(AssertionError):
             make_sampler(**wrong)
-    with pytest.raises(AssertionError, match="1.5"):
-        make_sampler(guided_share=1.5).plan(0)
 
 
 # ---- together --------------------------------------------------------------------------------------------------------

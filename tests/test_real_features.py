@@ -24,7 +24,7 @@ WHO, DOES = "dog cat girl boy robot horse".split(), "chases pushes follows lifts
 
 @pytest.fixture(scope="module")
 def side() -> Side:
-    """Two captions a video, "a DOG CHASES a CAT" and the same in other words; features that say who does what to whom."""
+    """Two captions a video, "a DOG CHASES a CAT" and it in other words; features that say who does what to whom."""
     captions, video, text = [], [], []
     rng = np.random.default_rng(0)
     words = {word: rng.normal(size=24) for word in WHO + DOES}
@@ -55,10 +55,12 @@ def settings(**other) -> FeatureConfig:
 
 
 def test_base_is_plain_info_nce_and_each_variant_says_what_it_adds():
-    assert real_features.VARIANTS["base"] == BASE and not any(BASE.values())
-    assert {field.name for field in fields(LossConfig)} == {name for name in BASE if not name.startswith("guided")}
+    assert real_features.VARIANTS["base"] == BASE
+    assert not any(BASE[name] for name in BASE if name != "group_size")
+    assert {field.name for field in fields(LossConfig)} == set(BASE) - {"guided_share", "guided_from", "group_size"}
     for name, parts in (("kcl", ("sampling", "weighting")), ("all", ("skp", "sampling", "weighting"))):
-        joined = BASE | {field: value for part in parts for field, value in real_features.VARIANTS[part].items() if value}
+        switched_on = [real_features.VARIANTS[part].items() - BASE.items() for part in parts]
+        joined = BASE | dict(set().union(*switched_on))
         assert real_features.VARIANTS[name] == joined
 
 
@@ -101,14 +103,15 @@ def test_questions_are_the_nearest_captions_that_say_something_else(side, vocab)
 
 
 def test_guided_batches_hold_nearer_negatives(side, vocab):
-    random, guided = (real_features.describe_batches(side, vocab, share, 32) for share in (0.0, 0.75))
+    random, guided = (real_features.describe_batches(side, vocab, dict(guided_share=share, group_size=4), 32)
+                      for share in (0.0, 0.75))
     assert guided["nearest_kappa"] > random["nearest_kappa"] and guided["kappa"] > 1.2 * random["kappa"]
     assert 0 <= random["false_negatives"] < 3
 
 
 def test_false_negatives_of_a_batch_are_counted(vocab, side):
     twins = Side(side.video[:1], side.text[:4], np.zeros(4, np.int64), side.knowledge[:4], np.arange(4))
-    assert real_features.describe_batches(twins, vocab, 0.0, 4)["false_negatives"] == 3.0
+    assert real_features.describe_batches(twins, vocab, dict(guided_share=0.0), 4)["false_negatives"] == 3.0
 
 
 # ---- training ----
@@ -148,7 +151,7 @@ def test_what_is_recorded_is_not_run_again(side, tmp_path, monkeypatch, capsys):
     assert "4 runs are in" in capsys.readouterr().out and len(paired.read_runs(config.results)) == 6
     real_features.print_tables(config.results)
     said = capsys.readouterr().out
-    assert "| base | 3 |" in said and "| all:beta=2 | 3 |" in said and "- guided share 0.5: mean κ" in said
+    assert "| base | 3 |" in said and "| all:beta=2 | 3 |" in said and "- guided share 0.5, groups of 8: mean κ" in said
 
 
 def test_an_empty_file_of_results_is_one_line(tmp_path):
