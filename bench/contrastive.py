@@ -105,7 +105,7 @@ def bench_cpu(sizes: list[int], dim: int) -> None:
                 rows[impl] = r = json.loads(done.stdout.splitlines()[-1])
                 first = rows["reference"]
                 speed = (r["forward"] + r["backward"]) / (first["forward"] + first["backward"])
-                saved = first["mib"] / r["mib"]
+                saved = first["mib"] / max(1, r["mib"])  # less than a MiB is not measured
                 print(f"| {batch} | {mode} | {impl} | {r['forward']:.2f} | {r['backward']:.2f} | {speed:.2f} x "
                       f"| {r['cpu']:.2f} | {r['mib']:.0f} | 1/{saved:.0f} | {r['loss']:.5f} |", flush=True)
 
