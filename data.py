@@ -186,7 +186,7 @@ class KnowledgeBatchSampler:
 
     def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray,
                  *, batch_size: int, seed: int = 0, guided_share: float = 0.5, guided_from: int = 0,
-                 group_size: int = 8, drop_last: bool = False, rank: int = 0, world_size: int = 1):
+                 group_size: int = 4, drop_last: bool = False, rank: int = 0, world_size: int = 1):
         """Sets and ids of the N samples; the share `guided_share` of a batch is groups, from batch `guided_from` on.
 
         Raises UserError where batch_size is larger than N with drop_last, or a batch has fewer samples than there are

@@ -91,13 +91,13 @@ class TrainConfig:
     grad_clip: float = 1.0                   # largest gradient norm
     num_frames: str = "4,8"                  # T, frames of a video; several: an equal share of the steps each, in order
     # CLOP
-    skp_weight: float = 1.0                  # SKP: weight of the concept prediction
+    skp_weight: float = 2.0                  # SKP: weight of the concept prediction
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
-    guided_share: float = 0.75               # KCL: share of a batch that is sampled by knowledge
-    guided_from: float = 0.3                 # … after this share of the steps (earlier it slows learning, LOG.md)
-    group_size: int = 8                      # … in groups of so many
+    guided_share: float = 0.5                # KCL: share of a batch that is sampled by knowledge
+    guided_from: float = 0.6                 # … after this share of the steps (earlier it slows learning, LOG.md)
+    group_size: int = 4                      # … in groups of so many
     mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
     # machine
     gpus: int = 0                            # start this many processes, one a GPU; 0 = this process alone

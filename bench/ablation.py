@@ -43,13 +43,14 @@ from checkpoint import newest_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
 from train import FREE, TrainConfig  # noqa: E402
 
-# Every field of train.py that belongs to CLOP, off. A variant is what it switches on.
-BASE = dict(skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0, guided_from=0.0, group_size=8,
+# Every field of train.py that belongs to CLOP, off (without a guided share group_size says nothing). A variant is what
+# it switches on.
+BASE = dict(skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0, guided_from=0.0, group_size=4,
             mask_false_negatives=False)
-SKP = dict(skp_weight=1.0)
-SAMPLING = dict(guided_share=0.75, guided_from=0.3)
+SKP = dict(skp_weight=2.0)
+SAMPLING = dict(guided_share=0.5, guided_from=0.6)
 WEIGHTING = dict(beta=1.0, mask_false_negatives=True)
-MINING = dict(hard_k=16, hard_weight=0.5, mask_false_negatives=True)
+MINING = dict(hard_k=64, hard_weight=0.25, mask_false_negatives=True)
 VARIANTS = {
     "base": BASE,
     "skp": BASE | SKP,

@@ -51,7 +51,7 @@ class LatentConfig:
     split: Literal["val", "test"] = "val"  # the gallery
     concepts: Literal["noun", "verb"] = "verb"  # what colours the map
     batch_size: int = 128           # of the two batches that are shown
-    group_size: int = 8             # … of samples that share knowledge, in the guided one
+    group_size: int = 4             # … of samples that share knowledge, in the guided one
     out: str = "docs"               # folder for the pictures
     cache: str = "cache"            # decoded frames, extracted knowledge
 

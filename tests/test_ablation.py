@@ -108,7 +108,7 @@ def test_other_settings_are_other_runs(tmp_path):
     run_all(settings(tmp_path, seeds=1), EXTRA, Runner())
     for config, extra in ((settings(tmp_path, seeds=1), [*EXTRA, "--steps", "9"]),
                           (settings(tmp_path, seeds=1, split="test"), EXTRA),
-                          (settings(tmp_path, seeds=1, variants="base:beta=1 skp:skp_weight=2"), EXTRA)):
+                          (settings(tmp_path, seeds=1, variants="base:beta=1 skp:skp_weight=3"), EXTRA)):
         runner = Runner()
         run_all(config, extra, runner)
         assert len(runner.seen) == 2
