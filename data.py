@@ -174,10 +174,11 @@ class KnowledgeBatchSampler:
     3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill
        the rest.
 
-    The first `guided_from` batches of training have no groups. An epoch's last batch holds what is left, fewer than
-    `batch_size` samples without groups, unless `drop_last`. `batch_size` counts the whole batch of all
-    ranks; it is planned first and then cut into `world_size` parts in order, equal to within one sample, so another
-    number of ranks sees the same batches, and each rank the same number of them.
+    The first `guided_from` batches of training are those of a plain shuffle: groups are sought among the samples that
+    are left then. An epoch's last batch holds what is left, fewer than `batch_size` samples without groups, unless
+    `drop_last`. `batch_size` counts the whole batch of all ranks; it is planned first and then cut into `world_size`
+    parts in order, equal to within one sample, so another number of ranks sees the same batches, and each rank the same
+    number of them.
     """
 
     WINDOW = 64    # neighbours that a group is chosen from: more find higher overlaps, and cost in proportion
@@ -250,20 +251,20 @@ class KnowledgeBatchSampler:
         first = min(max(0, self.guided_from - epoch * len(self)), full)               # of this epoch, to have groups
         if (full - first) * per_batch == 0:
             return order
+        before, order = np.split(order, [first * self.batch_size])                    # until then: as without groups
         groups = self._find_groups(order, (full - first) * per_batch, rng)            # [G, group_size]
         is_free = np.ones(self.size, bool)
         is_free[groups] = False
-        guided = np.zeros(full, np.int64)                                             # samples of each batch, evenly
-        guided[first:] = np.diff(-(-np.arange(full - first + 1) * len(groups) // (full - first))) * self.group_size
-        in_group = np.zeros(self.size, bool)
-        in_group[:full * self.batch_size] = (np.arange(self.batch_size) < guided[:, None]).ravel()
+        guided = np.diff(-(-np.arange(full - first + 1) * len(groups) // (full - first))) * self.group_size  # a batch
+        in_group = np.zeros(len(order), bool)
+        in_group[:len(guided) * self.batch_size] = (np.arange(self.batch_size) < guided[:, None]).ravel()
         plan = np.empty_like(order)
         plan[in_group], plan[~in_group] = groups.ravel(), order[is_free[order]]
-        return plan
+        return np.concatenate([before, plan])
 
     def _find_groups(self, order: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` is a permutation of the
-        samples."""
+        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` holds the
+        samples that may be in one."""
         pool, found, is_free = order[self.inverse_norm[order] > 0], [], np.ones(self.size, bool)
         for floor in self.FLOORS:
             missing = wanted - sum(map(len, found))
