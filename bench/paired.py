@@ -146,10 +146,11 @@ def _p(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 0.9995 else "1"
 
 
-def markdown_tables(runs: Sequence[dict], metrics: dict[str, str], variants: Sequence[str], base: str = "base") -> str:
+def markdown_tables(runs: Sequence[dict], metrics: dict[str, str], variants: Sequence[str], base: str = "base",
+                    pairs: Sequence[tuple[str, str]] = ()) -> str:
     """Two tables in Markdown: each variant's mean ± std, then its differences to `base`, seed by seed.
 
-    metrics {name in the records: column heading}; variants in the order of rows.
+    metrics {name in the records: column heading}; variants in the order of rows; pairs (a, b): of rows a − b below.
     """
     first = next(iter(metrics))
 
@@ -163,14 +164,15 @@ def markdown_tables(runs: Sequence[dict], metrics: dict[str, str], variants: Seq
         return lambda metric: (str(len(by_seed(runs, variant, first))) if metric is None
                                else mean_std(list(by_seed(runs, variant, metric).values())))
 
-    def against(variant):
+    def against(variant, base=base):
         return lambda metric: (str(len(paired_differences(runs, variant, base, first))) if metric is None
                                else difference(paired_differences(runs, variant, base, metric)))
 
     lines = table("mean ± std", [(variant, level(variant)) for variant in variants])
     if base in variants and len(variants) > 1:
         lines += ["", *table(f"− {base}, ± SE (p by t-test, by sign flips)",
-                             [(variant, against(variant)) for variant in variants if variant != base])]
+                             [(variant, against(variant)) for variant in variants if variant != base]
+                             + [(f"{a} − {b}", against(a, b)) for a, b in pairs if {a, b} <= {*variants}])]
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics, retrieval_metrics_from_embeddings,
-                     retrieval_ranks, similarity)
+from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics,
+                     retrieval_metrics_from_embeddings, retrieval_ranks, similarity)
 
 KEYS = {f"{d}_{m}" for d in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
 
@@ -236,5 +236,6 @@ def test_multiple_choice_of_a_constant_model_is_chance():
 
 
 def test_demo():
-    done = subprocess.run([sys.executable, "metrics.py"], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "metrics.py"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "t2v_MnR     1.8" in done.stdout and "R@1 0.0" in done.stdout, done.stderr

@@ -31,8 +31,8 @@ def settings(world, out, cache, **other):
     """A run of seconds on the tiny world."""
     return TrainConfig(**dict(
         dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"), out=str(out), cache=cache,
-        steps=6, batch_size=16, num_frames="2", warmup=2, log_every=1, eval_every=3, workers=1, guided_from=0.0, hard_k=2,
-        hard_weight=0.5) | other)
+        steps=6, batch_size=16, num_frames="2", warmup=2, log_every=1, eval_every=3, workers=1, guided_from=0.0,
+        hard_k=2, hard_weight=0.5) | other)
 
 
 def log_of(out) -> list[dict]:
