@@ -64,7 +64,8 @@ def skp_loss(concept_logits, concepts):
 
     concept_logits [B, K] from the video embedding, concepts [B, K] multi-hot of its caption.
     Paper: SKP is "a simple task". Multi-label targets over a long-tailed vocabulary: a softmax shared by the |C| labels
-    needs no prior per concept and was measured against binary cross-entropy (LOG.md).
+    needs no prior per concept. The other candidate, binary cross-entropy from such a prior, led in one run (LOG.md) and
+    is to be tried with more.
     """
     target = concepts / concepts.sum(dim=1, keepdim=True).clamp(min=1)        # a caption without concepts: all zero
     return -(target * F.log_softmax(concept_logits.float(), dim=1)).sum(dim=1).mean()
