@@ -64,7 +64,7 @@ VARIANTS = {
 }
 OURS = ("out", "seed", "test")  # fields of train.py that this script sets itself
 HEADINGS = {"t2v_R@1": "t2v R@1", "t2v_R@5": "R@5", "t2v_R@10": "R@10", "t2v_MdR": "MdR", "v2t_R@1": "v2t R@1",
-            "v2t_R@5": "R@5", "mc_accuracy": "multiple choice", "mc_accuracy_noun": "noun", "mc_accuracy_verb": "verb",
+            "v2t_R@5": "R@5", "v2t_R@10": "R@10", "mc_accuracy": "multiple choice", "mc_accuracy_noun": "noun", "mc_accuracy_verb": "verb",
             "mc_accuracy_direction": "direction"}
 
 
@@ -259,28 +259,6 @@ def describe_group(runs: list[dict]) -> str:
             f"{first['jobs']} runs at a time; commit {', '.join(commits)}")
 
 
-def describe_readiness(runs: list[dict]) -> list[str]:
-    """Does what sampling buys depend on how much the model knew when it began? A paragraph, or none without curves.
-
-    Correlates, over seeds, a variant's validation R@1 at the last measurement before its first guided batch with the
-    difference to the variant that has all but KCL.
-    """
-    said = []
-    for variant, without in (("sampling", "base"), ("kcl", "base"), ("all", "skp")):
-        known = {record["seed"]: [score for step, score in record["curve"]
-                                  if step <= record["config"]["guided_from"] * record["config"]["steps"]][-1:]
-                 for record in runs if record["variant"] == variant}
-        for metric in ("t2v_R@1", "mc_accuracy"):
-            ours, theirs = by_seed(runs, variant, metric), by_seed(runs, without, metric)
-            seeds = [seed for seed in sorted(ours.keys() & theirs.keys()) if known[seed]]
-            if len(seeds) > 2:
-                r = statistics.correlation([known[seed][0] for seed in seeds],
-                                           [ours[seed] - theirs[seed] for seed in seeds])
-                said.append(f"{variant} − {without}, {HEADINGS[metric]}: r = {r:.2f}")
-    return ["R@1 on validation before the first guided batch, against what is won in the end, over seeds: "
-            + "; ".join(said)] if said else []
-
-
 def print_tables(results: str, refresh: bool = False):
     """Tables of all groups to stdout; refresh: also into docs/ablation.md, with a plot, in the section of this file."""
     groups = group_runs(read_runs(results), lambda run: [settings(run["config"]), run["split"], run["eval"]])
@@ -290,7 +268,7 @@ def print_tables(results: str, refresh: bool = False):
     for runs in groups:
         headings = {name: heading for name, heading in HEADINGS.items() if name in runs[0]["metrics"]}
         tables = markdown_tables(runs, headings, order_variants(runs), pairs=(("all", "skp"), ("all", "kcl")))
-        texts.append("\n\n".join([describe_group(runs), tables, *describe_readiness(runs)]))
+        texts.append(f"{describe_group(runs)}\n\n{tables}")
     print("\n" + "\n\n".join(texts))
     if refresh:
         page, picture = ROOT / "docs" / "ablation.md", ROOT / "docs" / f"{Path(results).stem}.png"

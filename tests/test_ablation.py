@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import ablation, latent, paired  # noqa: E402
+from bench import ablation, latent, paired, real_features  # noqa: E402
 from bench.ablation import BASE, VARIANTS, AblationConfig, run_all, train_flags, variant_fields  # noqa: E402
 from cli import UserError, parse_config  # noqa: E402
 from losses import LossConfig  # noqa: E402
@@ -217,6 +217,14 @@ def test_tables_by_hand():
     assert "| skp | 3 | **+4.0 ± 0.6** (p .020, .250) |" in text
 
 
+def test_any_two_variants_can_be_compared():
+    runs = [line(name, seed, value) for name, values in (("base", (1, 1)), ("skp", (2, 3)), ("all", (5, 8)))
+            for seed, value in enumerate(values)]
+    text = paired.markdown_tables(runs, {"t2v_R@1": "R@1"}, ["base", "skp", "all"],
+                                  pairs=[("all", "skp"), ("all", "x")])
+    assert text.splitlines()[-1].startswith("| all − skp | 2 | **+4.0 ± 1.0**") and "− x" not in text
+
+
 def test_demo_tells_a_difference_from_noise(capsys):
     paired.main()
     assert capsys.readouterr().out == "clear: **+4.6 ± 0.5** (p <.001, .062)\nnoise: +0.7 ± 1.7 (p .708, .688)\n"
@@ -274,6 +282,16 @@ def test_page_and_plot_come_from_the_records_alone(tmp_path, monkeypatch, capsys
     assert "old" not in page and 5000 < (tmp_path / "docs" / "ablation.png").stat().st_size < 300_000
     with pytest.raises(UserError, match="holds no runs yet"):
         ablation.print_tables(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["ablation", "msrvtt", "real_features"])
+def test_the_page_says_what_the_records_say(name, capsys):
+    """No number of docs/ablation.md is typed by hand."""
+    told_by = real_features if name.startswith("real_features") else ablation
+    told_by.print_tables(str(ROOT / "results" / f"{name}.jsonl"))
+    page = (ROOT / "docs" / "ablation.md").read_text(encoding="utf-8")
+    section = page.partition(f"<!-- {name.replace('_', ' ')} -->")[2].partition("<!-- end of")[0]
+    assert capsys.readouterr().out.strip() in section
 
 
 # ---- the latent space ----
