@@ -153,15 +153,16 @@ def test_eval_takes_the_shipped_file_and_says_so(tiny_world, tmp_path, monkeypat
                  num_frames=4, warmup=2, workers=1)
     train.train(train.TrainConfig(**flags))
     wanted = dict(task="csv", data=str(tiny_world / "test.csv"), cache="cache", device="cpu")
-    trained = eval.evaluate(eval.EvalConfig(checkpoint="run", **wanted))
     monkeypatch.setattr(eval, "SHIPPED", tmp_path / "weights" / "toy.safetensors")
     with pytest.raises(UserError, match="toy.safetensors: no such checkpoint"):
         eval.evaluate(eval.EvalConfig(**wanted))
     checkpoint.export_checkpoint("run", eval.SHIPPED)
     shipped = eval.evaluate(eval.EvalConfig(**wanted))
     assert "no --checkpoint: the toy model that comes with this repository" in capsys.readouterr().out
-    metrics = [name for name in trained if name.startswith(("t2v_", "v2t_"))]
-    assert len(metrics) == 10 and all(shipped[name] == trained[name] for name in metrics)      # fp16 moved no rank
+    named = eval.evaluate(eval.EvalConfig(checkpoint=str(eval.SHIPPED), out="named", **wanted))
+    metrics = [name for name in named if name.startswith(("t2v_", "v2t_"))]
+    assert len(metrics) == 10 and all(shipped[name] == named[name] for name in metrics)
+    assert shipped["checkpoint_sha256"] == named["checkpoint_sha256"]
     assert (tmp_path / "runs" / "eval-csv-test" / "metrics.json").is_file()
     assert os.listdir("weights") == ["toy.safetensors"]        # nothing lies beside it
 
