@@ -263,8 +263,8 @@ class KnowledgeBatchSampler:
         return np.concatenate([before, plan])
 
     def _find_groups(self, order: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` holds the
-        samples that may be in one."""
+        """At most `wanted` disjoint groups in random order, [G, group_size]; `order` holds the samples
+        that may be in one."""
         pool, found, is_free = order[self.inverse_norm[order] > 0], [], np.ones(self.size, bool)
         for floor in self.FLOORS:
             missing = wanted - sum(map(len, found))

@@ -96,7 +96,7 @@ class TrainConfig:
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
     guided_share: float = 0.5                # KCL: share of a batch that is sampled by knowledge
-    guided_from: float = 0.6                 # … after this share of the steps (earlier it slows learning, LOG.md)
+    guided_from: float = 0.6                 # … after this share of the steps (earlier it buys nothing, LOG.md)
     group_size: int = 4                      # … in groups of so many
     mask_false_negatives: bool = True        # KCL: same video, knowledge or text is never a negative
     # machine

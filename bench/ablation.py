@@ -64,8 +64,8 @@ VARIANTS = {
 }
 OURS = ("out", "seed", "test")  # fields of train.py that this script sets itself
 HEADINGS = {"t2v_R@1": "t2v R@1", "t2v_R@5": "R@5", "t2v_R@10": "R@10", "t2v_MdR": "MdR", "v2t_R@1": "v2t R@1",
-            "v2t_R@5": "R@5", "v2t_R@10": "R@10", "mc_accuracy": "multiple choice", "mc_accuracy_noun": "noun", "mc_accuracy_verb": "verb",
-            "mc_accuracy_direction": "direction"}
+            "v2t_R@5": "R@5", "v2t_R@10": "R@10", "mc_accuracy": "multiple choice", "mc_accuracy_noun": "noun",
+            "mc_accuracy_verb": "verb", "mc_accuracy_direction": "direction"}
 
 
 @dataclass
