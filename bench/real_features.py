@@ -315,7 +315,8 @@ def print_tables(results: str, refresh: bool = False):
             + markdown_tables(runs, headings, order_variants(runs, VARIANTS)) + "\n\n"
             + "\n".join(f"- guided share {share}, groups of {group}: mean κ of a batch's negatives "
                         f"{facts['kappa']:.3f}, of each caption's nearest {facts['nearest_kappa']:.3f}; "
-                        f"{facts['false_negatives']:.2f} false negatives a caption" for (share, group), facts in sorted(kinds.items())))
+                        f"{facts['false_negatives']:.2f} false negatives a caption"
+                        for (share, group), facts in sorted(kinds.items())))
     if not texts:
         raise UserError(f"{results}: holds no runs yet; leave out --table to do them")
     print("\n" + "\n\n".join(texts))
