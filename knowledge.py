@@ -411,7 +411,8 @@ def _write_cache(path: Path, knowledge: Knowledge) -> None:
 
 class ConceptVocab:
     """The K most frequent concepts of a corpus. `names` ["noun:dog", …] grouped by granularity, in each most frequent
-    first; `counts` int64 [K], how many captions hold each; `num_captions` N; `idf` float32 [K].
+    first; `counts` int64 [K], how many captions hold each; `num_captions` N; `idf` float32 [K]; `log_odds` float32 [K],
+    ln (p / (1 − p)) of the share p of captions that hold each, one caption with and one without added (never infinite).
 
     Paper: how concepts are weighted is not said. idf_c = ln((N + 1) / (counts_c + 1)) + 1: the smoothed inverse
     document frequency (Spärck Jones 1972, in the form of scikit-learn's TfidfTransformer): the rarer, the heavier, and
@@ -421,6 +422,7 @@ class ConceptVocab:
         assert len(names) == len(counts) == len(set(names)), (len(names), len(counts), len(set(names)))
         self.names, self.counts, self.num_captions = list(names), np.asarray(counts, np.int64), int(num_captions)
         self.idf = (np.log((self.num_captions + 1) / (self.counts + 1)) + 1).astype(np.float32)
+        self.log_odds = np.log((self.counts + 1) / (self.num_captions - self.counts + 1)).astype(np.float32)
         self.id_of = {name: i for i, name in enumerate(self.names)}
 
     @classmethod

@@ -14,7 +14,8 @@ KCL pushes  a_ij = s·v_i·t_j + β·κ_ij for j ≠ i, where κ_ij in [0, 1] is
 
 SKP pulls   the video embedding predicts the concepts of its caption.
             Videos that share concepts share targets, hence directions:
-                L_SKP = mean_i −Σ_c y_ic log softmax(z_i)_c,    y_i = multi-hot of C_i / |C_i|, 0 without concepts
+                L_SKP = mean_i −Σ_c [y_ic log σ(z_ic) + (1 − y_ic) log(1 − σ(z_ic))],    y_i = multi-hot of C_i,
+            where a caption without any concept counts as zero.
 
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
 
@@ -63,12 +64,13 @@ def skp_loss(concept_logits, concepts):
     """Structural Knowledge Prediction, mean over the batch.
 
     concept_logits [B, K] from the video embedding, concepts [B, K] multi-hot of its caption.
-    Paper: SKP is "a simple task". Multi-label targets over a long-tailed vocabulary: a softmax shared by the |C| labels
-    needs no prior per concept. The other candidate, binary cross-entropy from such a prior, led in one run (LOG.md) and
-    is to be tried with more.
+    Paper: SKP is "a simple task". We take a binary cross-entropy a concept, summed: each is a question of its own,
+    which the others' logits don't enter. It was measured against one softmax shared by a caption's concepts (LOG.md).
+    Nearly all labels are 0; so that the first steps do not go into learning just that, the head starts from the log-odds
+    of each concept (model.CLOP.init_concept_bias, as in https://arxiv.org/abs/1708.02002).
     """
-    target = concepts / concepts.sum(dim=1, keepdim=True).clamp(min=1)        # a caption without concepts: all zero
-    return -(target * F.log_softmax(concept_logits.float(), dim=1)).sum(dim=1).mean()
+    loss = F.binary_cross_entropy_with_logits(concept_logits.float(), concepts.float(), reduction="none").sum(dim=1)
+    return (loss * concepts.any(dim=1)).mean()                                # what no concept is known of says nothing
 
 
 def clop_loss(video_emb, text_emb, logit_scale, config: LossConfig, *, knowledge=None, signature=None,
@@ -149,8 +151,9 @@ def main():
     for beta in (0.0, 1.0, 3.0):
         loss, _ = clop_loss(video_emb, text_emb, logit_scale, LossConfig(beta=beta), knowledge=knowledge)
         print(f"β = {beta:.0f}: {loss:.4f}, the more so the more knowledge the negatives share")
-    print(f"SKP that knows nothing: {skp_loss(torch.zeros(B, K), concepts):.4f}; "
-          f"ln K = {math.log(K):.4f} times the share that has concepts")
+    print(f"SKP that knows nothing: {skp_loss(torch.zeros(B, K), concepts):.4f}; K ln 2 = {K * math.log(2):.4f} times "
+          f"the share that has concepts; that knows how frequent concepts are: "
+          f"{skp_loss(torch.full((B, K), math.log(0.1 / 0.9)), concepts):.4f}")
 
 
 if __name__ == "__main__":

@@ -296,6 +296,10 @@ class CLOP(nn.Module):
         assert self.concept_head is not None, "the model was built with num_concepts=0: it has no SKP head"
         return self.concept_head(video_emb * self.config.embed_dim**0.5)
 
+    def init_concept_bias(self, log_odds):
+        """SKP's head without a look at the video: log_odds [K] of each concept (knowledge.ConceptVocab.log_odds)."""
+        self.concept_head.bias.data.copy_(log_odds)
+
     def forward(self, video, tokens, text_mask):
         """-> video_emb, text_emb [B, E], concept logits [B, K] (None without an SKP head): all that the losses need."""
         video_emb, text_emb = self.encode_video(video), self.encode_text(tokens, text_mask)

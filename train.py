@@ -177,6 +177,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
     torch.manual_seed(config.seed)
     num_concepts = len(vocab) if config.skp_weight else 0
     model = CLOP(replace(sizes, vocab_size=tokenizer.vocab_size, num_concepts=num_concepts)).to(device)
+    if num_concepts:
+        model.init_concept_bias(torch.from_numpy(vocab.log_odds))
     model.use_checkpointing(config.checkpointing)
     if clip:
         new = clip.load_into(model)

@@ -180,7 +180,7 @@ class Heads(nn.Module):
         self.video = nn.Sequential(nn.Dropout(dropout), nn.Linear(video_width, embed_dim))
         self.text = nn.Sequential(nn.Dropout(dropout), nn.Linear(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.concept_head = nn.Linear(embed_dim, num_concepts)
+        self.concept_head = nn.Linear(embed_dim, num_concepts)  # starts from the log-odds, as in train.py
 
     def forward(self, video, text):
         """[B, 1280], [B, 384] → unit vectors [B, E], [B, E], concept logits [B, K] (scaled as model.CLOP does)."""
@@ -192,6 +192,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     """Heads trained by `clop_loss` with the fields of a variant."""
     torch.manual_seed(seed)
     heads = Heads(side.video.shape[1], side.text.shape[1], config.embed_dim, len(vocab), config.dropout)
+    heads.concept_head.bias.data.copy_(torch.from_numpy(vocab.log_odds))
     sets, idf = vocab.encode_many(side.knowledge), torch.from_numpy(vocab.idf)
     sampler = KnowledgeBatchSampler(
         sets, vocab.idf, side.video_of_text, side.meaning, batch_size=config.batch_size, seed=seed, drop_last=True,

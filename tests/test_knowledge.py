@@ -296,6 +296,7 @@ def test_vocabulary_counts_and_idf():
     assert vocab.names == ["noun:dog", "noun:cat", "verb:run"] and vocab.counts.tolist() == [4, 2, 2]
     assert vocab.idf.dtype == np.float32
     np.testing.assert_allclose(vocab.idf, np.log(7 / np.array([5, 3, 3])) + 1, rtol=1e-6)
+    np.testing.assert_allclose(vocab.log_odds, np.log(np.array([5, 3, 3]) / np.array([3, 5, 5])), rtol=1e-6)
     assert ConceptVocab.build(found, max_size=2).names == ["noun:dog", "noun:cat"]
     assert ConceptVocab.build(found, min_count=1).names[:3] == ["noun:dog", "noun:cat", "noun:bird"]
     from_dicts = ConceptVocab.build(dict(one) for one in found)  # any iterable of dicts

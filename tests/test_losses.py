@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from knowledge import ConceptVocab
 from losses import LossConfig, clop_loss, info_nce, skp_loss
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +47,9 @@ def by_hand(p, config: LossConfig):
                 hardest = negatives.topk(config.hard_k).values
                 hard = hard + torch.cat([matrix[i, i][None], hardest]).logsumexp(0) - matrix[i, i]
     skp = 0
-    for i in range(B):
-        if config.skp_weight and p["concepts"][i].sum():
-            skp = skp - (p["concepts"][i] / p["concepts"][i].sum() * p["concept_logits"][i].log_softmax(0)).sum() / B
+    for y, z in zip(p["concepts"], p["concept_logits"]):
+        if config.skp_weight and y.sum():
+            skp = skp - (y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).sum() / B
     return total / (2 * B) + config.hard_weight * hard / (2 * B) + config.skp_weight * skp
 
 
@@ -110,11 +111,23 @@ def test_skp_of_a_caption_without_concepts_is_exactly_zero():
     assert skp_loss(logits[:1], concepts[:1]).item() == 0
 
 
+def test_skp_that_knows_only_frequencies_costs_their_entropy():
+    concepts = (torch.rand(4000, 3, generator=torch.manual_seed(0)) < torch.tensor([0.9, 0.1, 0.01])).float()
+    concepts[:, 0] = 1                                                 # none without concepts
+    vocab = ConceptVocab(["noun:a", "noun:b", "verb:c"], concepts.sum(dim=0).numpy(), len(concepts))
+    share = concepts[:, 1:].mean(dim=0)
+    entropy = -(share * share.log() + (1 - share) * (1 - share).log()).sum().item()
+    logits = torch.from_numpy(vocab.log_odds).repeat(len(concepts), 1)
+    assert skp_loss(logits, concepts).item() == pytest.approx(entropy, rel=0.01)
+    assert skp_loss(torch.zeros_like(logits), concepts).item() == pytest.approx(3 * math.log(2), rel=1e-6)
+
+
 def test_skp_pulls_videos_of_the_same_concepts_together():
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 6)
+    head = torch.nn.Linear(8, 2)
+    head.bias.data.zero_()                                             # the log-odds of what half of the captions hold
     emb = torch.randn(4, 8, requires_grad=True)
-    concepts = torch.eye(6)[[0, 0, 1, 1]]
+    concepts = torch.eye(2)[[0, 0, 1, 1]]
     before = F.cosine_similarity(emb[[0, 2]], emb[[1, 3]])
     optimizer = torch.optim.SGD([emb], lr=0.5)
     for _ in range(200):

@@ -155,6 +155,13 @@ def test_base_run_without_knowledge_trains(tiny_world, tmp_path, cache):
     assert "skp" not in log_of(tmp_path)[1] and load_checkpoint(tmp_path).model.concept_head is None
 
 
+def test_concept_head_starts_from_the_log_odds(tiny_world, tmp_path, cache):
+    train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=1e-7))
+    saved = load_checkpoint(tmp_path)
+    torch.testing.assert_close(saved.model.concept_head.bias, torch.from_numpy(saved.concept_vocab.log_odds),
+                               rtol=0, atol=1e-5)
+
+
 def test_learning_rate_warms_up_and_falls_to_zero():
     config = TrainConfig(steps=100, warmup=10, lr=1.0)
     rates = [train.learning_rate(step, config) for step in range(101)]
