@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cli import UserError, run
-from knowledge import ConceptVocab, extract_knowledge
+from concepts import ConceptVocab
+from knowledge import extract_knowledge
 from model import CLOP, ModelConfig, build_config
 from tokenizer import Tokenizer
 

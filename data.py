@@ -41,8 +41,8 @@ from einops import rearrange
 
 from check import print_check
 from cli import UserError, parse_config, run
+from concepts import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
 from datasets import load_split
-from knowledge import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
 from splits import Split
 from tokenizer import Tokenizer
 from video import FrameCache, frame_indices

@@ -32,9 +32,9 @@ import torch
 import toyworld
 from checkpoint import Checkpoint, load_checkpoint
 from cli import UserError, parse_config, run
+from concepts import extract_many
 from data import keep_decodable, load_videos, prefetch, prepare_video
 from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
-from knowledge import extract_many
 from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics_from_embeddings, retrieval_ranks,
                      similarity, summarize_ranks, to_grid)
 from report import DIRECTIONS, Results, write_report

@@ -78,7 +78,7 @@ def clop_loss(video_emb, text_emb, logit_scale, config: LossConfig, *, knowledge
     """The whole objective of one batch -> (loss, {name: detached part}).
 
     video_emb, text_emb [n, E] unit norm: this rank's n of the batch_size pairs of all ranks (None: as many on each).
-    knowledge [n, M]: unit rows whose dot product is κ (knowledge.concept_vectors), for β > 0.
+    knowledge [n, M]: unit rows whose dot product is κ (concepts.concept_vectors), for β > 0.
     signature [n, S] int64: two captions with an equal entry in any column are false negatives (video id, meaning id).
     concept_logits, concepts [n, K]: SKP's prediction and target, for skp_weight > 0.
     The mean of the losses over ranks is the global batch's loss, so that averaged gradients (DDP) are its gradient.

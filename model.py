@@ -297,7 +297,7 @@ class CLOP(nn.Module):
         return self.concept_head(video_emb * self.config.embed_dim**0.5)
 
     def init_concept_bias(self, log_odds):
-        """SKP's head without a look at the video: log_odds [K] of each concept (knowledge.ConceptVocab.log_odds)."""
+        """SKP's head without a look at the video: log_odds [K] of each concept (concepts.ConceptVocab.log_odds)."""
         self.concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):

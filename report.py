@@ -27,7 +27,7 @@ import numpy as np
 from einops import rearrange
 
 from cli import run
-from knowledge import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
+from concepts import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from splits import Question, Split
 from video import VideoError, glimpse, read_frames, write_video
 

@@ -47,11 +47,11 @@ import toyworld
 from checkpoint import list_checkpoints, resume_checkpoint, save_checkpoint
 from clip import is_new, layer_of, read_clip
 from cli import UserError, give_back_memory, parse_config, run
+from concepts import ConceptVocab, concept_vectors, extract_many
 from data import KnowledgeBatchSampler, PairDataset, keep_decodable, open_cache, prefetch, prepare_video
 from datasets import DATASETS, load_split
 from distributed import Ranks, StopSignals, launch
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
-from knowledge import ConceptVocab, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
 from model import CLOP, MAX_LOGIT_SCALE, build_config
 from runlog import Log, plot_curves

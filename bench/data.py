@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # first, or `import data` would find this file
 
 from cli import parse_config, run  # noqa: E402
+from concepts import ConceptSets, concept_vectors, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, load_videos  # noqa: E402
-from knowledge import ConceptSets, concept_vectors, multi_hot  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from video import FrameCache, _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
 

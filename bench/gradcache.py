@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from cli import parse_config, run
+from concepts import concept_vectors
 from eval import machine_facts
-from knowledge import concept_vectors
 from losses import LossConfig, clop_loss
 from model import CLOP, build_config
 from train import backward

@@ -22,14 +22,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # first, or `import knowledge` 
 
 import test_knowledge  # noqa: E402
 from cli import parse_config, run  # noqa: E402
-from knowledge import (ConceptVocab, Knowledge, extract_knowledge, extract_many, meaning_ids,  # noqa: E402
-                       nearest_by_overlap, read_captions)
+from concepts import ConceptVocab, Knowledge, extract_many, meaning_ids, nearest_by_overlap, read_captions  # noqa: E402
+from knowledge import extract_knowledge  # noqa: E402
 from tagger import load_tagger, tag_words, tokenize  # noqa: E402
 
 
 @dataclass
 class BenchConfig:
-    """Benchmark of knowledge.py."""
+    """Benchmark of knowledge.py and concepts.py."""
     captions: str | None = None  # file of captions: txt (one a line) or csv with a column `caption`
     million: float = 2.5         # millions of captions on which the steps behind the tagger are timed; 0 = skip
 

@@ -7,7 +7,7 @@
 
 The frames go through a frozen EfficientNet-Lite0 and the captions through a frozen MiniLM, once (frozen_features.py).
 What is trained is what CLOP adds: one linear map a side into the joint space, the logit scale, the concept head. All
-else is the real thing and used as it is: knowledge.extract_many on the captions, ConceptVocab, KnowledgeBatchSampler,
+else is the real thing and used as it is: concepts.extract_many on the captions, ConceptVocab, KnowledgeBatchSampler,
 losses.clop_loss, eval's ranks. So the question is a small one, and answered on real data: given the same features, do
 SKP and KCL make a better joint space than InfoNCE alone?
 
@@ -43,11 +43,11 @@ from bench.ablation import BASE, order_variants, variant_fields  # noqa: E402
 from bench.frozen_features import text_features, video_features  # noqa: E402
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
+from concepts import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
+                      nearest_by_overlap)
 from data import KnowledgeBatchSampler  # noqa: E402
 from datasets import load_split  # noqa: E402
 from eval import machine_facts  # noqa: E402
-from knowledge import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
-                       nearest_by_overlap)
 from losses import LossConfig, clop_loss  # noqa: E402
 from metrics import multiple_choice_accuracy, retrieval_metrics_from_embeddings  # noqa: E402
 from splits import Split  # noqa: E402

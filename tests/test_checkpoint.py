@@ -15,7 +15,8 @@ import eval
 import train
 from checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
 from cli import UserError
-from knowledge import ConceptVocab, extract_knowledge
+from concepts import ConceptVocab
+from knowledge import extract_knowledge
 from model import CLOP, build_config
 from tokenizer import Tokenizer
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cli import UserError
+from concepts import ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from data import PIXEL_MEAN, PIXEL_STD, KnowledgeBatchSampler, PairDataset, keep_decodable, prefetch, prepare_video
 from datasets import load_split
-from knowledge import ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from splits import Split
 from strings import Strings
 from tokenizer import Tokenizer
@@ -204,7 +204,7 @@ def make_sampler(world=WORLD, **kwargs):
 
 
 def overlap(world, indices):
-    """κ of all pairs of these samples, [n, n], by the definition in knowledge.py."""
+    """κ of all pairs of these samples, [n, n], by the definition in concepts.py."""
     vectors = concept_vectors(multi_hot([world[0][i] for i in indices], len(world[1])), torch.from_numpy(world[1]))
     return (vectors @ vectors.T).numpy()
 

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from checkpoint import load_checkpoint
 from cli import UserError
+from concepts import concept_vectors
 from distributed import LostRank, Ranks, StopSignals, exchange, gather, share_sizes, world_size
-from knowledge import concept_vectors
 from losses import LossConfig, clop_loss
 from model import CLOP, PRESETS, build_config
 from train import TrainConfig, backward

@@ -13,9 +13,9 @@ import torch
 import toyworld
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
+from concepts import ConceptVocab, extract_many
 from data import load_videos, prepare_video
 from eval import SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval
-from knowledge import ConceptVocab, extract_many
 from metrics import retrieval_metrics, similarity
 from model import CLOP, build_config
 from splits import Split

@@ -18,7 +18,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-import knowledge
+import concepts
 import toyworld
 import train
 from checkpoint import load_checkpoint
@@ -279,9 +279,9 @@ def test_a_killed_decoding_worker_costs_its_video_only(tiny_world, tmp_path, mon
 
 def test_a_killed_tagging_worker_is_one_line(monkeypatch):
     captions = [f"a dog chases cat {i}" for i in range(1500)]
-    monkeypatch.setattr(knowledge, "extract_knowledge", die)
+    monkeypatch.setattr(concepts, "extract_knowledge", die)
     with pytest.raises(UserError, match="a tagging process died"):
-        knowledge.extract_many(captions, workers=2, progress=False)
+        concepts.extract_many(captions, workers=2, progress=False)
 
 
 def test_a_killed_rendering_worker_is_one_line(tmp_path):

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 import report
 from checkpoint import _hash_text, load_checkpoint, save_checkpoint
 from cli import UserError
+from concepts import ConceptVocab, _read_cache, _write_cache, extract_many, read_captions
 from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
-from knowledge import ConceptVocab, _read_cache, _write_cache, extract_knowledge, extract_many, read_captions
+from knowledge import extract_knowledge
 from model import CLOP, build_config
 from runlog import Log, read_log
 from splits import Split

@@ -30,7 +30,7 @@ STORIES = {
     "own videos": [
         ("train.py --dataset csv --data train.csv --val-data val.csv --out runs/mine", SMALL, "runs/mine/curves.png"),
         ("eval.py --task csv --data val.csv --checkpoint runs/mine", "--out results/mine", "results/mine/metrics.json"),
-        ("knowledge.py --captions train.csv", "", "noun"),
+        ("concepts.py train.csv", "", "noun"),
         ('eval.py --task search --videos FOLDER --query "a dog runs on the beach" --checkpoint runs/mine', "", "train"),
         ("bench/latent.py", "base=runs/mine all=runs/mine --data . --out pictures --batch-size 16",
          "pictures/latent-map.png"),

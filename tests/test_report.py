@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from knowledge import ConceptVocab, extract_many
+from concepts import ConceptVocab, extract_many
 from report import MAX_PICTURE_BYTES, Results, picture, visible, write_report
 from splits import Question, Split
 from video import write_video

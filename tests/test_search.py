@@ -20,9 +20,9 @@ import search
 import video
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
+from concepts import ConceptVocab, extract_many
 from data import prepare_video
 from eval import EvalConfig, evaluate
-from knowledge import ConceptVocab, extract_many
 from model import CLOP, build_config
 from search import File, Index, Library, Match, Record, clock, find_videos, search_folder
 from test_report import Page
