@@ -235,7 +235,8 @@ def _write_cache(path: Path, knowledge: Knowledge) -> None:
 class ConceptVocab:
     """The K most frequent concepts of a corpus. `names` ["noun:dog", …] grouped by granularity, in each most frequent
     first; `counts` int64 [K], how many captions hold each; `num_captions` N; `idf` float32 [K]; `log_odds` float32 [K],
-    ln (p / (1 − p)) of the share p of captions that hold each, one caption with and one without added (never infinite).
+    ln (p / (1 − p)) of the share p of captions that hold each, one caption with and one without added (never infinite);
+    `word_idf` float32 [K], idf, but 0 for relations: what captions have in common for one who reads their words only.
 
     Paper: how concepts are weighted is not said. idf_c = ln((N + 1) / (counts_c + 1)) + 1: the smoothed inverse
     document frequency (Spärck Jones 1972, in the form of scikit-learn's TfidfTransformer): the rarer, the heavier, and
@@ -246,6 +247,8 @@ class ConceptVocab:
         self.names, self.counts, self.num_captions = list(names), np.asarray(counts, np.int64), int(num_captions)
         self.idf = (np.log((self.num_captions + 1) / (self.counts + 1)) + 1).astype(np.float32)
         self.log_odds = np.log((self.counts + 1) / (self.num_captions - self.counts + 1)).astype(np.float32)
+        is_word = np.array([name.partition(":")[0] != "relation" for name in self.names], np.float32)
+        self.word_idf = self.idf * is_word
         self.id_of = {name: i for i, name in enumerate(self.names)}
 
     @classmethod

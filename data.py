@@ -158,7 +158,7 @@ class KnowledgeBatchSampler:
     An epoch is planned as a whole, by sorting; nothing of size N × N or concepts × samples is ever made:
 
     1. **A dictionary of captions.** Put the concepts into a random order, rare ones tending to the front: each draws
-       a number from the exponential distribution of rate idf and they line up by it. That order is this epoch's
+       a number from the exponential distribution of rate w_c and they line up by it. That order is this epoch's
        alphabet. Spell each caption as its concepts in the order of the alphabet and sort the captions as in a
        dictionary. Neighbours now share their first "letters". The first letter is concept c with probability w_c / Σ
        w over the caption's concepts, and two captions have the same one with probability Σ_common w / Σ_either w:
@@ -166,13 +166,18 @@ class KnowledgeBatchSampler:
        → samples, in which each sample stands once an epoch, under one of its concepts. A new epoch has a new
        alphabet, so other neighbours.
     2. **Groups.** Cut the dictionary into windows of neighbours. In each window the first free sample is the anchor
-       of a group, and the `group_size` − 1 free samples of the highest overlap κ with it join, one by one, each only
-       if it is not of the same video or meaning as any member (a false negative). The group counts if every κ is
+       of a group, and the `group_size` − 1 free samples of the highest overlap with it join, one by one, each only
+       if it is not of the same video or meaning as any member (a false negative). The group counts if every overlap is
        above a floor. Samples without a group go into a new dictionary, and the floor sinks from dictionary to
        dictionary, so that the closest captions meet first, until there are enough groups. (Captions like no other
        never are in one: they have no hard negatives.)
     3. **Batches.** The groups, shuffled, are dealt out evenly to the full batches; all other samples, shuffled, fill
        the rest.
+
+    **Whose overlap?** That of nouns and verbs (w = ConceptVocab.word_idf). What shares every word with "a dog chases a
+    cat" and says something else is "a cat chases a dog", its hardest negative. By κ "a cow chases a cat" is nearer,
+    since it shares the relation; groups by κ hold even fewer such pairs than random batches do (LOG.md).
+    Paper: "knowledge-guided sampling" of "hard negatives" is all that the abstract says.
 
     The first `guided_from` batches of training are those of a plain shuffle: groups are sought among the samples that
     are left then. An epoch's last batch holds what is left, fewer than `batch_size` samples without groups, unless
@@ -183,12 +188,14 @@ class KnowledgeBatchSampler:
 
     WINDOW = 64    # neighbours that a group is chosen from: more find higher overlaps, and cost in proportion
     LETTERS = 12   # concepts of a caption that planning looks at, the rarest first: longer captions are paragraphs
-    FLOORS = (0.4,) * 4 + (0.3,) * 4 + (0.2,) * 3 + (0.1,) * 2 + (0.0,) * 2  # of κ, one for each dictionary of an epoch
+    FLOORS = (0.4,) * 4 + (0.3,) * 4 + (0.2,) * 3 + (0.1,) * 2 + (0.0,) * 2  # of the overlap, one for each dictionary
 
-    def __init__(self, concept_sets: ConceptSets, idf: np.ndarray, video_of_sample: np.ndarray, meaning_id: np.ndarray,
-                 *, batch_size: int, seed: int = 0, guided_share: float = 0.5, guided_from: int = 0,
-                 group_size: int = 4, drop_last: bool = False, rank: int = 0, world_size: int = 1):
-        """Sets and ids of the N samples; the share `guided_share` of a batch is groups, from batch `guided_from` on.
+    def __init__(self, concept_sets: ConceptSets, weights: np.ndarray, video_of_sample: np.ndarray,
+                 meaning_id: np.ndarray, *, batch_size: int, seed: int = 0, guided_share: float = 0.5,
+                 guided_from: int = 0, group_size: int = 4, drop_last: bool = False, rank: int = 0,
+                 world_size: int = 1):
+        """Sets and ids of the N samples, weights [K] of the concepts; from batch `guided_from` on the share
+        `guided_share` of a batch is groups.
 
         Raises UserError where batch_size is larger than N with drop_last, or a batch has fewer samples than there are
         ranks.
@@ -209,18 +216,18 @@ class KnowledgeBatchSampler:
         self.guided_share, self.guided_from = guided_share, guided_from
         self.group_size, self.drop_last, self.rank, self.world_size = group_size, drop_last, rank, world_size
         self.video, self.meaning = np.asarray(video_of_sample), np.asarray(meaning_id)
-        self.idf = np.append(idf, 0).astype(np.float32)  # one more, of weight 0, pads the rows of `ids`
+        self.weights = np.append(weights, 0).astype(np.float32)  # one more, of weight 0, pads the rows of `ids`
         self.ids, self.inverse_norm = self._spell(concept_sets.offsets, concept_sets.ids)
 
     def _spell(self, offsets: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """CSR → (ids int32 [N, P], each row its rarest concepts first, padded by K; 1 / norm of the full vector
         [N])."""
-        K, counts = len(self.idf) - 1, np.diff(offsets)
-        by_rarity = np.argsort(-self.idf[:K], kind="stable")
+        K, counts = len(self.weights) - 1, np.diff(offsets)
+        by_rarity = np.argsort(-self.weights[:K], kind="stable")
         rarity = np.empty(K, np.int64)
         rarity[by_rarity] = np.arange(K)
         sample = np.repeat(np.arange(self.size), counts)                              # [total]
-        norm = np.sqrt(np.bincount(sample, self.idf[flat] ** 2, minlength=self.size)).astype(np.float32)
+        norm = np.sqrt(np.bincount(sample, self.weights[flat] ** 2, minlength=self.size)).astype(np.float32)
         sample *= K
         sample += rarity[flat]
         sample.sort()                                                                 # (sample, rarity) in one number
@@ -279,9 +286,9 @@ class KnowledgeBatchSampler:
 
     def _sort_as_dictionary(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The samples of `pool` in the order of their concepts in a new alphabet; equal ones stay as they were."""
-        K = len(self.idf) - 1
+        K = len(self.weights) - 1
         letter = np.full(K + 1, K, np.int32)
-        letter[np.argsort(rng.exponential(size=K) / np.maximum(self.idf[:K], 1e-6))] = np.arange(K)
+        letter[np.argsort(rng.exponential(size=K) / np.maximum(self.weights[:K], 1e-6))] = np.arange(K)
         spelling = np.sort(letter[self.ids[pool]], axis=1)                            # [n, P]
         key, bits = np.zeros(len(pool), np.int64), K.bit_length()
         for column in spelling.T[:63 // bits]:                                        # as many letters as 63 bits hold
@@ -293,7 +300,7 @@ class KnowledgeBatchSampler:
         width = min(self.WINDOW, len(dictionary))
         windows = dictionary[:len(dictionary) // width * width].reshape(-1, width)
         per_window = min(width // self.group_size, -(-wanted // len(windows)))
-        at_once = max(1, 2**22 // len(self.idf))                                      # windows whose tables take 16 MB
+        at_once = max(1, 2**22 // len(self.weights))                                  # windows whose tables take 16 MB
         return np.concatenate([self._group_windows(windows[i:i + at_once], per_window, floor)
                                for i in range(0, len(windows), at_once)])
 
@@ -301,15 +308,15 @@ class KnowledgeBatchSampler:
         """Up to `per_window` groups of each window [M, W]: [G, group_size]. All windows move in step."""
         row = np.arange(len(windows))
         ids, video, meaning = self.ids[windows], self.video[windows], self.meaning[windows]  # [M, W, P], [M, W], [M, W]
-        weight = self.idf[ids] * self.inverse_norm[windows][..., None]
-        of_anchor = np.zeros((len(windows), len(self.idf)), np.float32)               # its concept vector, [M, K + 1]
+        weight = self.weights[ids] * self.inverse_norm[windows][..., None]
+        of_anchor = np.zeros((len(windows), len(self.weights)), np.float32)           # its concept vector, [M, K + 1]
         free, may_lead, groups = np.ones(windows.shape, bool), np.ones(windows.shape, bool), []
         for _ in range(per_window):
             pick = np.argmax(free & may_lead, axis=1)                                 # the first free one
             complete = free[row, pick]
             may_lead[row, pick] = False
             of_anchor[row[:, None], ids[row, pick]] = weight[row, pick]
-            overlap = np.einsum("mwp,mwp->mw", of_anchor[row[:, None, None], ids], weight) * free  # κ with the anchor
+            overlap = np.einsum("mwp,mwp->mw", of_anchor[row[:, None, None], ids], weight) * free  # with the anchor
             of_anchor[row[:, None], ids[row, pick]] = 0
             members = [pick]
             for _ in range(self.group_size - 1):
@@ -354,7 +361,7 @@ def main():
         video_of_caption = np.arange(len(captions))
     knowledge = extract_many(captions, progress=False)
     vocab = ConceptVocab.build(knowledge, min_count=1)
-    facts = vocab.encode_many(knowledge), vocab.idf, video_of_caption, meaning_ids(captions, knowledge)
+    facts = vocab.encode_many(knowledge), vocab.word_idf, video_of_caption, meaning_ids(captions, knowledge)
     for share in (0.0, 0.5):
         sampler = KnowledgeBatchSampler(*facts, batch_size=12, guided_share=share, group_size=6)
         batch = next(sampler.batches(epoch=0))

@@ -91,7 +91,7 @@ class TrainConfig:
     grad_clip: float = 1.0                   # largest gradient norm
     num_frames: str = "4,8"                  # T, frames of a video; several: an equal share of the steps each, in order
     # CLOP
-    skp_weight: float = 2.0                  # SKP: weight of the concept prediction
+    skp_weight: float = 1.0                  # SKP: weight of the concept prediction
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE
@@ -165,7 +165,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
     del knowledge  # the dataset has the ids; the names of all that millions of captions mention need not stay
     give_back_memory()  # reading them took ten times what stays
     sampler = KnowledgeBatchSampler(
-        dataset.concept_sets, vocab.idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
+        dataset.concept_sets, vocab.word_idf, dataset.video_of_sample, dataset.meaning_id, batch_size=config.batch_size,
         seed=config.seed, drop_last=config.drop_last, rank=ranks.rank, world_size=ranks.world_size,
         guided_share=config.guided_share, guided_from=round(config.guided_from * config.steps * config.accumulate),
         group_size=config.group_size)

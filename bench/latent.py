@@ -157,12 +157,13 @@ def load_space(word: str, config: LatentConfig) -> Space:
     _, first = np.unique(gallery.video_of_caption, return_index=True)     # one caption a video
     train = load_split("csv", Path(config.data), "train")
     knowledge = extract_many(train.captions, cache=Path(config.cache) / "knowledge")
-    sets, idf = checkpoint.concept_vocab.encode_many(knowledge), checkpoint.concept_vocab.idf
+    vocab = checkpoint.concept_vocab
+    sets = vocab.encode_many(knowledge)
     batches = []
     for share in (0.0, 1.0):
-        sampler = KnowledgeBatchSampler(sets, idf, train.video_of_caption, meaning_ids(train.captions, knowledge),
-                                        batch_size=config.batch_size, drop_last=True, guided_share=share,
-                                        group_size=config.group_size)
+        sampler = KnowledgeBatchSampler(sets, vocab.word_idf, train.video_of_caption,
+                                        meaning_ids(train.captions, knowledge), batch_size=config.batch_size,
+                                        drop_last=True, guided_share=share, group_size=config.group_size)
         batches.append(embed_batch(checkpoint, train, next(sampler.batches(0)), config))
     return Space(name, checkpoint.model.logit_scale.exp().item(), embed_batch(checkpoint, gallery, first, config),
                  *batches)

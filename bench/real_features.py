@@ -195,7 +195,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     heads.concept_head.bias.data.copy_(torch.from_numpy(vocab.log_odds))
     sets, idf = vocab.encode_many(side.knowledge), torch.from_numpy(vocab.idf)
     sampler = KnowledgeBatchSampler(
-        sets, vocab.idf, side.video_of_text, side.meaning, batch_size=config.batch_size, seed=seed, drop_last=True,
+        sets, vocab.word_idf, side.video_of_text, side.meaning, batch_size=config.batch_size, seed=seed, drop_last=True,
         guided_share=fields["guided_share"], group_size=fields["group_size"],
         guided_from=round(fields["guided_from"] * config.epochs * (len(sets) // config.batch_size)))
     losses = LossConfig(**{name: value for name, value in fields.items() if name in vars(LossConfig())})
@@ -241,7 +241,7 @@ def describe_batches(side: Side, vocab: ConceptVocab, sampling: dict, batch_size
     sampling: guided_share and group_size. False negatives (same video or meaning) are counted, and left out of both κ.
     """
     sets, idf = vocab.encode_many(side.knowledge), torch.from_numpy(vocab.idf)
-    sampler = KnowledgeBatchSampler(sets, vocab.idf, side.video_of_text, side.meaning, batch_size=batch_size,
+    sampler = KnowledgeBatchSampler(sets, vocab.word_idf, side.video_of_text, side.meaning, batch_size=batch_size,
                                     drop_last=True, **sampling)
     mean, nearest, false = [], [], []
     for indices, _ in zip(sampler.batches(0), range(count)):

@@ -1,5 +1,6 @@
 """data.py: batches depend on their samples only, the sampler's promises."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -277,6 +278,20 @@ def test_groups_share_knowledge_and_the_rest_is_random():
     assert np.mean(guided) > 0.4 and np.mean(loose) < 0.1 and np.mean(guided) > 6 * np.mean(loose)
 
 
+def test_the_same_words_in_other_roles_meet_first():
+    who, does = "dog cat girl boy robot horse".split(), "chases pushes follows lifts".split()
+    captions = [f"a {a} {verb} a {b}" for a, verb, b in itertools.product(who, does, who) if a != b]
+    knowledge = extract_many(captions, progress=False)
+    vocab = ConceptVocab.build(knowledge)
+    sets, meaning = vocab.encode_many(knowledge), meaning_ids(captions, knowledge)
+
+    def swapped(weights):  # share of the first pairs of groups that hold the same words
+        groups = KnowledgeBatchSampler(sets, weights, np.arange(120), meaning, batch_size=120, guided_share=1.0,
+                                       group_size=4)._find_groups(np.arange(120), 30, np.random.default_rng(0))
+        return np.mean([sorted(captions[a].split()) == sorted(captions[b].split()) for a, b, *_ in groups])
+    assert swapped(vocab.word_idf) == 1 and swapped(vocab.idf) < 0.2
+
+
 def test_a_batch_mixes_groups_of_different_knowledge():
     sampler = make_sampler(world_of([[i % 2] for i in range(3000)], [1, 1]))
     anchors = np.array([batch[0:32:4] % 2 for batch in list(sampler.batches(0))[:-1]])  # each group's concept, [46, 8]
@@ -296,7 +311,7 @@ def test_planning_knows_the_overlap():
     world = zipf_sets(400, longest=30)
     sampler = make_sampler(world)
     dense = np.zeros((400, len(world[1]) + 1), np.float32)
-    weight = sampler.idf[sampler.ids] * sampler.inverse_norm[:, None]
+    weight = sampler.weights[sampler.ids] * sampler.inverse_norm[:, None]
     np.put_along_axis(dense, sampler.ids.astype(np.int64), weight, axis=1)
     planned, true = dense @ dense.T, overlap(world, range(400))
     short = np.array([len(world[0][i]) <= sampler.LETTERS for i in range(400)])

@@ -105,7 +105,7 @@ def test_questions_are_the_nearest_captions_that_say_something_else(side, vocab)
 def test_guided_batches_hold_nearer_negatives(side, vocab):
     random, guided = (real_features.describe_batches(side, vocab, dict(guided_share=share, group_size=4), 32)
                       for share in (0.0, 0.75))
-    assert guided["nearest_kappa"] > random["nearest_kappa"] and guided["kappa"] > 1.2 * random["kappa"]
+    assert guided["nearest_kappa"] > random["nearest_kappa"] and guided["kappa"] > random["kappa"]
     assert 0 <= random["false_negatives"] < 3
 
 
