@@ -11,8 +11,8 @@ is the cosine of their weighted concept sets, a dot product of unit vectors (κ,
                             κ = 0.58   a cat chases a dog            a hard negative: only the relation differs
                             κ = 0.18   a dog sleeps
 
-(`python concepts.py` prints it.) SKP predicts these concepts, KCL's batches and weights come from κ, and `meaning_ids`
-says which pairs are no negatives at all.
+(`python concepts.py` prints it.) SKP predicts these concepts; KCL weighs negatives by κ, makes its batches by the same
+overlap of nouns and verbs alone (`word_idf`), and `meaning_ids` says which pairs are no negatives at all.
 
 Millions of captions: the knowledge of each distinct caption is extracted once, by several processes, and kept in one
 file for the next time; in memory it is ids into one table of names, 100 MB for 2.5 million captions.

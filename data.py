@@ -43,9 +43,10 @@ from check import print_check
 from cli import UserError, parse_config, run
 from concepts import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
 from datasets import load_split
+from framecache import FrameCache
 from splits import Split
 from tokenizer import Tokenizer
-from video import FrameCache, frame_indices
+from video import frame_indices
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

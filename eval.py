@@ -35,12 +35,12 @@ from cli import UserError, parse_config, run
 from concepts import extract_many
 from data import keep_decodable, load_videos, prefetch, prepare_video
 from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
+from framecache import FrameCache
 from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics_from_embeddings, retrieval_ranks,
                      similarity, summarize_ranks, to_grid)
 from report import DIRECTIONS, Results, write_report
 from search import search_folder
 from splits import Question, Split
-from video import FrameCache
 
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -------------------------------
 

@@ -39,9 +39,6 @@ STOP_NOUNS = frozenset("""video clip footage lot kind type sort bunch piece grou
 STOP_VERBS = frozenset("be have do can will".split())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sentence → concepts
-
 def find_nouns(s: Sentence) -> list[str]:
     """Lemmas of all nouns, names and modifiers of compounds among them ("tennis ball": tennis, ball)."""
     nouns = (lemma for lemma, tag in zip(s.lemmas, s.tags) if tag[0] == "N")

@@ -35,13 +35,14 @@ sys.path.insert(0, str(ROOT))  # first, or `import data` would find this file
 from cli import parse_config, run  # noqa: E402
 from concepts import ConceptSets, concept_vectors, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, load_videos  # noqa: E402
+from framecache import FrameCache  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from video import FrameCache, _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
+from video import _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
 
 
 @dataclass
 class BenchConfig:
-    """Benchmark of video.py, tokenizer.py and data.py."""
+    """Benchmark of video.py, framecache.py, tokenizer.py and data.py."""
     captions: float = 2.5  # size in millions of the set whose batches are planned
     repeats: int = 5       # timings of which the median counts
 

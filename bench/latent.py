@@ -37,7 +37,7 @@ from cli import UserError, parse_config, run  # noqa: E402
 from concepts import concept_vectors, extract_many, meaning_ids, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, Split, keep_decodable, load_split  # noqa: E402
 from eval import embed_texts, embed_videos  # noqa: E402
-from video import FrameCache  # noqa: E402
+from framecache import FrameCache  # noqa: E402
 
 HARD = 0.3  # κ from which on a negative counts as hard
 

@@ -16,10 +16,11 @@ from cli import UserError
 from concepts import ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from data import PIXEL_MEAN, PIXEL_STD, KnowledgeBatchSampler, PairDataset, keep_decodable, prefetch, prepare_video
 from datasets import load_split
+from framecache import FrameCache
 from splits import Split
 from strings import Strings
 from tokenizer import Tokenizer
-from video import FrameCache, frame_indices, write_video
+from video import frame_indices, write_video
 
 ROOT = Path(__file__).parent.parent
 SHARED_CSV = ROOT.parent / "shared" / "msrvtt_mini" / "val.csv"

@@ -19,8 +19,9 @@ from cli import UserError
 from data import keep_decodable, load_videos
 from datasets import DATASETS, VideoFinder, load_msrvtt_mc, load_questions, load_split
 from eval import TASKS, EvalConfig, evaluate
+from framecache import FrameCache
 from splits import Question, read_csv
-from video import FrameCache, write_video
+from video import write_video
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

@@ -16,12 +16,13 @@ from cli import UserError
 from concepts import ConceptVocab, extract_many
 from data import load_videos, prepare_video
 from eval import SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval
+from framecache import FrameCache
 from metrics import retrieval_metrics, similarity
 from model import CLOP, build_config
 from splits import Split
 from test_metrics import KEYS, brute_force_metrics
 from tokenizer import Tokenizer
-from video import FrameCache, write_video
+from video import write_video
 
 # ---- whole evaluations: five tiny videos, an untrained model --------------------------------------------------------
 

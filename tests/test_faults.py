@@ -24,8 +24,8 @@ import train
 from checkpoint import load_checkpoint
 from cli import UserError
 from distributed import launch
+from framecache import FrameCache
 from train import TrainConfig
-from video import FrameCache
 
 torch.set_num_threads(1)  # as in the processes that the tests start: the same sums, to the last bit
 

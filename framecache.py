@@ -1,0 +1,284 @@
+"""A cache of frames, so that every video is decoded once, and processes that a hostile file may hang or kill.
+
+**The cache.** Decoding (video.py) is dear and repeats every epoch; `FrameCache` keeps `num_frames` uniform frames of
+each video (at least the T of the model, which are then drawn from them by the same rule) in one small file a video:
+
+    folder/3f/3f09…e1.frames = magic, N, H, W, crc32 (20 bytes) + N·H·W·3 bytes of pixels
+
+An image is a video of one frame, and where all frames are the same one, one is kept: N = 1.
+
+The name is a hash of all that the pixels depend on: the path, time and size of the source file, the window in
+seconds, and the cache's own settings; so an edited video gets a new entry, and nothing is ever invalidated. An entry
+is written to a temporary name and moved into place in one step: an interrupted fill or two runs at once leave whole
+entries only. The checksum finds bits that the disk lost; such an entry is decoded again. The alternative, one large
+archive, reads a little faster from spinning disks, but needs locks and repair. Raw pixels cost 3 kB a frame at 32 px
+and 150 kB at 224 px: a 10,000-video set of 12 frames at 224 px takes 18 GB, and reads without any decoder.
+
+**Files from strangers.** A damaged or hostile file can do worse than fail: it can hang the decoder for ever, or crash
+the process that it runs in. So the cache decodes in processes that can be spared, and a video may take `PATIENCE`
+seconds and one more for each megabyte of the file. When they are over, its process is killed, the video is listed as
+broken with that reason, and another process goes on with the next. One that dies is replaced too and its video tried
+once more, for the death may not have been the video's fault; if it happens again, it was.
+
+    python framecache.py        fills a cache with three files, of which one is no video
+"""
+
+import collections.abc
+import contextlib
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import secrets
+import signal
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cli import UserError, run
+from video import VideoError, read_frames, write_video
+
+PATIENCE = 60.0  # seconds that a video may take to decode, and one more for each megabyte (10 to 100 are usual)
+
+
+class FrameCache:
+    """Frames of videos on disk: `num_frames` uniform frames of size × size pixels each, decoded when first asked for.
+
+    Safe for threads and processes. `damaged` counts entries that had to be decoded again.
+    """
+
+    HEADER = struct.Struct("<4s4I")  # magic, N, H, W, crc32 of the pixels
+    MAGIC = b"FRM1"
+
+    def __init__(self, folder: str | Path, *, size: int, num_frames: int):
+        self.folder, self.size, self.num_frames = Path(folder), size, num_frames
+        self.damaged = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot hold the frame cache ({error.strerror}); choose another") from error
+
+    def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """The video's frames, uint8 [N, H, W, 3], RGB, not writable; decoded and stored if they are not there.
+
+        Raises VideoError.
+        """
+        entry = self._entry(path, start, end)
+        try:
+            frames = self._load(entry)
+        except FileNotFoundError:
+            frames = None
+        else:
+            if frames is None:
+                if not self.damaged:
+                    print(f"{entry}: damaged, so {path} is decoded again (further ones: only counted)", file=sys.stderr)
+                self.damaged += 1
+        if frames is None:
+            for _, result in run_apart(partial(self._try_store, start=start, end=end), [str(path)], workers=1):
+                if isinstance(result, str):
+                    raise VideoError(result)
+            frames = self._load(entry)
+            assert frames is not None, f"{entry}: was written, and is damaged or of another video"
+        return frames
+
+    def fill(self, paths: collections.abc.Sequence[str], *, start: float = 0.0, end: float | None = None,
+             workers: int | None = None, progress: bool = True) -> dict[str, str]:
+        """Decode what is not there yet, on `workers` processes (None: one a core), and print the size of the whole.
+
+        Returns {path: reason} of the videos that cannot be decoded. Interrupted, it goes on from there the next time.
+        """
+        sizes = np.fromiter((self._entry_size(path, start, end) for path in paths), np.int64, len(paths))
+        todo, reasons = np.flatnonzero(sizes == 0), {}  # numbers, not paths: there may be millions
+        stored = run_apart(partial(self._try_store, start=start, end=end), (paths[i] for i in todo),
+                           workers=min(workers or os.cpu_count(), len(todo)))
+        for n, result in tqdm(stored, total=len(todo), desc="decode videos", unit="video",
+                              disable=not progress or not len(todo)):
+            if isinstance(result, str):
+                reasons[todo[n]] = result
+            else:
+                sizes[todo[n]] = result
+        if progress:
+            print(f"frame cache {self.folder}: {len(paths) - len(reasons)} videos × {self.num_frames} frames of "
+                  f"{self.size} px, {sizes.sum() / 1e6:.1f} MB ({len(todo) - len(reasons)} new)"
+                  + (f", {len(reasons)} broken" if reasons else ""))
+        return {paths[i]: reasons[i] for i in sorted(reasons)}
+
+    def _entry(self, path, start, end) -> Path:
+        """Where this video's frames lie. Raises VideoError if the video is missing."""
+        try:
+            resolved = os.path.realpath(path)
+            stat = os.stat(resolved)
+        except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
+            raise VideoError(f"{str(path)[:200]!r}: no such video file") from error
+        recipe = (resolved, stat.st_mtime_ns, stat.st_size, float(start), end if end is None else float(end), self.size,
+                  self.num_frames, self.MAGIC)
+        name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.frames"
+
+    def _entry_size(self, path, start, end) -> int:
+        """Bytes of this video's entry; 0 if there is none of a right size. (Checksums are looked at when read.)"""
+        try:
+            size = os.stat(self._entry(path, start, end)).st_size
+        except (OSError, VideoError):
+            return 0
+        return size if size in (self._size_of(1), self._size_of(self.num_frames)) else 0
+
+    def _size_of(self, num_frames: int) -> int:
+        return self.HEADER.size + num_frames * self.size**2 * 3
+
+    def _load(self, entry: Path) -> np.ndarray | None:
+        """The pixels of an entry, None if it is damaged."""
+        data = entry.read_bytes()
+        kept = 1 if len(data) == self._size_of(1) else self.num_frames
+        if len(data) != self._size_of(kept) or self.HEADER.unpack_from(data) != (
+                self.MAGIC, kept, self.size, self.size, zlib.crc32(memoryview(data)[self.HEADER.size:])):
+            return None
+        frames = np.frombuffer(data, np.uint8, offset=self.HEADER.size).reshape(kept, self.size, self.size, 3)
+        return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))  # [N, H, W, 3]
+
+    def _store(self, path, entry: Path, start, end) -> int:
+        """Decode a video and write its entry; the entry's size in bytes."""
+        frames = read_frames(path, self.num_frames, size=self.size, start=start, end=end)
+        if (frames == frames[0]).all():
+            frames = frames[:1]
+        header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
+        try:
+            entry.parent.mkdir(exist_ok=True)
+            unfinished = entry.with_suffix(f".{secrets.token_hex(8)}.tmp")  # another name for each writer
+            try:
+                unfinished.write_bytes(header + frames.data)
+                os.replace(unfinished, entry)
+            finally:  # also after Ctrl-C or on a full disk: leave nothing half written
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot write the frame cache ({error.strerror}); make room or choose "
+                            "another folder") from error
+        return len(header) + frames.nbytes
+
+    def _try_store(self, path, start, end) -> int | str:
+        """Store one video (in a worker process): the size of its entry, or the reason if it is broken."""
+        try:
+            return self._store(path, self._entry(path, start, end), start, end)
+        except VideoError as error:
+            return str(error)
+
+
+# ---- processes that may hang or die ----------------------------------------------------------------------------------
+
+
+def run_apart(work: collections.abc.Callable, paths: collections.abc.Iterable[str], *,
+              workers: int) -> collections.abc.Iterator[tuple[int, object]]:
+    """(n, work(n-th path)) as they are done, by `workers` processes; for a path that hangs or kills them, why (str).
+
+    `paths` is read one at a time. A UserError in a worker is raised here. Ctrl-C ends the workers too.
+    """
+    # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    jobs, again, tried_twice = enumerate(paths), [], set()
+    busy = {}  # {our end of its pipe: (process, n, path, when its time is over)}
+
+    def start():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(work, theirs, [ours, *busy]), daemon=True)
+        process.start()
+        theirs.close()
+        give(ours, process)
+
+    def give(pipe, process):
+        """The next path to this worker; without one it is dismissed."""
+        n, path = again.pop() if again else next(jobs, (None, None))
+        with contextlib.suppress(BrokenPipeError):  # it has just died, as the next look at its pipe will show
+            pipe.send(path)
+        if path is None:
+            pipe.close()
+            process.join()
+        else:
+            busy[pipe] = process, n, path, time.monotonic() + _seconds_allowed(path)
+
+    try:
+        for _ in range(workers):
+            start()
+        while busy:
+            soonest = min(over for *_, over in busy.values())
+            done = multiprocessing.connection.wait(busy, max(0, soonest - time.monotonic()))
+            late = [pipe for pipe, (*_, over) in busy.items() if over <= time.monotonic() and pipe not in done]
+            for pipe in [*done, *late]:
+                process, n, path, _ = busy.pop(pipe)
+                try:
+                    result = pipe.recv() if pipe in done else None
+                except (EOFError, ConnectionResetError):
+                    result = None
+                if isinstance(result, UserError):
+                    pipe.close()
+                    raise result
+                if result is not None:
+                    yield n, result
+                    give(pipe, process)
+                    continue
+                process.kill()
+                process.join()
+                pipe.close()
+                if pipe in late:
+                    yield n, (f"{path}: the decoder gave no frames within {_seconds_allowed(path):.0f} s and was "
+                              "stopped; encode the file again or remove it")
+                elif n in tried_twice:
+                    yield n, (f"{path}: the decoder died twice (exit code {process.exitcode}; -9: killed, perhaps out "
+                              "of memory); encode the file again or remove it")
+                else:
+                    tried_twice.add(n)
+                    again.append((n, path))
+                start()
+    finally:  # nobody is busy, unless something was raised: then a video that is almost done may be stored
+        grace = time.monotonic() + 2
+        for pipe, (process, *_) in busy.items():
+            multiprocessing.connection.wait([pipe], max(0, grace - time.monotonic()))
+            pipe.close()
+            process.kill()
+            process.join()
+
+
+def _serve(work, pipe, parents_ends):
+    """A worker: the result of `work` for each path that comes through the pipe, until None does, or the parent dies."""
+    for inherited in parents_ends:                 # kept open here, no pipe would end with the parent
+        inherited.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches workers too: leave it to the parent
+    try:
+        while (path := pipe.recv()) is not None:
+            try:
+                result = work(path)
+            except UserError as error:
+                result = error
+            pipe.send(result)
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def _seconds_allowed(path: str) -> float:
+    try:
+        return PATIENCE + os.path.getsize(path) / 1e6
+    except (OSError, ValueError):                  # missing files fail fast
+        return PATIENCE
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{name}" for name in ("moving.mp4", "still.mp4", "text.mp4")]
+        write_video(paths[0], np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 64, 96, 3)))
+        write_video(paths[1], np.full((100, 64, 96, 3), 60, np.uint8))
+        Path(paths[2]).write_text("no video")
+        cache = FrameCache(f"{folder}/cache", size=32, num_frames=8)
+        broken = cache.fill(paths, workers=1)
+        for path in paths:
+            print(f"{Path(path).name:10s}", broken[path] if path in broken else
+                  f"{cache._entry(path, 0.0, None).stat().st_size} bytes, frames {cache.get(path).shape}")
+
+
+if __name__ == "__main__":
+    run(main)
