@@ -28,8 +28,9 @@ import torch  # noqa: E402
 from checkpoint import Checkpoint  # noqa: E402
 from cli import parse_config, run  # noqa: E402
 from model import CLOP, build_config  # noqa: E402
-from search import File, Index, Library, Record, answer, print_answer  # noqa: E402
+from search import Library, answer, print_answer  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from videoindex import File, Index, Record  # noqa: E402
 
 WORDS = "a the dog cat man woman child runs rides eats throws red blue ball horse bike beach street kitchen".split()
 

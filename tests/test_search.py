@@ -1,4 +1,4 @@
-"""search.py: the right moment comes first, the index follows the folder, and what happens to it costs seconds."""
+"""search.py, videoindex.py: the right moment is first, the index follows the folder, faults cost seconds."""
 
 import collections
 import io
@@ -18,17 +18,19 @@ import torch
 
 import search
 import video
+import videoindex
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from concepts import ConceptVocab, extract_many
 from data import prepare_video
 from eval import EvalConfig, evaluate
 from model import CLOP, build_config
-from search import File, Index, Library, Match, Record, clock, find_videos, search_folder
+from search import Library, Match, clock, search_folder
 from test_report import Page
 from test_video import numbered_frames, numbers, write_avi
 from tokenizer import Tokenizer
 from video import VideoError, glimpse, read_frames, read_windows, write_video
+from videoindex import File, Index, Record, find_videos
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J\u202eevil\nname.mp4"
@@ -333,7 +335,7 @@ def test_a_shard_that_was_cut_is_made_again(checkpoint, clips, decoded, keep):
 
 
 def test_many_small_shards_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "MOST_SHARDS", 8)
+    monkeypatch.setattr(videoindex, "MOST_SHARDS", 8)
     rng, files = np.random.default_rng(0), [File(f"{i:03d}.mp4", i, 1) for i in range(100)]
     records = {file: Record("broken" if i % 10 == 3 else "", *rng.random((2, int(i % 10 != 3), 2)).astype(np.float32))
                for i, file in enumerate(files)}
@@ -355,7 +357,7 @@ def test_many_small_shards_are_joined(tmp_path, monkeypatch):
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
     """Each loads, then both write and join, in turn: nothing is lost, and what both wrote counts once."""
-    monkeypatch.setattr(search, "MOST_SHARDS", 4)
+    monkeypatch.setattr(videoindex, "MOST_SHARDS", 4)
     files = [File(f"{i:02d}.mp4", i, 1) for i in range(40)]
     one, two = Index(tmp_path, {}, files, 1), Index(tmp_path, {}, files, 1)
     for i, file in enumerate(files):
@@ -692,3 +694,6 @@ def test_demo():
     done = subprocess.run([sys.executable, ROOT / "search.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 videos (2 new), 3 windows" in done.stdout and "2 videos (0 new), 3 windows" in done.stdout
+    done = subprocess.run([sys.executable, ROOT / "videoindex.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a.mp4 changes   known: ['b.mp4'], new: ['a.mp4']" in done.stdout
