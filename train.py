@@ -91,7 +91,7 @@ class TrainConfig:
     grad_clip: float = 1.0                   # largest gradient norm
     num_frames: str = "4,8"                  # T, frames of a video; several: an equal share of the steps each, in order
     # CLOP
-    skp_weight: float = 1.0                  # SKP: weight of the concept prediction
+    skp_weight: float = 0.5                  # SKP: weight of the concept prediction (more: nouns; less: R@1, LOG.md)
     beta: float = 1.0                        # KCL: how much shared knowledge raises a negative's logit
     hard_k: int = 0                          # KCL: hardest negatives in a second InfoNCE
     hard_weight: float = 0.0                 # KCL: weight of that second InfoNCE

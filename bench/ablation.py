@@ -47,7 +47,7 @@ from train import FREE, TrainConfig  # noqa: E402
 # it switches on.
 BASE = dict(skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0, guided_from=0.0, group_size=4,
             mask_false_negatives=False)
-SKP = dict(skp_weight=1.0)
+SKP = dict(skp_weight=0.5)
 SAMPLING = dict(guided_share=0.5, guided_from=0.6)
 WEIGHTING = dict(beta=1.0, mask_false_negatives=True)
 MINING = dict(hard_k=64, hard_weight=0.25, mask_false_negatives=True)

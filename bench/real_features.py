@@ -55,7 +55,7 @@ from splits import Split  # noqa: E402
 HELD_OUT = 300  # training videos that make the tuning gallery
 
 # Chosen on the tuning gallery (LOG.md), where little made a difference; bench/ablation.py says what each field is.
-SKP = dict(skp_weight=1.0)
+SKP = dict(skp_weight=0.5)
 SAMPLING = dict(guided_share=0.25)
 WEIGHTING = dict(beta=1.0, mask_false_negatives=True)
 MINING = dict(hard_k=16, hard_weight=0.5, mask_false_negatives=True)
