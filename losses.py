@@ -69,7 +69,8 @@ def skp_loss(concept_logits, concepts):
     Nearly all labels are 0; so that the first steps do not go into learning just that, the head starts from the log-odds
     of each concept (model.CLOP.init_concept_bias, as in https://arxiv.org/abs/1708.02002).
     """
-    loss = F.binary_cross_entropy_with_logits(concept_logits.float(), concepts.float(), reduction="none").sum(dim=1)
+    logits = concept_logits.to(torch.promote_types(concept_logits.dtype, torch.float32))
+    loss = F.binary_cross_entropy_with_logits(logits, concepts.to(logits.dtype), reduction="none").sum(dim=1)
     return (loss * concepts.any(dim=1)).mean()                                # what no concept is known of says nothing
 
 

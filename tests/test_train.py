@@ -45,8 +45,9 @@ def losses_of(out) -> dict[int, float]:
 
 def test_a_run_learns_and_writes_what_it_promises(tiny_world, tmp_path, cache):
     train.train(settings(tiny_world, tmp_path, cache, steps=30, eval_every=15))
-    lines, losses = log_of(tmp_path), losses_of(tmp_path)
-    assert np.mean([losses[s] for s in (28, 29, 30)]) < 0.9 * np.mean([losses[s] for s in (1, 2, 3)])
+    lines = log_of(tmp_path)
+    nce = {line["step"]: line["nce"] for line in lines if "nce" in line}  # SKP starts from the log-odds, far down
+    assert np.mean([nce[s] for s in (28, 29, 30)]) < 0.9 * np.mean([nce[s] for s in (1, 2, 3)])
     assert {"config", "commit", "versions", "hardware", "parameters"} <= set(lines[0])
     assert {"loss", "nce", "hard", "skp", "logit_scale", "grad_norm", "lr",
             "pairs_per_s", "step_s", "data_s"} <= set(lines[1])
