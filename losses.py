@@ -66,8 +66,8 @@ def skp_loss(concept_logits, concepts):
     concept_logits [B, K] from the video embedding, concepts [B, K] multi-hot of its caption.
     Paper: SKP is "a simple task". We take a binary cross-entropy a concept, summed: each is a question of its own,
     which the others' logits don't enter. It was measured against one softmax shared by a caption's concepts (LOG.md).
-    Nearly all labels are 0; so that the first steps do not go into learning just that, the head starts from the log-odds
-    of each concept (model.CLOP.init_concept_bias, as in https://arxiv.org/abs/1708.02002).
+    Nearly all labels are 0; lest the first steps go into learning just that, the head starts from the log-odds of each
+    concept (model.CLOP.init_concept_bias, as in https://arxiv.org/abs/1708.02002).
     """
     logits = concept_logits.to(torch.promote_types(concept_logits.dtype, torch.float32))
     loss = F.binary_cross_entropy_with_logits(logits, concepts.to(logits.dtype), reduction="none").sum(dim=1)
