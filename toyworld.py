@@ -32,12 +32,10 @@ last: it marks a finished world. All is a pure function of (VERSION, counts, see
     python toyworld.py --folder cache/toy --sheet sheet.png    # the default world, and a picture of some test videos
 """
 
-import concurrent.futures
 import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +47,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError
+from framecache import run_apart
 from toyrender import COLOURS, FRAMES, KINDS, SIDE, SIDEWAYS, SIZES, Event, Scene, Thing, contact_sheet, render
 
 VERSION = 6  # of the world: a change of any pixel or word that `generate` writes raises it
@@ -367,24 +366,25 @@ def _sha256(path: Path) -> str:
 
 
 def _write_videos(jobs: list, workers: int, progress: bool) -> None:
+    """Render all jobs in the guarded processes that also decode videos: one that dies or hangs is replaced."""
     with tqdm(total=len(jobs), desc="toy world", unit="video", disable=not progress) as bar:
         if workers == 1:
             for job in jobs:
                 _write_video(job)
                 bar.update()
             return
-        # Spawned, not forked: the caller may hold threads (PyTorch's), whose locks a fork would copy in any state.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
-            try:
-                for _ in pool.map(_write_video, jobs, chunksize=32):
-                    bar.update()
-            except concurrent.futures.process.BrokenProcessPool as error:
-                raise UserError("a rendering process died (out of memory?); run the same command again: what is "
-                                "rendered is kept") from error
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # else the pool would render the whole rest before it raised
-                raise
+        rendered = run_apart(functools.partial(_write_numbered, jobs), map(str, range(len(jobs))),
+                             workers=min(workers, len(jobs)))
+        for _, failure in rendered:
+            if failure:
+                raise UserError("a rendering process died twice at the same video, or hung (out of memory?); run the "
+                                "same command again: what is rendered is kept")
+            bar.update()
+
+
+def _write_numbered(jobs: list, number: str) -> str:
+    _write_video(jobs[int(number)])
+    return ""
 
 
 @dataclass
