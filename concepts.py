@@ -40,10 +40,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tyro.conf import Positional
+
 from cli import UserError, parse_config, run
 from knowledge import GRANULARITIES, extract_knowledge
-from strings import Strings
-from tagger import WEIGHTS_SHA256, load_tagger
+from datasets.strings import Strings
+from captions.tagger import WEIGHTS_SHA256, load_tagger
 
 DEMO = ["a dog chases a cat", "a cat is chased by a dog", "a cat chases a dog", "a dog sleeps"]
 
@@ -197,7 +199,7 @@ def _extract_chunk(captions: Strings) -> Knowledge:
 def _cache_key(captions: Strings) -> str:
     """Hash of all that the result depends on: this code, the tagger's weights, the packages, the captions."""
     here = Path(__file__).parent
-    code = ("concepts.py", "knowledge.py", "tagger.py")
+    code = ("concepts.py", "knowledge.py", "captions/tagger.py")
     digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in code))
     versions = [f"{name}=={importlib.metadata.version(name)}" for name in ("nltk", "lemminflect")]
     for text in itertools.chain([WEIGHTS_SHA256, *versions, *GRANULARITIES], captions):
@@ -362,7 +364,7 @@ def _hash64(text: str) -> int:
 @dataclass
 class ConceptsConfig:
     """Show the concepts of a file of captions, and which captions share most."""
-    captions: str | None = None  # txt (one a line) or csv with a column `caption`; None: four made-up ones
+    captions: Positional[str | None] = None  # txt (one a line) or csv with a column `caption`; None: four made-up ones
     top: int = 12                # how many concepts of each granularity, and sample captions, to show
 
 
@@ -406,7 +408,7 @@ def show_captions(captions: list[str], top: int, min_count: int) -> None:
 
 
 def main() -> None:
-    config = parse_config(ConceptsConfig, positional="captions")
+    config = parse_config(ConceptsConfig)
     if config.captions:
         show_captions(read_captions(config.captions), config.top, min_count=2)
     else:

@@ -38,15 +38,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from tyro.conf import Positional
 
-from check import print_check
+from datasets.check import print_check
 from cli import UserError, parse_config, run
 from concepts import ConceptSets, ConceptVocab, extract_many, meaning_ids, multi_hot
-from datasets import load_split
-from framecache import FrameCache
-from splits import Split
-from tokenizer import Tokenizer
-from video import frame_indices
+from datasets.published import load_split
+from videos.cache import FrameCache
+from datasets.splits import Split
+from captions.tokenizer import Tokenizer
+from videos.decode import frame_indices
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -338,7 +339,7 @@ class KnowledgeBatchSampler:
 class DataConfig:
     """Show a random and a guided batch of a file's captions; or, with --check, say whether a data set is whole."""
 
-    captions: str = ""          # csv or jsonl file with video and caption; without it, made-up captions
+    captions: Positional[str] = ""          # csv or jsonl file with video and caption; without it, made-up captions
     check: str | None = None    # name of a data set (msrvtt, msvd, … as in datasets.py) to check
     root: str | None = None     # check: its folder
     sample: int = 50            # check: videos of each split to decode, drawn at random
@@ -347,7 +348,7 @@ class DataConfig:
 
 
 def main():
-    config = parse_config(DataConfig, positional="captions")
+    config = parse_config(DataConfig)
     if config.check:
         if not config.root:
             raise UserError(f"--check {config.check}: needs --root FOLDER, where its annotation files and videos are")

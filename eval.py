@@ -29,18 +29,18 @@ import cv2
 import numpy as np
 import torch
 
-import toyworld
-from checkpoint import Checkpoint, load_checkpoint
-from cli import UserError, parse_config, run
+from datasets import toyworld
+from training.checkpoint import Checkpoint, load_checkpoint
+from cli import UserError, keep_freed_memory, parse_config, run
 from concepts import extract_many
 from data import keep_decodable, load_videos, prefetch, prepare_video
-from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
-from framecache import FrameCache
+from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
+from videos.cache import FrameCache
 from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics_from_embeddings, retrieval_ranks,
                      similarity, summarize_ranks, to_grid)
-from report import DIRECTIONS, Results, write_report
-from search import search_folder
-from splits import Question, Split
+from report.page import DIRECTIONS, Results, write_report
+from search.query import search_folder
+from datasets.splits import Question, Split
 
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -------------------------------
 
@@ -339,7 +339,9 @@ def format_table(record: dict) -> str:
 
 
 def main():
-    evaluate(parse_config(EvalConfig))
+    config = parse_config(EvalConfig)
+    keep_freed_memory()
+    evaluate(config)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ common is concepts.py.
 
 from dataclasses import dataclass
 
+from tyro.conf import Positional
+
 from cli import parse_config, run
-from tagger import SUBORDINATORS, Sentence, parse
+from captions.tagger import SUBORDINATORS, Sentence, parse
 
 # Words that say "this is a caption", only count, or stand for others: no concepts. Relations look through the nouns
 # among them: "folds a piece of paper" is "fold paper".
@@ -203,7 +205,7 @@ def extract_knowledge(caption: str) -> dict[str, list[str]]:
 @dataclass
 class KnowledgeConfig:
     """Show what knowledge a caption holds."""
-    caption: str = "two dogs chase a ball"  # the caption to take apart
+    caption: Positional[tuple[str, ...]] = ("two", "dogs", "chase", "a", "ball")  # the caption to take apart
 
 
 def show_caption(caption: str) -> None:
@@ -214,7 +216,7 @@ def show_caption(caption: str) -> None:
 
 
 def main() -> None:
-    show_caption(parse_config(KnowledgeConfig, positional="caption").caption)
+    show_caption(" ".join(parse_config(KnowledgeConfig).caption))
 
 
 if __name__ == "__main__":

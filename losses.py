@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from cli import run
-from distributed import exchange, gather, share_sizes, world_size
+from training.processes import exchange, gather, share_sizes, world_size
 from kernels import knowledge_nce_stats, merge_hardest
 from model import MAX_LOGIT_SCALE
 

@@ -43,19 +43,19 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import toyworld
-from checkpoint import list_checkpoints, resume_checkpoint, save_checkpoint
-from clip import is_new, layer_of, read_clip
-from cli import UserError, give_back_memory, parse_config, run
+from datasets import toyworld
+from training.checkpoint import list_checkpoints, resume_checkpoint, save_checkpoint
+from training.clip import is_new, layer_of, read_clip
+from cli import UserError, give_back_memory, keep_freed_memory, parse_config, run
 from concepts import ConceptVocab, concept_vectors, extract_many
 from data import KnowledgeBatchSampler, PairDataset, keep_decodable, open_cache, prefetch, prepare_video
-from datasets import DATASETS, load_split
-from distributed import Ranks, StopSignals, launch
+from datasets.published import DATASETS, load_split
+from training.processes import Ranks, StopSignals, launch
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from losses import LossConfig, clop_loss
 from model import CLOP, MAX_LOGIT_SCALE, build_config
-from runlog import Log, plot_curves
-from tokenizer import Tokenizer
+from training.log import Log, plot_curves
+from captions.tokenizer import Tokenizer
 
 
 Trainable = Literal["toy", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "msvd", "didemo", "lsmdc", "webvid", "cc3m",
@@ -121,6 +121,7 @@ FREE = ("out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_
 
 def main():
     config = parse_config(TrainConfig)
+    keep_freed_memory()
     if config.gpus and config.procs:
         raise UserError(f"--gpus {config.gpus} --procs {config.procs}: processes on GPUs or on the CPU, not both")
     if config.gpus > torch.cuda.device_count():

@@ -1,10 +1,10 @@
 """What does each part of CLOP buy? Train every variant with every seed, compare them seed by seed.
 
-    python bench/ablation.py                                   # toy world, validation split, 5 seeds
-    python bench/ablation.py --seeds 3 -- --steps 400          # behind --: flags of train.py, for all variants
-    python bench/ablation.py --variants "base all all:beta=2"  # tuning: a variant with single fields changed
-    python bench/ablation.py --split test                      # the same runs on the test split: touch it once
-    python bench/ablation.py --table                           # only tables and plot, from the file of results
+    python -m bench.ablation                                   # toy world, validation split, 5 seeds
+    python -m bench.ablation --seeds 3 -- --steps 400          # behind --: flags of train.py, for all variants
+    python -m bench.ablation --variants "base all all:beta=2"  # tuning: a variant with single fields changed
+    python -m bench.ablation --split test                      # the same runs on the test split: touch it once
+    python -m bench.ablation --table                           # only tables and plot, from the file of results
 
 All variants share data, steps, batch size, learning rate and seeds: they differ in `VARIANTS` and in nothing else.
 "base" is plain InfoNCE on random batches without masks, what everybody trains. The same seed means the same batches
@@ -34,12 +34,11 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # first, or `import eval` would find bench/eval.py
 
-import toyworld  # noqa: E402
+from datasets import toyworld  # noqa: E402
 from bench.paired import (append_run, by_seed, group_runs, markdown_tables, paired_differences,  # noqa: E402
                           read_runs, replace_section)
-from checkpoint import newest_checkpoint  # noqa: E402
+from training.checkpoint import newest_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
 from train import FREE, TrainConfig  # noqa: E402
 
@@ -78,7 +77,7 @@ class AblationConfig:
     eval: str = "--task toy"                    # flags of eval.py that name the data
     jobs: int = 2                               # runs side by side; they share the cores
     runs: str = "runs/ablation"                 # a folder VARIANT-SEED for each run
-    results: str = "results/ablation.jsonl"     # a line for each run
+    results: str = "bench/results/ablation.jsonl"     # a line for each run
     table: bool = False                         # train nothing: print the tables, refresh docs/
 
 

@@ -1,7 +1,7 @@
 """A training step of CLIP's towers here and in `transformers`, and the tokenizers, side by side in one run.
 
-    python bench/clip.py                          # base shapes, two layers a tower: a minute or two on a CPU
-    python bench/clip.py --layers 12 --batch 32   # the whole of ViT-B/16, for a GPU
+    python -m bench.clip                          # base shapes, two layers a tower: a minute or two on a CPU
+    python -m bench.clip --layers 12 --batch 32   # the whole of ViT-B/16, for a GPU
 
 Both get the same pictures, captions and weights (ours are theirs, through clip.py), the same precision, PyTorch's
 scaled-dot-product attention and the same loss; a step is forward + backward + AdamW. `transformers` has no video: its
@@ -22,16 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # first, or `import clip` would find this file
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from clip import HUGGING_FACE, _join_qkv, _rename, is_new  # noqa: E402
+from training.clip import HUGGING_FACE, _join_qkv, _rename, is_new  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
 from losses import info_nce  # noqa: E402
 from model import CLOP, Block, SpaceTimeBlock, build_config  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from captions.tokenizer import Tokenizer  # noqa: E402
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Speed of everything between the files and the model: decoding, frame cache, tokenizer, planning of batches.
 
-    python bench/data.py                        # all, about two minutes on one core
-    python bench/data.py --captions 0.1         # a smaller set to plan batches for, in millions
+    python -m bench.data                        # all, about two minutes on one core
+    python -m bench.data --captions 0.1         # a smaller set to plan batches for, in millions
 
 Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. PyAV is timed
 beside it where it can be imported (`pip install av`; nothing else here needs it): the same frames, decoded in order,
@@ -30,14 +30,13 @@ except ImportError:
     av = None
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # first, or `import data` would find this file
 
 from cli import parse_config, run  # noqa: E402
 from concepts import ConceptSets, concept_vectors, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, load_videos  # noqa: E402
-from framecache import FrameCache  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-from video import _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
+from videos.cache import FrameCache  # noqa: E402
+from captions.tokenizer import Tokenizer  # noqa: E402
+from videos.decode import _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
 
 
 @dataclass

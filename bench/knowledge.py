@@ -1,6 +1,6 @@
 """Speed, memory and quality of the knowledge extraction.
 
-    python bench/knowledge.py [--captions FILE]     # txt or csv; without one, captions are made up
+    python -m bench.knowledge [--captions FILE]     # txt or csv; without one, captions are made up
 
 Speed is given per distinct caption, as wall time with the processes that `extract_many` would start and as CPU time of
 one process (which other work on the machine disturbs less). Quality is measured on the hand-labelled captions of
@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # first, or `import knowledge` would find this file
 
-import test_knowledge  # noqa: E402
+from tests import test_knowledge  # noqa: E402
 from cli import parse_config, run  # noqa: E402
 from concepts import ConceptVocab, Knowledge, extract_many, meaning_ids, nearest_by_overlap, read_captions  # noqa: E402
 from knowledge import extract_knowledge  # noqa: E402
-from tagger import load_tagger, tag_words, tokenize  # noqa: E402
+from captions.tagger import load_tagger, tag_words, tokenize  # noqa: E402
 
 
 @dataclass

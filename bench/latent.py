@@ -1,7 +1,7 @@
 """Pictures of the joint space: what each part of CLOP changes in it, from checkpoints of variants.
 
-    python bench/latent.py                                                    # after bench/ablation.py: seed 0
-    python bench/latent.py base=runs/a all=runs/b --data my/folder            # a folder with train.csv and val.csv
+    python -m bench.latent                                                    # after bench/ablation.py: seed 0
+    python -m bench.latent base=runs/a all=runs/b --data my/folder            # a folder with train.csv and val.csv
 
 Four pictures in --out, each with its finding, computed, in its title:
 
@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # first, or `import eval` would find bench/eval.py
 
-import numpy as np  # noqa: E402
+import numpy as np
+from tyro.conf import Positional  # noqa: E402
 import torch  # noqa: E402
 
-from checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from training.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
 from concepts import concept_vectors, extract_many, meaning_ids, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, Split, keep_decodable, load_split  # noqa: E402
 from eval import embed_texts, embed_videos  # noqa: E402
-from framecache import FrameCache  # noqa: E402
+from videos.cache import FrameCache  # noqa: E402
 
 HARD = 0.3  # κ from which on a negative counts as hard
 
@@ -46,7 +46,7 @@ HARD = 0.3  # κ from which on a negative counts as hard
 class LatentConfig:
     """Pictures of the joint space of several checkpoints."""
 
-    checkpoints: str = " ".join(f"{v}=runs/ablation/{v}-0" for v in ("base", "skp", "kcl", "all"))  # NAME=RUN …
+    checkpoints: Positional[str] = " ".join(f"{v}=runs/ablation/{v}-0" for v in ("base", "skp", "kcl", "all"))  # NAME=RUN …
     data: str = "cache/toy"         # folder with train.csv and val.csv or test.csv
     split: Literal["val", "test"] = "val"  # the gallery
     concepts: Literal["noun", "verb"] = "verb"  # what colours the map
@@ -57,7 +57,7 @@ class LatentConfig:
 
 
 def main():
-    config = parse_config(LatentConfig, positional="checkpoints")
+    config = parse_config(LatentConfig)
     spaces = [load_space(word, config) for word in config.checkpoints.split()]
     Path(config.out).mkdir(parents=True, exist_ok=True)
     draw_similarity(spaces, Path(config.out) / "latent-similarity.png")

@@ -1,7 +1,7 @@
 """What millions of captions cost each process: a list of Python strings against the mapped file of strings.py.
 
-    python bench/memory.py                          # 2.5 million rows, 4 workers, about two minutes on two cores
-    python bench/memory.py --millions 0.1           # smaller
+    python -m bench.memory                          # 2.5 million rows, 4 workers, about two minutes on two cores
+    python -m bench.memory --millions 0.1           # smaller
 
 A csv file of WebVid's kind (a path and a caption of ten words a row) is read by each of the workers, as each rank of
 a training run does (`separate`), or by a parent that then forks them, as it does for decoding (`forked`). Then each
@@ -27,10 +27,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from cli import give_back_memory, parse_config, run  # noqa: E402
-from datasets import load_split  # noqa: E402
+from datasets.published import load_split  # noqa: E402
 
 
 @dataclass

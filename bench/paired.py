@@ -17,7 +17,7 @@ Two p-values, both two-sided, for "the variant makes no difference":
 
 No correction for looking at many metrics and variants: whoever reads twenty p-values will find one below 0.05.
 
-    python bench/paired.py         # a difference that five seeds show, and one that they do not
+    python -m bench.paired         # a difference that five seeds show, and one that they do not
 """
 
 import itertools
@@ -28,8 +28,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first, or `import eval` would find bench/eval.py
 
 from cli import UserError, run  # noqa: E402
 

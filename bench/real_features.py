@@ -1,9 +1,9 @@
 """What CLOP's parts buy on real clips with real captions: its heads and losses on frozen features, seconds a run.
 
-    python bench/real_features.py --gallery tune --results tuning.jsonl --seeds 1 --variants "base all all:beta=2"
-    python bench/real_features.py                                   # then, once: all variants on the validation file
-    python bench/real_features.py --train mine.csv --val mine_val.csv --results results/mine.jsonl
-    python bench/real_features.py --table                           # only the tables, from the file of results
+    python -m bench.real_features --gallery tune --results tuning.jsonl --seeds 1 --variants "base all all:beta=2"
+    python -m bench.real_features                                   # then, once: all variants on the validation file
+    python -m bench.real_features --train mine.csv --val mine_val.csv --results bench/results/mine.jsonl
+    python -m bench.real_features --table                           # only the tables, from the file of results
 
 The frames go through a frozen EfficientNet-Lite0 and the captions through a frozen MiniLM, once (frozen_features.py).
 What is trained is what CLOP adds: one linear map a side into the joint space, the logit scale, the concept head. All
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # first, or `import eval` would find bench/eval.py
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -46,11 +45,11 @@ from cli import UserError, parse_config, run  # noqa: E402
 from concepts import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
                       nearest_by_overlap)
 from data import KnowledgeBatchSampler  # noqa: E402
-from datasets import load_split  # noqa: E402
+from datasets.published import load_split  # noqa: E402
 from eval import machine_facts  # noqa: E402
 from losses import LossConfig, clop_loss  # noqa: E402
 from metrics import multiple_choice_accuracy, retrieval_metrics_from_embeddings  # noqa: E402
-from splits import Split  # noqa: E402
+from datasets.splits import Split  # noqa: E402
 
 HELD_OUT = 300  # training videos that make the tuning gallery
 
@@ -89,7 +88,7 @@ class FeatureConfig:
     dropout: float = 0.5          # of the features
     embed_dim: int = 256          # E
     cache: str = "cache"          # features, extracted knowledge
-    results: str = "results/real_features.jsonl"  # a line for each run
+    results: str = "bench/results/real_features.jsonl"  # a line for each run
     table: bool = False           # train nothing: print the tables, refresh docs/
 
 

@@ -1,7 +1,7 @@
 """How long does a query take in a large library? From its text to printed ranks, split into its two parts.
 
-    python bench/search.py                                          # 100,000 videos of 1 window; E = 128, 256, 512
-    python bench/search.py --videos 100000 --windows 10             # 1,000,000 windows
+    python -m bench.search                                          # 100,000 videos of 1 window; E = 128, 256, 512
+    python -m bench.search --videos 100000 --windows 10             # 1,000,000 windows
 
 The library is an index on disk of random unit vectors, read as `eval.py --task search` reads it (the cold start: read
 and check the shards, look at nothing else; then gather all windows in memory). The model is untrained: preset "toy" for
@@ -20,17 +20,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first, or `import search` would find this file
-
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from checkpoint import Checkpoint  # noqa: E402
+from training.checkpoint import Checkpoint  # noqa: E402
 from cli import parse_config, run  # noqa: E402
 from model import CLOP, build_config  # noqa: E402
-from search import Library, answer, print_answer  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-from videoindex import File, Index, Record  # noqa: E402
+from search.query import Library, answer, print_answer  # noqa: E402
+from captions.tokenizer import Tokenizer  # noqa: E402
+from search.index import File, Index, Record  # noqa: E402
 
 WORDS = "a the dog cat man woman child runs rides eats throws red blue ball horse bike beach street kitchen".split()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 
 import cli
-import toyworld
+from datasets import toyworld
 
 
 @dataclass

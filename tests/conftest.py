@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 
-import toyworld
+from datasets import toyworld
 
 
 @pytest.fixture(scope="session")

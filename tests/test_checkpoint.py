@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import checkpoint
+from training import checkpoint
 import eval
 import train
-from checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
+from training.checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
 from cli import UserError
 from concepts import ConceptVocab
 from knowledge import extract_knowledge
 from model import CLOP, build_config
-from tokenizer import Tokenizer
+from captions.tokenizer import Tokenizer
 
 CAPTIONS = ["a dog chases a cat", "two red balls bounce", "a dog chases a ball"]
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import clip
+from training import clip
 import train
-from checkpoint import load_checkpoint
-from clip import OPENAI_SIZES, interpolate_places, is_new, layer_of, read_clip
+from training.checkpoint import load_checkpoint
+from training.clip import OPENAI_SIZES, interpolate_places, is_new, layer_of, read_clip
 from cli import UserError
 from model import CLOP, MAX_LOGIT_SCALE, build_config
 from train import TrainConfig

@@ -15,12 +15,12 @@ import torch
 from cli import UserError
 from concepts import ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
 from data import PIXEL_MEAN, PIXEL_STD, KnowledgeBatchSampler, PairDataset, keep_decodable, prefetch, prepare_video
-from datasets import load_split
-from framecache import FrameCache
-from splits import Split
-from strings import Strings
-from tokenizer import Tokenizer
-from video import frame_indices, write_video
+from datasets.published import load_split
+from videos.cache import FrameCache
+from datasets.splits import Split
+from datasets.strings import Strings
+from captions.tokenizer import Tokenizer
+from videos.decode import frame_indices, write_video
 
 ROOT = Path(__file__).parent.parent
 SHARED_CSV = ROOT.parent / "shared" / "msrvtt_mini" / "val.csv"

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 import train
-from check import check_dataset
-from checkpoint import load_checkpoint
+from datasets.check import check_dataset
+from training.checkpoint import load_checkpoint
 from cli import UserError
 from data import keep_decodable, load_videos
-from datasets import DATASETS, VideoFinder, load_msrvtt_mc, load_questions, load_split
+from datasets.published import DATASETS, VideoFinder, load_msrvtt_mc, load_questions, load_split
 from eval import TASKS, EvalConfig, evaluate
-from framecache import FrameCache
-from splits import Question, read_csv
-from video import write_video
+from videos.cache import FrameCache
+from datasets.splits import Question, read_csv
+from videos.decode import write_video
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

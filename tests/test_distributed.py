@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint
 from cli import UserError
 from concepts import concept_vectors
-from distributed import LostRank, Ranks, StopSignals, exchange, gather, share_sizes, world_size
+from training.processes import LostRank, Ranks, StopSignals, exchange, gather, share_sizes, world_size
 from losses import LossConfig, clop_loss
 from model import CLOP, PRESETS, build_config
 from train import TrainConfig, backward
@@ -310,15 +310,13 @@ def test_demo_runs():
 
 @pytest.fixture(scope="module")
 def scaling():
-    sys.path.insert(0, str(ROOT / "docs"))
-    import scaling
-    sys.path.pop(0)
+    from bench import scaling
     return scaling
 
 
 def test_the_page_holds_what_the_script_prints(scaling):
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert f"<!-- python docs/scaling.py -->\n{scaling.tables()}\n<!-- end -->" in page
+    assert f"<!-- python -m bench.scaling -->\n{scaling.tables()}\n<!-- end -->" in page
 
 
 def test_counted_flops_are_those_that_pytorch_counts(scaling):

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-import toyworld
-from checkpoint import load_checkpoint, save_checkpoint
+from datasets import toyworld
+from training.checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from concepts import ConceptVocab, extract_many
 from data import load_videos, prepare_video
 from eval import SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval
-from framecache import FrameCache
+from videos.cache import FrameCache
 from metrics import retrieval_metrics, similarity
 from model import CLOP, build_config
-from splits import Split
+from datasets.splits import Split
 from test_metrics import KEYS, brute_force_metrics
-from tokenizer import Tokenizer
-from video import write_video
+from captions.tokenizer import Tokenizer
+from videos.decode import write_video
 
 # ---- whole evaluations: five tiny videos, an untrained model --------------------------------------------------------
 

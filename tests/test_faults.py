@@ -19,12 +19,12 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import concepts
-import toyworld
+from datasets import toyworld
 import train
-from checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint
 from cli import UserError
-from distributed import launch
-from framecache import FrameCache
+from training.processes import launch
+from videos.cache import FrameCache
 from train import TrainConfig
 
 torch.set_num_threads(1)  # as in the processes that the tests start: the same sums, to the last bit

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 import pytest
 
-import framecache
+from videos import cache as framecache
 from cli import UserError
-from framecache import FrameCache
+from videos.cache import FrameCache
 from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
-from video import VideoError, frame_indices, read_frames, write_video
+from videos.decode import VideoError, frame_indices, read_frames, write_video
 
 ROOT = Path(__file__).parent.parent
 

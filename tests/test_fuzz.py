@@ -20,17 +20,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import report
-from checkpoint import _hash_text, load_checkpoint, save_checkpoint
+from report import page as report
+from training.checkpoint import _hash_text, load_checkpoint, save_checkpoint
 from cli import UserError
 from concepts import ConceptVocab, _read_cache, _write_cache, extract_many, read_captions
-from datasets import DATASETS, load_msrvtt_mc, load_questions, load_split
+from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
 from knowledge import extract_knowledge
 from model import CLOP, build_config
-from runlog import Log, read_log
-from splits import Split
-from tagger import load_plain_pickle
-from tokenizer import Tokenizer
+from training.log import Log, read_log
+from datasets.splits import Split
+from captions.tagger import load_plain_pickle
+from captions.tokenizer import Tokenizer
 
 # the same examples every time: a test that fails now and then is fixed by nobody. Before a release: 1,000, at random
 quick = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

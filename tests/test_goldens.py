@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import toyworld
+from datasets import toyworld
 from concepts import ConceptVocab, extract_many, meaning_ids
 from data import KnowledgeBatchSampler
 from eval import EvalConfig, evaluate

@@ -30,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import knowledge
-import tagger
+from captions import tagger
 from cli import UserError
 from concepts import ConceptVocab, extract_many
 from knowledge import extract_knowledge

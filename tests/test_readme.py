@@ -67,7 +67,7 @@ ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "-m pytest": (".ci/run", "pytest"),
     "-m pytest tests/test_kernels.py": (".ci/run", "pytest"),
     "bench/contrastive.py": ("docs/kernel.md", "GPU: not run"),
-    "train.py --seed $seed --out runs/toy-$seed": ("results/toy-seed0.json", "commit"),
+    "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
     "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 --gpus 8 --batch-size 128 "
     "--steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6 --weight-decay 0.2 --precision bf16 --eval-every 1406 "
     "--out runs/msrvtt": ("docs/finetune.md", "**Not run**"),
@@ -75,11 +75,11 @@ ELSEWHERE = {  # where it runs instead: a file, and what stands there
         ("tests/test_ablation.py", "def test_a_real_run_leaves_its_line("),
     'bench/ablation.py --variants "base skp kcl all" --seeds 3 --eval '
     '"--task csv --data ../shared/msrvtt_mini/val.csv" '
-    "--runs runs/msrvtt --results results/msrvtt.jsonl -- --dataset csv --data ../shared/msrvtt_mini/train.csv "
+    "--runs runs/msrvtt --results bench/results/msrvtt.jsonl -- --dataset csv --data ../shared/msrvtt_mini/train.csv "
     "--num-frames 4 --steps 300 --eval-every 100":
         ("tests/test_ablation.py", "def test_a_real_run_leaves_its_line("),
     "bench/ablation.py --table": ("tests/test_ablation.py", "def test_the_page_says_what_the_records_say("),
-    "bench/ablation.py --results results/msrvtt.jsonl --table":
+    "bench/ablation.py --results bench/results/msrvtt.jsonl --table":
         ("tests/test_ablation.py", "def test_the_page_says_what_the_records_say("),
     "bench/real_features.py": ("tests/test_real_features.py", "run_all("),
     "bench/real_features.py --table": ("tests/test_ablation.py", "def test_the_page_says_what_the_records_say("),

@@ -17,7 +17,7 @@ from bench.real_features import FeatureConfig, Side, hard_questions, train_heads
 from cli import UserError  # noqa: E402
 from concepts import ConceptVocab, extract_many, meaning_ids  # noqa: E402
 from losses import LossConfig  # noqa: E402
-from video import write_video  # noqa: E402
+from videos.decode import write_video  # noqa: E402
 
 WHO, DOES = "dog cat girl boy robot horse".split(), "chases pushes follows lifts paints watches".split()
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from concepts import ConceptVocab, extract_many
-from report import MAX_PICTURE_BYTES, Results, picture, visible, write_report
-from splits import Question, Split
-from video import write_video
+from report.page import MAX_PICTURE_BYTES, Results, picture, visible, write_report
+from datasets.splits import Question, Split
+from videos.decode import write_video
 
 EVIL = ('<script>alert("x")</script> & \x00\x1b[31m\u202eevil\u2066 \ud800 '
         "'><img src=http://example.org/x onerror=alert(1)>")

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 import torch
 
-import search
-import video
-import videoindex
-from checkpoint import load_checkpoint, save_checkpoint
+from search import query as search
+from videos import decode as video
+from search import index as videoindex
+from training.checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from concepts import ConceptVocab, extract_many
 from data import prepare_video
 from eval import EvalConfig, evaluate
 from model import CLOP, build_config
-from search import Library, Match, clock, search_folder
+from search.query import Library, Match, clock, search_folder
 from test_report import Page
 from test_video import numbered_frames, numbers, write_avi
-from tokenizer import Tokenizer
-from video import VideoError, glimpse, read_frames, read_windows, write_video
-from videoindex import File, Index, Record, find_videos
+from captions.tokenizer import Tokenizer
+from videos.decode import VideoError, glimpse, read_frames, read_windows, write_video
+from search.index import File, Index, Record, find_videos
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J\u202eevil\nname.mp4"
@@ -269,7 +269,7 @@ def test_an_interruption_keeps_what_is_embedded(checkpoint, clips, monkeypatch, 
 SLOW = """
 import os, sys, time
 import search, video
-from checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint
 from pathlib import Path
 search.COMMIT_SECONDS, read = 0, search.read_windows
 def slow(path, *args, **kwargs):

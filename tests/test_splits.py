@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from datasets import load_split
-from splits import read_captions_pickle, read_csv
+from datasets.published import load_split
+from datasets.splits import read_captions_pickle, read_csv
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from strings import Strings
+from datasets.strings import Strings
 
 ROOT = Path(__file__).parent.parent
 texts = st.lists(st.text(st.characters(exclude_categories=()), max_size=6), max_size=20)  # half surrogates too

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from tokenizer import PAD, Tokenizer, learn_merges, split_words
+from captions.tokenizer import PAD, Tokenizer, learn_merges, split_words
 
 ROOT = Path(__file__).parent.parent
 CAPTIONS = ["a dog chases a cat", "two dogs chase the ball", "the cat is chasing the dogs", "Zwei Hunde jagen den Ball",

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-import toyrender
+from datasets import toyrender
 from cli import UserError
-from toyrender import (FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, Event, Thing, relation_tracks, render,
+from datasets.toyrender import (FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, Event, Thing, relation_tracks, render,
                        single_track)
 
 ROOT = Path(__file__).parent.parent

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
-import toyworld
+from datasets import toyworld
 from cli import UserError
-from toyrender import COLOURS, FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, SIZES, Event, Thing
-from toyworld import NEAR, RELATION, SINGLE, caption_of, compositions, generate
+from datasets.toyrender import COLOURS, FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, SIZES, Event, Thing
+from datasets.toyworld import NEAR, RELATION, SINGLE, caption_of, compositions, generate
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(train=12, val=6, test=10, progress=False)

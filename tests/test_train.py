@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint
 from cli import UserError
 from eval import EvalConfig, evaluate
 from train import TrainConfig
-from video import write_video
+from videos.decode import write_video
 
 ROOT = Path(__file__).parent.parent
 

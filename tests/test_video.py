@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-import video
+from videos import decode as video
 from cli import UserError
-from video import VideoError, frame_indices, read_frames, write_video
+from videos.decode import VideoError, frame_indices, read_frames, write_video
 
 ROOT = Path(__file__).parent.parent
 SHARED_CLIPS = ROOT.parent / "shared" / "msrvtt_full" / "videos"

@@ -4,8 +4,8 @@ Counts follow from the sizes in model.py and from what losses.py and distributed
 assumptions, so the last columns are estimates. docs/scaling.md explains the formulas and holds this script's output (a
 test compares).
 
-    python docs/scaling.py                 # the tables
-    python docs/scaling.py --measure       # pairs per second of one process and of two on this machine
+    python -m bench.scaling                 # the tables
+    python -m bench.scaling --measure       # pairs per second of one process and of two on this machine
 """
 
 import json
@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
-import toyworld
+from datasets import toyworld
 from cli import run
 from model import CLOP, PRESETS, ModelConfig, build_config
 

@@ -25,8 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, run
-from datasets import DATASETS, load_split
-from video import VideoError, read_frames, write_video
+from datasets.published import DATASETS, load_split
+from videos.decode import VideoError, read_frames, write_video
 
 
 def check_dataset(dataset: str, root: str | Path, *, sample: int = 50, seed: int = 0) -> tuple[list[dict], list[dict]]:

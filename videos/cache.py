@@ -43,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, run
-from video import VideoError, read_frames, write_video
+from videos.decode import VideoError, read_frames, write_video
 
 PATIENCE = 60.0  # seconds that a video may take to decode, and one more for each megabyte (10 to 100 are usual)
 

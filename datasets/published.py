@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, run
-from splits import (Question, Split, check_name, check_text, read_captions_pickle, read_columns, read_csv, read_entries,
+from datasets.splits import (Question, Split, check_name, check_text, read_captions_pickle, read_columns, read_csv, read_entries,
                     read_json, read_jsonl, read_list, read_pairs)
 
 VIDEO_FOLDERS = ("videos", "videos/all", "", "video", "clips", "images",   # anybody's

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError, run
-from report import printable
+from report.page import printable
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
                   ".mts", ".m2ts"}  # not .ts: rarely a video

@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError
-from framecache import run_apart
-from toyrender import COLOURS, FRAMES, KINDS, SIDE, SIDEWAYS, SIZES, Event, Scene, Thing, contact_sheet, render
+from videos.cache import run_apart
+from datasets.toyrender import COLOURS, FRAMES, KINDS, SIDE, SIDEWAYS, SIZES, Event, Scene, Thing, contact_sheet, render
 
 VERSION = 6  # of the world: a change of any pixel or word that `generate` writes raises it
 FPS = 8

@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, run
-from strings import Strings
-from tagger import load_plain_pickle
+from datasets.strings import Strings
+from captions.tagger import load_plain_pickle
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from tyro.conf import Positional
 
 import cli
 from cli import UserError
@@ -322,12 +323,12 @@ def contact_sheet(videos: list[np.ndarray], titles: list[str], path: str, *, fra
 @dataclass
 class RenderConfig:
     """Draw every kind of thing doing one action."""
-    action: str = "chase"     # what they do
+    action: Positional[str] = "chase"     # what they do
     sheet: str | None = None  # the picture; default: ACTION.png
 
 
 def main() -> None:
-    config = cli.parse_config(RenderConfig, positional="action")
+    config = cli.parse_config(RenderConfig)
     if config.action not in SINGLE_ACTIONS + RELATIONS:
         raise UserError(f"{config.action}: no such action; choose one of {', '.join(SINGLE_ACTIONS + RELATIONS)}")
     videos, colours = [], list(COLOURS)

@@ -28,8 +28,8 @@ from einops import rearrange
 
 from cli import run
 from concepts import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
-from splits import Question, Split
-from video import VideoError, glimpse, read_frames, write_video
+from datasets.splits import Question, Split
+from videos.decode import VideoError, glimpse, read_frames, write_video
 
 FRAME_SIZE = 104            # pixels of one moment; four make a picture
 MAX_PICTURE_BYTES = 14_000  # of a JPEG: some hundred pictures stay below 3 MB

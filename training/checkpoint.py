@@ -35,7 +35,7 @@ from cli import UserError, run
 from concepts import ConceptVocab
 from knowledge import extract_knowledge
 from model import CLOP, ModelConfig, build_config
-from tokenizer import Tokenizer
+from captions.tokenizer import Tokenizer
 
 
 class DamagedCheckpoint(UserError):

@@ -36,14 +36,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint
+from training.checkpoint import Checkpoint
 from cli import UserError, run
 from data import prepare_video
 from model import CLOP, build_config
-from report import document, picture, printable, quote, section
-from tokenizer import Tokenizer
-from video import VideoError, read_windows, write_video
-from videoindex import File, Index, Record, find_videos
+from report.page import document, picture, printable, quote, section
+from captions.tokenizer import Tokenizer
+from videos.decode import VideoError, read_windows, write_video
+from search.index import File, Index, Record, find_videos
 
 BATCH_PIXELS = 2**21  # as in eval.py
 COMMIT_SECONDS = 2    # of work that an interruption may cost

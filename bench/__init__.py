@@ -1,0 +1,1 @@
+"""What it costs, and what the knowledge buys: python -m bench.NAME."""

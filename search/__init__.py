@@ -1,0 +1,1 @@
+"""Find a moment in one's own videos: a query and the index that it asks."""

@@ -1,0 +1,1 @@
+"""What a video file shows: frames, decoded once, in processes that may die."""
