@@ -32,15 +32,15 @@ import torch
 from datasets import toyworld
 from training.checkpoint import Checkpoint, load_checkpoint
 from cli import UserError, keep_freed_memory, parse_config, run
-from concepts import extract_many
-from data import keep_decodable, load_videos, prefetch, prepare_video
+from knowledge import extract_many
+from data import keep_decodable, open_cache, load_videos, prefetch, prepare_video
 from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
 from videos.cache import FrameCache
 from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics_from_embeddings, retrieval_ranks,
                      similarity, summarize_ranks, to_grid)
 from report.page import DIRECTIONS, Results, write_report
 from search.query import search_folder
-from datasets.splits import Question, Split
+from datasets.split import Question, Split
 
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -------------------------------
 
@@ -303,7 +303,7 @@ def evaluate(config: EvalConfig) -> dict:
     sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
     print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
     out = Path(config.out) if config.out else beside / f"eval-{config.task}-{config.split}"
-    cache = FrameCache(Path(config.cache) / "frames", size=sizes.image_size, num_frames=sizes.num_frames)
+    cache = open_cache(Path(config.cache) / "frames", sizes)
     try:
         out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
         metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken,

@@ -1,32 +1,35 @@
-"""Two towers that meet in one space: a space-time ViT for the video, a causal transformer for the caption.
+"""Two towers that meet in one space: a space-time ViT for the video, a causal transformer for text.
 
-    video  [B, T, C, H, W] ── VideoEncoder ──> video_emb [B, E] ─┐  unit vectors: their dot product is the cosine
-    tokens [B, L]          ── TextEncoder  ──> text_emb  [B, E] ─┘  and exp(logit_scale) its sharpness
+    video  [B, T, C, H, W] ── VideoEncoder ──> video_emb [B, E] ─┐  unit vectors; their dot product
+    tokens [B, L]          ── TextEncoder  ──> text_emb  [B, E] ─┘  is the cosine
 
-Where does time enter a ViT? Attention over all T·P patches of a video at once would cost (T·P)². Each block here
-divides it (TimeSformer, arXiv 2102.05095): first every patch looks along time at *its own place* in the other frames,
-then, frame by frame, every patch looks at the other patches of its frame. The products that dominate grow linearly with
-T, and any T works.
+Where does time enter a ViT? Attention over all T·P patches of a video at once would cost (T·P)².
+Each block here divides it (TimeSformer, arXiv 2102.05095). First every patch looks along time, at
+*its own place* in the other frames. Then, frame by frame, every patch looks at the other patches of
+its frame. The products that dominate grow linearly with T, and any T works.
 
-    x ── + time_attn(x)  T tokens, for each of the P + 1 places     <- output projection starts at zero
-      ── + attn(x)       P + 1 tokens, for each frame               <- CLIP's own block from here on
+    x ── + time_attn(x)  T tokens, for each of the P + 1 places  <- its output starts at zero
+      ── + attn(x)       P + 1 tokens, for each frame            <- CLIP's own block from here on
       ── + mlp(x)
 
-Because the temporal projection and the time embedding start at zero, a fresh model *is* the image ViT applied to each
-frame, and the video embedding is the mean over frames of its class tokens: pretrained image weights stay intact at
-initialisation (the idea of Frozen in Time, arXiv 2104.00650). The towers are CLIP's to the letter (arXiv 2103.00020:
-pre-norm, class token, learned positions, text pooled at the end-of-text token), so that CLIP's weights fit;
-`quick_gelu` is its activation.
+The temporal projection and the time embedding start at zero. So a fresh model *is* the image ViT
+applied to each frame, and the video embedding is the mean over frames of its class tokens:
+pretrained image weights stay intact (the idea of Frozen in Time, arXiv 2104.00650). The towers are
+CLIP's to the letter (arXiv 2103.00020: pre-norm, class token, learned positions, text pooled at the
+end-of-text token), so that CLIP's weights fit; `quick_gelu` is its activation.
 
-Small models trained from scratch on a CPU take liberties that CLIP does not: `frames_per_patch` > 1 makes a patch a
-little cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which divides the tokens and lets the very first
-layer see motion; convolutions cut the patches (`conv_stem`); and the exact GELU, which PyTorch fuses on a CPU.
+Small models trained from scratch on a CPU take liberties that CLIP does not: `frames_per_patch` > 1
+makes a patch a little cuboid of several frames (a *tubelet*, ViViT, arXiv 2103.15691), which
+divides the tokens and lets the very first layer see motion; convolutions cut the patches
+(`conv_stem`); and the exact GELU, which PyTorch fuses on a CPU.
 
-Simplified: no dropout (contrastive batches regularise, and ranks stay reproducible), no relative positions.
+Simplified: no dropout (contrastive batches regularise, and ranks stay reproducible), no relative
+positions.
 
     python model.py          # the presets, their sizes, and a forward pass
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -45,32 +48,39 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp: logits beyond 100 only make the
 class ModelConfig:
     """Sizes of both towers. The default is CLIP ViT-B/16."""
 
-    image_size: int = 224        # H = W of a frame, pixels
-    patch_size: int = 16         # pixels
-    frames_per_patch: int = 1    # frames that one patch covers (2 = tubelets)
-    conv_stem: bool = False      # patches by strided 3×3 convolutions instead of CLIP's one linear map
-    num_frames: int = 8          # T that the time embedding is sized for; any other T is interpolated
+    image_size: int = 224  # H = W of a frame, pixels
+    patch_size: int = 16  # pixels
+    frames_per_patch: int = 1  # frames that one patch covers (2 = tubelets)
+    conv_stem: bool = False  # patches by strided 3×3 convolutions instead of CLIP's one linear map
+    num_frames: int = 8  # T that the time embedding is sized for; any other T is interpolated
     video_width: int = 768
     video_layers: int = 12
     video_heads: int = 12
     text_width: int = 512
     text_layers: int = 12
     text_heads: int = 8
-    text_length: int = 77        # L at most, both special tokens included
+    text_length: int = 77  # L at most, both special tokens included
     vocab_size: int = 49408
-    embed_dim: int = 512         # E
-    num_concepts: int = 0        # K of the SKP head; 0 = no head
-    quick_gelu: bool = False     # x·sigmoid(1.702 x), as OpenAI's weights were trained with
+    embed_dim: int = 512  # E
+    num_concepts: int = 0  # K of the SKP head; 0 = no head
+    quick_gelu: bool = False  # x·sigmoid(1.702 x), as OpenAI's weights were trained with
 
 
+# fmt: off
 PRESETS = {
-    "toy": dict(image_size=32, patch_size=8, frames_per_patch=4, conv_stem=True,
-                video_width=128, video_layers=4, video_heads=4,
-                text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=128),
-    "small": dict(image_size=112, patch_size=16, video_width=384, video_layers=8, video_heads=6,
-                  text_width=256, text_layers=6, text_heads=4, text_length=48, vocab_size=8192, embed_dim=256),
+    "toy": dict(
+        image_size=32, patch_size=8, frames_per_patch=4, conv_stem=True,
+        video_width=128, video_layers=4, video_heads=4,
+        text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=128,
+    ),
+    "small": dict(
+        image_size=112, patch_size=16,
+        video_width=384, video_layers=8, video_heads=6,
+        text_width=256, text_layers=6, text_heads=4, text_length=48, vocab_size=8192, embed_dim=256,
+    ),
     "base": dict(),  # ViT-B/16 and CLIP's 12-layer text transformer, 224 px
 }
+# fmt: on
 
 
 def build_config(preset: str, **overrides) -> ModelConfig:
@@ -81,43 +91,48 @@ def build_config(preset: str, **overrides) -> ModelConfig:
 
 class QuickGELU(nn.Module):
     def forward(self, x):
-        return F.silu(1.702 * x).mul_(1 / 1.702)  # = x·sigmoid(1.702 x), but backward keeps one tensor, not two
+        return F.silu(1.702 * x).mul_(
+            1 / 1.702
+        )  # = x·sigmoid(1.702 x), but backward keeps one tensor, not two
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over the last but one axis: [N, S, D] -> [N, S, D]."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, causal: bool = False):
+    def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "n s (qkv h d) -> qkv n h s d", qkv=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(rearrange(x, "n h s d -> n s (h d)"))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block, CLIP's: attention, then an MLP four times as wide."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool):
+    def __init__(self, width: int, heads: int, quick_gelu: bool, causal: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU() if quick_gelu else nn.GELU(),
-                                 nn.Linear(4 * width, width))
+        activation = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width)
+        )
 
-    def forward(self, x, causal: bool = False, read=...):
-        """`read` indexes what the caller will look at: of a last block only that goes through the MLP."""
-        x = (x + self.attn(self.norm1(x), causal))[read]
+    def forward(self, x, read=...):
+        """`read` indexes what the caller will look at: only that goes through the MLP."""
+        x = (x + self.attn(self.norm1(x)))[read]
         return x + self.mlp(self.norm2(x))
 
 
 class SpaceTimeBlock(Block):
-    """Attention along time at each place, then the image block in each frame: [B, T, S, D] -> [B, T, S, D]."""
+    """Attention along time at each place, then the image block in each frame: [B, T, S, D] -> [B,
+    T, S, D]."""
 
     def __init__(self, width: int, heads: int, quick_gelu: bool):
         super().__init__(width, heads, quick_gelu)
@@ -132,33 +147,55 @@ class SpaceTimeBlock(Block):
         return rearrange(x, "(b t) ... -> b t ...", t=T)
 
 
+def run_blocks(blocks, x, read, *, recompute: bool):
+    """x through all blocks; of the last one only what `read` indexes.
+
+    recompute: keep no activations inside a block, but compute them again in the backward pass.
+    """
+    for block in blocks:
+        place = read if block is blocks[-1] else ...
+        if recompute and block.training:
+            x = checkpoint(block, x, place, use_reentrant=False)
+        else:
+            x = block(x, place)
+    return x
+
+
 class PatchEmbed(nn.Linear):
-    """CLIP's: each patch, f frames of p×p pixels, through one linear map: [N, f, C, H, W] -> [N, P, D]."""
+    """CLIP's: each patch, f frames of p×p pixels, through one linear map: [N, f, C, H, W] -> [N, P,
+    D]."""
 
     def __init__(self, frames: int, patch_size: int, width: int):
         super().__init__(frames * 3 * patch_size**2, width, bias=False)
         self.patch_size = patch_size
 
     def forward(self, x):
-        patches = rearrange(x, "n f c (h p1) (w p2) -> n (h w) (f c p1 p2)", p1=self.patch_size, p2=self.patch_size)
+        p = self.patch_size
+        patches = rearrange(x, "n f c (h p1) (w p2) -> n (h w) (f c p1 p2)", p1=p, p2=p)
         return super().forward(patches)
 
 
 class ConvStem(nn.Module):
-    """log2(p) convolutions of stride 2, the channels doubling up to D: [N, f, C, H, W] -> [N, P, D].
+    """log2(p) convolutions of stride 2, the channels doubling up to D: [N, f, C, H, W] -> [N, P,
+    D].
 
-    The last merges the f frames of a patch; those before it see single frames, so all share what they learn of shapes.
-    Small models learn much sooner from overlapping, translated filters than from one cut (arXiv 2106.14881; LOG.md).
+    The last merges the f frames of a patch; those before it see single frames, so all share what
+    they learn of shapes. Small models learn much sooner from overlapping, translated filters than
+    from one cut (arXiv 2106.14881; LOG.md).
     """
 
     def __init__(self, frames: int, patch_size: int, width: int):
         super().__init__()
         stages = int(math.log2(patch_size))
         assert 2**stages == patch_size > 2, (
-            f"a convolutional stem halves the side: patch_size = {patch_size} must be a power of two from 4 on")
-        widths = [3, *(width >> (stages - 1 - i) for i in range(stages))]
-        self.each_frame = nn.Sequential(*(layer for c_in, c_out in zip(widths, widths[1:-1])
-                                          for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU())))
+            f"a convolutional stem halves the side: {patch_size=} must be a power of two from 4 on"
+        )
+        # channels after each stage: D/8, D/4, D/2, D for patches of 16 pixels
+        widths = [width >> (stages - 1 - stage) for stage in range(stages)]
+        layers = []
+        for c_in, c_out in itertools.pairwise([3, *widths[:-1]]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
+        self.each_frame = nn.Sequential(*layers)
         self.merge = nn.Conv2d(frames * widths[-2], width, 3, stride=2, padding=1)
 
     def forward(self, x):
@@ -172,41 +209,53 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        width = config.video_width
         self.frames_per_patch = config.frames_per_patch
-        width, places = config.video_width, (config.image_size // config.patch_size) ** 2 + 1
-        self.patch_embed = (ConvStem if config.conv_stem else PatchEmbed)(
-            self.frames_per_patch, config.patch_size, width)
+        stem = ConvStem if config.conv_stem else PatchEmbed
+        self.patch_embed = stem(config.frames_per_patch, config.patch_size, width)
+
+        places = (config.image_size // config.patch_size) ** 2 + 1  # P patches and the class token
+        steps = math.ceil(config.num_frames / config.frames_per_patch)
         self.class_embed = nn.Parameter(torch.empty(width))
         self.place_embed = nn.Parameter(torch.empty(places, width))
-        self.time_embed = nn.Parameter(torch.zeros(math.ceil(config.num_frames / self.frames_per_patch), width))
+        self.time_embed = nn.Parameter(torch.zeros(steps, width))
+
         self.norm_in = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
-            SpaceTimeBlock(width, config.video_heads, config.quick_gelu) for _ in range(config.video_layers))
+            SpaceTimeBlock(width, config.video_heads, config.quick_gelu)
+            for _ in range(config.video_layers)
+        )
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.embed_dim, bias=False)
         self.checkpointing = False
 
     def forward(self, video):
-        short = -video.shape[1] % self.frames_per_patch               # a last tubelet not full repeats the last frame
+        # a last tubelet that is not full repeats the last frame
+        short = -video.shape[1] % self.frames_per_patch
         if short:
             video = torch.cat([video, video[:, -1:].expand(-1, short, -1, -1, -1)], dim=1)
+
         B = len(video)
-        x = self.patch_embed(rearrange(video, "b (t f) c h w -> (b t) f c h w", f=self.frames_per_patch))
-        x = rearrange(x, "(b t) p d -> b t p d", b=B)                 # [B, T', P, D]
+        x = rearrange(video, "b (t f) c h w -> (b t) f c h w", f=self.frames_per_patch)
+        x = rearrange(self.patch_embed(x), "(b t) p d -> b t p d", b=B)  # [B, T', P, D]
         T = x.shape[1]
-        x = torch.cat([repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T), x], dim=2) + self.place_embed
-        x = self.norm_in(x) + self.time_embedding(T)[:, None]         # [B, T', P + 1, D]
-        for block in self.blocks:
-            read = (slice(None), 0) if block is self.blocks[-1] else ...  # at the end class tokens only: [B, T', D]
-            x = (checkpoint(block, x, read, use_reentrant=False) if self.checkpointing and self.training
-                 else block(x, read))
-        return self.project(self.norm_out(x).mean(dim=1))             # mean over time: [B, E]
+
+        # a class token in front of each frame's patches; where a token is, and when
+        class_token = repeat(self.class_embed.to(x.dtype), "d -> b t 1 d", b=B, t=T)
+        x = torch.cat([class_token, x], dim=2) + self.place_embed  # [B, T', P + 1, D]
+        x = self.norm_in(x) + self.time_embedding(T)[:, None]
+
+        class_tokens = (slice(None), 0)  # all that is read of the last block
+        x = run_blocks(self.blocks, x, class_tokens, recompute=self.checkpointing)  # [B, T', D]
+        return self.project(self.norm_out(x).mean(dim=1))  # mean over time: [B, E]
 
     def time_embedding(self, T: int):
         """[T, D]: the learned table, stretched or shrunk linearly to T steps."""
         if T == len(self.time_embed):
             return self.time_embed
-        return F.interpolate(self.time_embed.T[None], size=T, mode="linear", align_corners=False)[0].T
+        return F.interpolate(self.time_embed.T[None], size=T, mode="linear", align_corners=False)[
+            0
+        ].T
 
 
 class TextEncoder(nn.Module):
@@ -218,25 +267,48 @@ class TextEncoder(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, width)
         self.position_embed = nn.Parameter(torch.empty(config.text_length, width))
         self.blocks = nn.ModuleList(
-            Block(width, config.text_heads, config.quick_gelu) for _ in range(config.text_layers))
+            Block(width, config.text_heads, config.quick_gelu, causal=True)
+            for _ in range(config.text_layers)
+        )
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.embed_dim, bias=False)
         self.checkpointing = False
 
     def forward(self, tokens, text_mask):
         B, L = tokens.shape
-        assert L <= len(self.position_embed), f"{L} tokens, but the model holds {len(self.position_embed)}"
-        x = self.token_embed(tokens) + self.position_embed[:L]        # [B, L, D]
-        last = text_mask.sum(dim=1).long() - 1                        # the end-of-text token has seen the whole caption
-        for block in self.blocks:
-            read = (torch.arange(B, device=x.device), last) if block is self.blocks[-1] else ...  # at the end [B, D]
-            x = (checkpoint(block, x, True, read, use_reentrant=False) if self.checkpointing and self.training
-                 else block(x, True, read))
+        assert L <= len(self.position_embed), f"{L} tokens, room for {len(self.position_embed)}"
+        x = self.token_embed(tokens) + self.position_embed[:L]  # [B, L, D]
+
+        # the end-of-text token has seen the whole caption: it is all that is read of the last block
+        last = text_mask.sum(dim=1).long() - 1
+        end_tokens = (torch.arange(B, device=x.device), last)
+        x = run_blocks(self.blocks, x, end_tokens, recompute=self.checkpointing)  # [B, D]
         return self.project(self.norm_out(x))
 
 
+def init_tower(tower, width: int, layers: int):
+    """The blocks and the projection of a tower, as in CLIP."""
+    shrink = (2 * layers) ** -0.5  # for all that is added to the residual stream
+    for block in tower.blocks:
+        has_time = isinstance(block, SpaceTimeBlock)
+        for attn in (block.attn, block.time_attn if has_time else block.attn):
+            nn.init.normal_(attn.qkv.weight, std=width**-0.5)
+            nn.init.normal_(attn.out.weight, std=width**-0.5 * shrink)
+            nn.init.zeros_(attn.qkv.bias)
+            nn.init.zeros_(attn.out.bias)
+
+        nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp[2].weight, std=width**-0.5 * shrink)
+        nn.init.zeros_(block.mlp[0].bias)
+        nn.init.zeros_(block.mlp[2].bias)
+        if has_time:
+            nn.init.zeros_(block.time_attn.out.weight)
+    nn.init.normal_(tower.project.weight, std=width**-0.5)
+
+
 class CLOP(nn.Module):
-    """Both towers, the learned `logit_scale`, and the SKP head that reads concepts off the video embedding."""
+    """Both towers, the learned `logit_scale`, and SKP's head, which reads concepts off
+    video_emb."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -245,39 +317,30 @@ class CLOP(nn.Module):
         self.text = TextEncoder(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.reset_parameters()
-        # Paper: SKP "pulls together the latent representations of similar videos". We predict from the very vector that
-        # retrieval compares, not from a layer before it, so that the pull acts where it is wanted. Drawn last: with and
-        # without it, all else starts from the same weights.
-        self.concept_head = nn.Linear(config.embed_dim, config.num_concepts) if config.num_concepts else None
+
+        # Paper: SKP "pulls together the latent representations of similar videos". We predict from
+        # the very vector that retrieval compares, so that the pull acts where it is wanted. The
+        # head is drawn last: with and without it, all else starts from the same weights.
+        self.concept_head = None
+        if config.num_concepts:
+            self.concept_head = nn.Linear(config.embed_dim, config.num_concepts)
 
     def reset_parameters(self):
-        """CLIP's initialisation: residual branches shrink with depth; the time path starts at zero."""
-        for tower, width, layers in ((self.video, self.config.video_width, self.config.video_layers),
-                                     (self.text, self.config.text_width, self.config.text_layers)):
-            for block in tower.blocks:
-                for attn in (block.attn, getattr(block, "time_attn", block.attn)):
-                    nn.init.normal_(attn.qkv.weight, std=width**-0.5)
-                    nn.init.normal_(attn.out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-                    nn.init.zeros_(attn.qkv.bias)
-                    nn.init.zeros_(attn.out.bias)
-                nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp[2].weight, std=width**-0.5 * (2 * layers) ** -0.5)
-                nn.init.zeros_(block.mlp[0].bias)
-                nn.init.zeros_(block.mlp[2].bias)
-                if isinstance(block, SpaceTimeBlock):
-                    nn.init.zeros_(block.time_attn.out.weight)
-            nn.init.normal_(tower.project.weight, std=width**-0.5)
-        video, text = self.video, self.text
-        # a stem keeps PyTorch's small weights: larger ones learned slower (LOG.md)
-        if isinstance(video.patch_embed, PatchEmbed):
+        """CLIP's initialisation: residual branches shrink with depth; the time path starts at
+        zero."""
+        video, text, config = self.video, self.text, self.config
+        init_tower(video, config.video_width, config.video_layers)
+        init_tower(text, config.text_width, config.text_layers)
+        if isinstance(video.patch_embed, PatchEmbed):  # a ConvStem keeps PyTorch's (docs/LOG.md)
             nn.init.normal_(video.patch_embed.weight, std=0.02)
-        nn.init.normal_(video.class_embed, std=self.config.video_width**-0.5)
-        nn.init.normal_(video.place_embed, std=self.config.video_width**-0.5)
+        nn.init.normal_(video.class_embed, std=config.video_width**-0.5)
+        nn.init.normal_(video.place_embed, std=config.video_width**-0.5)
         nn.init.normal_(text.token_embed.weight, std=0.02)
         nn.init.normal_(text.position_embed, std=0.01)
 
     def use_checkpointing(self, on: bool = True):
-        """Recompute activations in the backward pass: about a third more time, memory of one block instead of all."""
+        """Recompute activations in the backward pass: a third more time, the memory of one
+        block."""
         self.video.checkpointing = self.text.checkpointing = on
 
     def encode_video(self, video):
@@ -289,31 +352,35 @@ class CLOP(nn.Module):
         return F.normalize(self.text(tokens, text_mask).float(), dim=-1)
 
     def predict_concepts(self, video_emb):
-        """SKP: unit vectors [B, E] -> concept logits [B, K].
-
-        The factor √E gives the coordinates unit variance, as a linear layer expects.
-        """
-        assert self.concept_head is not None, "the model was built with num_concepts=0: it has no SKP head"
-        return self.concept_head(video_emb * self.config.embed_dim**0.5)
+        """SKP: unit vectors [B, E] -> concept logits [B, K]; None for a model without the head."""
+        if self.concept_head is None:
+            return None
+        unit_variance = video_emb * self.config.embed_dim**0.5  # as a linear layer expects it
+        return self.concept_head(unit_variance)
 
     def init_concept_bias(self, log_odds):
-        """SKP's head without a look at the video: log_odds [K] of each concept (concepts.ConceptVocab.log_odds)."""
+        """SKP's head before it has seen a video: log_odds [K] (ConceptVocab.log_odds)."""
         self.concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):
-        """-> video_emb, text_emb [B, E], concept logits [B, K] (None without an SKP head): all that the losses need."""
-        video_emb, text_emb = self.encode_video(video), self.encode_text(tokens, text_mask)
-        return video_emb, text_emb, self.predict_concepts(video_emb) if self.concept_head is not None else None
+        """-> video_emb, text_emb [B, E], concept logits [B, K] or None: all that the losses
+        need."""
+        video_emb = self.encode_video(video)
+        text_emb = self.encode_text(tokens, text_mask)
+        return video_emb, text_emb, self.predict_concepts(video_emb)
 
 
 def main():
     for preset in PRESETS:
         model = CLOP(build_config(preset, num_concepts=1000))
-        millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
-        print(f"{preset:6s}", " ".join(f"{name} {m:.1f} M" for name, m in millions.items()))
+        print(f"{preset:6s}", end="")
+        for name, part in model.named_children():
+            print(f" {name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M", end="")
+        print()
     model = CLOP(build_config("toy"))
     for T in (1, 3, 8):
-        print(f"T = {T}: video_emb", tuple(model.encode_video(torch.randn(2, T, 3, 32, 32)).shape))
+        video_emb = model.encode_video(torch.randn(2, T, 3, 32, 32))
+        print(f"T = {T}: video_emb", tuple(video_emb.shape))
 
 
 if __name__ == "__main__":

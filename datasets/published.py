@@ -38,8 +38,9 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, run
-from datasets.splits import (Question, Split, check_name, check_text, read_captions_pickle, read_columns, read_csv, read_entries,
+from datasets.readers import (check_name, check_text, read_captions_pickle, read_columns, read_csv, read_entries,
                     read_json, read_jsonl, read_list, read_pairs)
+from datasets.split import Question, Split
 
 VIDEO_FOLDERS = ("videos", "videos/all", "", "video", "clips", "images",   # anybody's
                  "TrainValVideo", "TestVideo", "YouTubeClips",             # as MSR-VTT and MSVD are packed

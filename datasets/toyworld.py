@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError
-from videos.cache import run_apart
+from videos.workers import run_guarded
 from datasets.toyrender import COLOURS, FRAMES, KINDS, SIDE, SIDEWAYS, SIZES, Event, Scene, Thing, contact_sheet, render
 
 VERSION = 6  # of the world: a change of any pixel or word that `generate` writes raises it
@@ -373,7 +373,7 @@ def _write_videos(jobs: list, workers: int, progress: bool) -> None:
                 _write_video(job)
                 bar.update()
             return
-        rendered = run_apart(functools.partial(_write_numbered, jobs), map(str, range(len(jobs))),
+        rendered = run_guarded(functools.partial(_write_numbered, jobs), map(str, range(len(jobs))),
                              workers=min(workers, len(jobs)))
         for _, failure in rendered:
             if failure:

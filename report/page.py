@@ -27,8 +27,8 @@ import numpy as np
 from einops import rearrange
 
 from cli import run
-from concepts import ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot
-from datasets.splits import Question, Split
+from knowledge import ConceptVocab, extract_many, meaning_ids, unit_rows
+from datasets.split import Question, Split
 from videos.decode import VideoError, glimpse, read_frames, write_video
 
 FRAME_SIZE = 104            # pixels of one moment; four make a picture
@@ -222,8 +222,7 @@ def pair_article(text: int, results: Results, meaning: np.ndarray, knowledge, vo
         return [i for i in np.argsort(-scores, kind="stable")[:TOP].tolist() if np.isfinite(scores[i])]
 
     def overlaps(others: list[int]) -> np.ndarray:
-        concepts = multi_hot([vocab.encode(knowledge[i]) for i in [text, *others]], len(vocab))
-        vectors = concept_vectors(concepts, vocab.idf).numpy()                                      # [1 + n, K]
+        vectors = unit_rows(vocab.encode(knowledge)[[text, *others]], vocab.idf).toarray()           # [1 + n, K]
         return vectors[1:] @ vectors[0]
 
     texts, videos = hardest(text_scores), hardest(video_scores)

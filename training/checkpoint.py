@@ -32,8 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cli import UserError, run
-from concepts import ConceptVocab
-from knowledge import extract_knowledge
+from knowledge import ConceptVocab, extract_many
 from model import CLOP, ModelConfig, build_config
 from captions.tokenizer import Tokenizer
 
@@ -214,7 +213,7 @@ def main():
         if len(sys.argv) == 1:
             captions = ["a dog chases a cat", "two red balls bounce"]
             tokenizer = Tokenizer.train(captions, 300)
-            vocab = ConceptVocab.build(map(extract_knowledge, captions), min_count=1)
+            vocab = ConceptVocab.build(extract_many(captions), min_count=1)
             model = CLOP(build_config("toy", vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
             save_checkpoint(path, model, tokenizer, vocab, config={}, step=0)
         found = load_checkpoint(path)

@@ -21,6 +21,7 @@ from pathlib import Path
 from cli import UserError, run
 
 WAYS = ("t2v", "v2t")
+LOSSES = ("loss", "nce", "hard", "skp")
 
 
 class Log:
@@ -51,15 +52,20 @@ class Log:
     def flush_to_disk(self):
         os.fsync(self.file.fileno())
 
-    def step(self, step, config, sums, *, scale, grad_norm, lr, skipped, step_s, data_s):
-        pairs_per_s = config.batch_size * config.accumulate / step_s
-        self.write(dict(step=step, **sums, logit_scale=scale, grad_norm=grad_norm, lr=lr, skipped=skipped,
-                        pairs_per_s=pairs_per_s, step_s=step_s, data_s=data_s))
-        parts = " ".join(f"{name} {value:.3f}" for name, value in sums.items())
-        left = (config.steps - step) * step_s
-        print(f"step {step}/{config.steps}  {parts}  scale {scale:.1f}  grad {grad_norm:.2f}  lr {lr:.1e}  "
-              f"{pairs_per_s:.0f} pairs/s  step {1000 * step_s:.0f} ms (data {1000 * data_s:.0f})  "
-              f"{left / 60:.1f} min left", flush=True)
+    def step(self, line: dict, config) -> None:
+        """Log the line of a step, and print it."""
+        step, step_s = line["step"], line["step_s"]
+        pairs_per_s = config.batch_size / step_s
+        self.write(dict(line, pairs_per_s=pairs_per_s))
+        losses = "".join(f"  {name} {line[name]:.3f}" for name in LOSSES if name in line)
+        minutes = (config.steps - step) * step_s / 60
+        print(
+            f"step {step}/{config.steps}{losses}  scale {line['logit_scale']:.1f}  "
+            f"grad {line['grad_norm']:.2f}  lr {line['lr']:.1e}  {pairs_per_s:.0f} pairs/s  "
+            f"step {1000 * step_s:.0f} ms (data {1000 * line['data_s']:.0f})  "
+            f"{minutes:.1f} min left",
+            flush=True,
+        )
 
     def validation(self, step: int, metrics: dict) -> float:
         """Log them; returns the mean of R@1, R@5 and R@10 both ways, by which the best checkpoint is chosen."""

@@ -134,11 +134,21 @@ class Ranks:
         if self.patient:
             dist.barrier(self.patient)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks, the same bits on all of them; NaN if any has one."""
+    def mean_of(self, parts: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The mean of each part over the ranks, the same bits on all of them; NaN if any has one."""
+        values = torch.stack([part.detach().float() for part in parts.values()])
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values / self.world_size
+            values /= self.world_size
+        return dict(zip(parts, values.tolist()))
+
+    def agree(self, number: int) -> int:
+        """The largest of the ranks' numbers: a signal that one of them got is news to all."""
+        if self.world_size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     @contextmanager
     def explain_lost_rank(self):

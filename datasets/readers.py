@@ -18,7 +18,7 @@ Three things that a file from elsewhere must not do: run code (a pickle may call
 reader that can build plain data only), point out of the folder of the data (`check_name`), and bring characters that
 no name or text holds (control characters in a path, halves of characters in a caption).
 
-    python splits.py FILE.csv        the first rows of a csv or jsonl file with the columns video and caption
+    python -m datasets.readers FILE.csv        the first rows of a csv or jsonl file with the columns video and caption
 """
 
 import csv
@@ -28,79 +28,10 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from cli import UserError, run
-from datasets.strings import Strings
 from captions.tagger import load_plain_pickle
-
-
-@dataclass
-class Split:
-    """Videos, captions, and which video each caption is of."""
-
-    video_paths: Strings          # any sequence of str is packed: millions of them must not be Python objects
-    captions: Strings
-    video_of_caption: np.ndarray  # int64 [number of captions], index into video_paths
-    broken: dict[str, str] = field(default_factory=dict)  # {path: why} of videos that belong here but cannot be used
-    window: tuple[float, float | None] = (0.0, None)      # the seconds of each video that belong to it, None = the end
-
-    def __post_init__(self):
-        self.video_paths, self.captions = Strings.pack(self.video_paths), Strings.pack(self.captions)
-
-    @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
-        """From (video path, caption) pairs; the same path is the same video."""
-        paths, captions = Strings.columns(pairs, 2)
-        first, video_of_caption = paths.distinct()
-        return cls(paths if len(first) == len(paths) else paths.take(first), captions, video_of_caption)
-
-    @classmethod
-    def join(cls, splits: Sequence["Split"]) -> "Split":
-        """Several data sets as one, in their order; a video that is in two of them is one video."""
-        windows = {split.window for split in splits}
-        assert len(windows) == 1, f"{windows}: a split has one window of seconds"
-        paths = Strings.concatenate([split.video_paths for split in splits])
-        first, index = paths.distinct()
-        shift = np.cumsum([0, *(len(split.video_paths) for split in splits)])
-        return cls(paths.take(first), Strings.concatenate([split.captions for split in splits]),
-                   index[np.concatenate([split.video_of_caption + n for split, n in zip(splits, shift)])],
-                   {path: reason for split in splits for path, reason in split.broken.items()}, *windows)
-
-    def without(self, broken: dict[str, str]) -> "Split":
-        """This split without some videos ({path: why}) and their captions."""
-        if not broken:
-            return self
-        kept = np.fromiter((path not in broken for path in self.video_paths), bool, len(self.video_paths))
-        keep_caption = kept[self.video_of_caption]
-        return replace(self, video_paths=self.video_paths.take(kept), captions=self.captions.take(keep_caption),
-                       video_of_caption=(np.cumsum(kept) - 1)[self.video_of_caption[keep_caption]],
-                       broken=self.broken | broken)
-
-    def stored(self, folder: str | Path) -> "Split":
-        """This split with its strings mapped from files in `folder`, which all processes share (see strings.py)."""
-        return replace(self, video_paths=self.video_paths.stored(folder), captions=self.captions.stored(folder))
-
-    def describe_broken(self, at_most: int = 20) -> str:
-        """Lines for the user: which videos are not used, and why; "" if there are none."""
-        total = len(self.video_paths) + len(self.broken)
-        lines = [f"{len(self.broken)} of {total} videos cannot be used:"] + list(self.broken.values())[:at_most]
-        if len(self.broken) > at_most:
-            lines.append(f"… and {len(self.broken) - at_most} more")
-        return "\n    ".join(lines) if self.broken else ""
-
-
-@dataclass
-class Question:
-    """Which of these captions is the video's?"""
-
-    video: str
-    options: list[str]
-    answer: int     # index of the right option
-    kind: str = ""  # what the wrong ones differ in, where the data set says so
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

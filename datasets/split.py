@@ -1,0 +1,79 @@
+"""A split: videos, captions, and which video each caption is of."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+
+@dataclass
+class Split:
+    """Videos, captions, and which video each caption is of."""
+
+    video_paths: list[str]
+    captions: list[str]
+    video_of_caption: np.ndarray  # int64 [number of captions], index into video_paths
+    # {path: why} of videos that belong here but cannot be used
+    broken: dict[str, str] = field(default_factory=dict)
+    # the seconds of each video that belong to it; None = to the end
+    window: tuple[float, float | None] = (0.0, None)
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
+        """From (video path, caption) pairs. The same path is the same video."""
+        number: dict[str, int] = {}
+        captions, video_of_caption = [], []
+        for path, caption in pairs:
+            captions.append(caption)
+            video_of_caption.append(number.setdefault(path, len(number)))
+        return cls(list(number), captions, np.array(video_of_caption, np.int64))
+
+    @classmethod
+    def join(cls, splits: Sequence["Split"]) -> "Split":
+        """Several data sets as one, in their order. A video that is in two of them is one video."""
+        windows = {split.window for split in splits}
+        assert len(windows) == 1, f"{windows}: a split has one window of seconds"
+        number: dict[str, int] = {}
+        captions, video_of_caption, broken = [], [], {}
+        for split in splits:
+            place = [number.setdefault(path, len(number)) for path in split.video_paths]
+            captions += split.captions
+            video_of_caption.append(np.array(place, np.int64)[split.video_of_caption])
+            broken |= split.broken
+        return cls(list(number), captions, np.concatenate(video_of_caption), broken, *windows)
+
+    def without(self, broken: dict[str, str]) -> "Split":
+        """This split without some videos, {path: why}, and their captions."""
+        if not broken:
+            return self
+        kept = np.array([path not in broken for path in self.video_paths], bool)
+        keeps = kept[self.video_of_caption]
+        new_number = np.cumsum(kept) - 1
+        return replace(
+            self,
+            video_paths=[path for path in self.video_paths if path not in broken],
+            captions=[caption for caption, keep in zip(self.captions, keeps) if keep],
+            video_of_caption=new_number[self.video_of_caption[keeps]],
+            broken=self.broken | broken,
+        )
+
+    def describe_broken(self, at_most: int = 20) -> str:
+        """Lines for the user: which videos are not used, and why; "" if there are none."""
+        if not self.broken:
+            return ""
+        total = len(self.video_paths) + len(self.broken)
+        lines = [f"{len(self.broken)} of {total} videos cannot be used:"]
+        lines += list(self.broken.values())[:at_most]
+        if len(self.broken) > at_most:
+            lines.append(f"… and {len(self.broken) - at_most} more")
+        return "\n    ".join(lines)
+
+
+@dataclass
+class Question:
+    """Which of these captions is the video's?"""
+
+    video: str
+    options: list[str]
+    answer: int  # index of the right option
+    kind: str = ""  # what the wrong ones differ in, where the data set says so
