@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 from tests import test_knowledge  # noqa: E402
 from cli import parse_config, run  # noqa: E402
-from concepts import ConceptVocab, Knowledge, extract_many, meaning_ids, nearest_by_overlap, read_captions  # noqa: E402
+from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids, nearest_by_overlap, read_captions  # noqa: E402
 from knowledge import extract_knowledge  # noqa: E402
 from captions.tagger import load_tagger, tag_words, tokenize  # noqa: E402
 

@@ -42,14 +42,14 @@ from bench.ablation import BASE, order_variants, variant_fields  # noqa: E402
 from bench.frozen_features import text_features, video_features  # noqa: E402
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
-from concepts import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
+from knowledge import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
                       nearest_by_overlap)
 from data import KnowledgeBatchSampler  # noqa: E402
 from datasets.published import load_split  # noqa: E402
 from eval import machine_facts  # noqa: E402
 from losses import LossConfig, clop_loss  # noqa: E402
 from metrics import multiple_choice_accuracy, retrieval_metrics_from_embeddings  # noqa: E402
-from datasets.splits import Split  # noqa: E402
+from datasets.split import Split  # noqa: E402
 
 HELD_OUT = 300  # training videos that make the tuning gallery
 

@@ -15,7 +15,7 @@ import eval
 import train
 from training.checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
 from cli import UserError
-from concepts import ConceptVocab
+from knowledge import ConceptVocab
 from knowledge import extract_knowledge
 from model import CLOP, build_config
 from captions.tokenizer import Tokenizer

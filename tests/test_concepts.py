@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import concepts
 from cli import UserError
-from concepts import (ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,
+from knowledge import (ConceptSets, ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,
                       nearest_by_overlap)
 from knowledge import extract_knowledge
 

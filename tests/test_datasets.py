@@ -20,7 +20,7 @@ from data import keep_decodable, load_videos
 from datasets.published import DATASETS, VideoFinder, load_msrvtt_mc, load_questions, load_split
 from eval import TASKS, EvalConfig, evaluate
 from videos.cache import FrameCache
-from datasets.splits import Question, read_csv
+from datasets.split import Question, read_csv
 from videos.decode import write_video
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from training.checkpoint import load_checkpoint
 from cli import UserError
-from concepts import concept_vectors
+from knowledge import concept_vectors
 from training.processes import LostRank, Ranks, StopSignals, exchange, gather, share_sizes, world_size
 from losses import LossConfig, clop_loss
 from model import CLOP, PRESETS, build_config

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 import knowledge
 from captions import tagger
 from cli import UserError
-from concepts import ConceptVocab, extract_many
+from knowledge import ConceptVocab, extract_many
 from knowledge import extract_knowledge
 
 ROOT = Path(__file__).parent.parent

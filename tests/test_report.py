@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from concepts import ConceptVocab, extract_many
+from knowledge import ConceptVocab, extract_many
 from report.page import MAX_PICTURE_BYTES, Results, picture, visible, write_report
-from datasets.splits import Question, Split
+from datasets.split import Question, Split
 from videos.decode import write_video
 
 EVIL = ('<script>alert("x")</script> & \x00\x1b[31m\u202eevil\u2066 \ud800 '

@@ -21,7 +21,7 @@ from videos import decode as video
 from search import index as videoindex
 from training.checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
-from concepts import ConceptVocab, extract_many
+from knowledge import ConceptVocab, extract_many
 from data import prepare_video
 from eval import EvalConfig, evaluate
 from model import CLOP, build_config

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cli import UserError
 from datasets.published import load_split
-from datasets.splits import read_captions_pickle, read_csv
+from datasets.split import read_captions_pickle, read_csv
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
