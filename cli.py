@@ -19,6 +19,7 @@ import ctypes
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough; what Python still holds back goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder for output. Raises UserError where nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
 
 
 @contextlib.contextmanager

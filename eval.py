@@ -38,7 +38,7 @@ import cv2
 import numpy as np
 import torch
 
-from cli import UserError, keep_freed_memory, parse_config, run, write_whole
+from cli import UserError, keep_freed_memory, make_folder, parse_config, run, write_whole
 from data import keep_decodable, load_videos, open_cache, prefetch, prepare_video
 from datasets.split import Question, Split
 from datasets.tasks import TASKS, Task
@@ -522,8 +522,7 @@ def evaluate(config: EvalConfig) -> dict:
     frames = f"{sizes.num_frames} frames of {sizes.image_size} px"
     print(f"{checkpoint.path}: step {checkpoint.step}, {frames}, on {device}")
     out = Path(config.out or beside / f"eval-{config.task}-{config.split}")
-    with write_whole(out / "metrics.json"):  # fail before the work, not after it
-        pass
+    make_folder(out)  # fail before the work, not after it
 
     cache = open_cache(Path(config.cache) / "frames", sizes)
     limits = dict(max_broken=config.max_broken, dsl=config.dsl)

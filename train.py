@@ -37,7 +37,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from captions.tokenizer import Tokenizer
-from cli import UserError, give_back_memory, keep_freed_memory, parse_config, run
+from cli import UserError, give_back_memory, keep_freed_memory, make_folder, parse_config, run
 from data import (
     KnowledgeBatchSampler,
     PairDataset,
@@ -57,7 +57,7 @@ from training.checkpoint import Checkpoint, resume_checkpoint
 from training.clip import Pretrained, is_new, read_clip
 from training.log import plot_curves
 from training.processes import Ranks, StopSignals, launch
-from training.run import Run, make_folder
+from training.run import Run
 
 GRAD_CLIP = 1.0  # largest gradient norm
 

@@ -40,7 +40,7 @@ from bench.paired import (append_run, by_seed, group_runs, markdown_tables, pair
                           read_runs, replace_section)
 from training.checkpoint import newest_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
-from train import FREE, TrainConfig  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 # Every field of train.py that belongs to CLOP, off (without a guided share group_size says nothing). A variant is what
 # it switches on.
@@ -134,7 +134,7 @@ def settings(train_config: dict) -> dict:
     A field that an older run did not know counts as its default.
     """
     return {field.name: train_config.get(field.name, field.default) for field in fields(TrainConfig)
-            if field.name not in (*BASE, *OURS, *FREE)}
+            if field.name not in (*BASE, *OURS, *TrainConfig.FREE)}
 
 
 def is_same(record: dict, train_config: dict, config: AblationConfig) -> bool:

@@ -51,7 +51,6 @@ WORD_PATTERN = regex.compile(
 PAD = 0
 # where CLIP's merges are found
 CLIP_FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")
-# ftfy would undo entities until nothing changes: quadratic for "&amp;amp;amp;…"
 MEND = ftfy.TextFixerConfig(unescape_html=False)
 
 
@@ -59,7 +58,11 @@ def clean(caption: str) -> str:
     """CLIP's clean-up: "CAFÃ‰ &amp;amp;  bar" -> "café & bar"."""
     is_plain = caption.isascii() and caption.isprintable() and "&" not in caption
     if not is_plain:
-        caption = ftfy.fix_text(html.unescape(html.unescape(caption)), MEND)
+        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for "&amp;amp;amp;…".
+        # Twice is enough for captions; then twice more without ftfy, as CLIP does.
+        if "<" not in caption:
+            caption = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption))
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption, MEND)))
     return " ".join(caption.split()).lower()
 
 

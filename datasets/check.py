@@ -3,7 +3,7 @@
 Half of the published numbers that cannot be repeated were made on what was left of a data set: videos vanish from the
 web, downloads break off, archives unpack into the wrong folder. So before a week of training comes
 
-    python data.py --check msrvtt --root FOLDER --out problems.csv
+    python -m datasets.check msrvtt --root FOLDER --out problems.csv
 
      split  expected    listed  captions     found   missing    broken   decoded
      train      9000      9000    180000      8990        10         0        50
@@ -13,20 +13,21 @@ expected: what the protocol has (datasets.py); listed: what the annotation files
 broken: empty, or one of a random sample that does not decode. (All are decoded when the frame cache is filled; this
 takes seconds.) The exit status is 0 if the data set is whole, else 1. A result on an incomplete one says so by itself.
 
-    python check.py        the check of a made-up folder with a hole in it
 """
 
 import csv
 import os
-import tempfile
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from tyro.conf import Positional
 
-from cli import UserError, run
+from cli import UserError, parse_config, run
 from datasets.published import DATASETS, load_split
-from videos.decode import VideoError, read_frames, write_video
+from videos.decode import VideoError, read_frames
 
 
 def check_dataset(dataset: str, root: str | Path, *, sample: int = 50, seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -95,12 +96,20 @@ def print_check(dataset: str, root: str | Path, *, sample: int = 50, seed: int =
     return not problems
 
 
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        write_video(f"{folder}/a.mp4", np.zeros((8, 32, 32, 3), np.uint8))
-        for role in ("train", "val", "test"):
-            Path(folder, f"{role}.csv").write_text("video,caption\na.mp4,darkness\n" + "b.mp4,gone\n" * (role == "val"))
-        print_check("csv", folder)
+@dataclass
+class CheckConfig:
+    """Count what a data set should hold, what is there, what is missing, what does not decode."""
+
+    dataset: Positional[str]  # msrvtt, msvd, …: see datasets/published.py
+    root: str  # folder with its annotation files and videos
+    out: str | None = None  # csv file for all problems
+    sample: int = 50  # videos per split that are decoded
+
+
+def main() -> None:
+    config = parse_config(CheckConfig)
+    is_whole = print_check(config.dataset, config.root, sample=config.sample, out=config.out)
+    sys.exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

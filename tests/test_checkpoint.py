@@ -15,8 +15,7 @@ import eval
 import train
 from training.checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
 from cli import UserError
-from knowledge import ConceptVocab
-from knowledge import extract_knowledge
+from knowledge import ConceptVocab, extract_many
 from model import CLOP, build_config
 from captions.tokenizer import Tokenizer
 
@@ -26,7 +25,7 @@ CAPTIONS = ["a dog chases a cat", "two red balls bounce", "a dog chases a ball"]
 @pytest.fixture(scope="module")
 def parts():
     tokenizer = Tokenizer.train(CAPTIONS, 300)
-    vocab = ConceptVocab.build([extract_knowledge(c) for c in CAPTIONS], min_count=1)
+    vocab = ConceptVocab.build(extract_many(CAPTIONS), min_count=1)
     torch.manual_seed(0)
     model = CLOP(build_config("toy", video_layers=1, text_layers=1, vocab_size=tokenizer.vocab_size,
                               num_concepts=len(vocab)))
@@ -145,7 +144,7 @@ def test_export_keeps_what_evaluation_needs(tmp_path, parts):
 def test_eval_takes_the_shipped_file_and_says_so(tiny_world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = dict(dataset="csv", data=str(tiny_world / "train.csv"), out="run", cache="cache", steps=12, batch_size=16,
-                 num_frames=4, warmup=2, workers=1)
+                 num_frames="4", warmup=2, workers=1)
     train.train(train.TrainConfig(**flags))
     wanted = dict(task="csv", data=str(tiny_world / "test.csv"), cache="cache", device="cpu")
     monkeypatch.setattr(eval, "SHIPPED", tmp_path / "weights" / "toy.safetensors")
@@ -165,7 +164,7 @@ def test_eval_takes_the_shipped_file_and_says_so(tiny_world, tmp_path, monkeypat
 def test_the_toy_preset_fits_in_8_mb(tmp_path):
     tokens = Tokenizer.train([], 258).tokens + [f"learned {i} ".encode() for i in range(766)]     # a full vocabulary …
     captions = [f"a {'abcdefghijklmnopqrstuvwxyz'[i % 26]}{i}x chases a dog" for i in range(400)]  # … and concepts
-    vocab = ConceptVocab.build([extract_knowledge(c) for c in captions], min_count=1)
+    vocab = ConceptVocab.build(extract_many(captions), min_count=1)
     model = CLOP(build_config("toy", vocab_size=1024, num_concepts=len(vocab)))
     save_checkpoint(tmp_path / "x.safetensors", model, Tokenizer(tokens), vocab, config={}, step=1)
     checkpoint.export_checkpoint(tmp_path / "x.safetensors", tmp_path / "small.safetensors")

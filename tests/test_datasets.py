@@ -441,7 +441,7 @@ def test_check_command(folders, tmp_path):
 def train_tiny(out: Path, **config):
     """Two steps of the smallest model."""
     train.train(train.TrainConfig(**dict(
-        out=str(out), steps=2, batch_size=4, num_frames=2, warmup=1, log_every=1, eval_every=2, workers=1,
+        out=str(out), steps=2, batch_size=4, num_frames="2", warmup=1, log_every=1, eval_every=2, workers=1,
         guided_from=0.0) | config))
     return load_checkpoint(out)
 

@@ -32,9 +32,9 @@ ROOT = Path(__file__).parent.parent
 ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_false_negatives=True)
 TINY = dict(image_size=16, num_frames=2, video_width=32, video_layers=1, video_heads=2, text_width=32, text_layers=1,
             text_heads=2, text_length=8, vocab_size=64, embed_dim=16, num_concepts=9)
-CASES = {  # sizes of the batches of one optimizer step, pairs encoded at a time, activations recomputed
-    "equal shares": ([16], 0, False), "unequal shares": ([13], 0, False), "chunks": ([13], 1, False),
-    "everything": ([16, 13], 3, True)}
+CASES = {  # pairs in the batch, pairs encoded at a time, activations recomputed
+    "equal shares": (16, 0, False), "unequal shares": (13, 0, False), "chunks": (13, 1, False),
+    "everything": (13, 3, True)}
 
 
 # ---- what ranks compute ----------------------------------------------------------------------------------------------
@@ -66,37 +66,29 @@ def loss_gradients(B, rank=0, parts=1):
 
 def step_gradients(case, ranks=Ranks(0, 1, torch.device("cpu"))):
     """{parameter: gradient} of one optimizer step of the tiny model on this rank's shares of the case's batches."""
-    batch_sizes, chunk, checkpointing = CASES[case]
+    B, chunk, checkpointing = CASES[case]
     torch.manual_seed(0)
     model = CLOP(build_config("toy", **TINY))
     torch.nn.init.normal_(model.video.blocks[0].time_attn.out.weight, std=0.1)     # it starts at zero
     model.use_checkpointing(checkpointing)
     towers = torch.nn.parallel.DistributedDataParallel(model) if ranks.world_size > 1 else model
-    for number, B in enumerate(batch_sizes):
-        g = torch.Generator().manual_seed(number)
-        lengths = torch.randint(2, 9, (B,), generator=g)
-        batch = dict(video=torch.randint(256, (B, 2, 16, 16, 3), generator=g).byte(),
-                     tokens=torch.randint(64, (B, 8), generator=g), text_mask=torch.arange(8) < lengths[:, None],
-                     concepts=(torch.rand(B, 9, generator=g) < 0.3).float(), ids=torch.randint(9, (B, 2), generator=g))
-        batch = {name: x.split(share_sizes(B, ranks.world_size))[ranks.rank] for name, x in batch.items()}
 
-        def loss_of(video_emb, text_emb, concept_logits, logit_scale):
-            loss, parts = clop_loss(
-                video_emb, text_emb, logit_scale, ALL_ON, batch_size=B, signature=batch["ids"],
-                concept_logits=concept_logits, concepts=batch["concepts"],
-                knowledge=concept_vectors(batch["concepts"], torch.ones(9)))
-            return loss / len(batch_sizes), parts
-
-        backward(towers, model.logit_scale, batch, loss_of, chunk=chunk, bf16=False,
-                 sync=number == len(batch_sizes) - 1)
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 9, (B,), generator=g)
+    batch = dict(video=torch.randint(256, (B, 2, 16, 16, 3), generator=g).byte(),
+                 tokens=torch.randint(64, (B, 8), generator=g), text_mask=torch.arange(8) < lengths[:, None],
+                 concepts=(torch.rand(B, 9, generator=g) < 0.3).float(), signature=torch.randint(9, (B, 2), generator=g))
+    batch["knowledge"] = concept_vectors(batch["concepts"], torch.ones(9))
+    batch = {name: x.split(share_sizes(B, ranks.world_size))[ranks.rank] for name, x in batch.items()}
+    backward(towers, model.logit_scale, batch, TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk))
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
 
 
 def settings(world, folder, name, **other):
-    """A short run with all losses on, unequal shares, an unequal last batch, accumulation, chunks, checkpointing."""
+    """A short run with all losses on, unequal shares, chunks, checkpointing."""
     return TrainConfig(**dict(
         dataset="csv", data=str(world / "train.csv"), out=str(folder / name), cache=str(folder / "cache"), steps=4,
-        batch_size=83, drop_last=False, accumulate=2, chunk=24, checkpointing=True, num_frames=2, warmup=2, log_every=1,
+        batch_size=83, chunk=24, checkpointing=True, num_frames="2", warmup=2, log_every=1,
         eval_every=3, workers=1, guided_from=0.0, hard_k=2, hard_weight=0.5) | other)
 
 
@@ -124,22 +116,23 @@ def rank_main(rank, count, port, folder, world, answers):
     sizes = share_sizes(count + 1, count)
     found["gather"] = gather(torch.full((sizes[rank], 2), rank), sizes).tolist()
     found["exchange"] = exchange(100 * rank + torch.arange(count + 1), sizes).tolist()
-    found["mean"] = ranks.mean(torch.tensor([rank, math.nan if rank == 1 else 0.0])).tolist()
+    found["mean"] = list(ranks.mean_of(dict(
+        a=torch.tensor(float(rank)), b=torch.tensor(math.nan if rank == 1 else 0.0))).values())
     found |= {f"loss of {B}": loss_gradients(B, rank, count) for B in (16, 13)}
     found |= {case: step_gradients(case, ranks) for case in CASES}
     train.train(settings(world, folder, f"of-{count}"), ranks)
     restore = poison(rank, at_calls=(2, 4))
-    train.train(settings(world, folder, f"skipped-{count}", accumulate=1, skip_nonfinite=1), ranks)
+    train.train(settings(world, folder, f"skipped-{count}"), ranks)
     train.clop_loss = restore
-    restore = poison(rank, at_calls=(3, 4))
+    restore = poison(rank, at_calls=(3, 4, 5, 6))
     try:
-        train.train(settings(world, folder, f"ended-{count}", accumulate=1, skip_nonfinite=1, eval_every=2), ranks)
+        train.train(settings(world, folder, f"ended-{count}", steps=8, eval_every=2), ranks)
     except (UserError, SystemExit) as error:
         found["ended"] = str(error)
     train.clop_loss = restore
     if rank == 1:
         train.StopSignals = lambda ranks: StopAfter(ranks, step=2)
-    found["stopped"] = train.train(settings(world, folder, f"stopped-{count}", accumulate=1), ranks)
+    found["stopped"] = train.train(settings(world, folder, f"stopped-{count}"), ranks)
     answers.put((rank, found))
     ranks.wait()
     ranks.leave()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from videos import cache as framecache
+from videos import workers as guarded
 from cli import UserError
 from videos.cache import FrameCache
 from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
@@ -163,7 +164,7 @@ def make_trouble(monkeypatch, trouble):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_video_that_hangs_the_decoder(clips, tmp_path, monkeypatch, workers):
     others = set(multiprocessing.active_children())  # of other tests
-    monkeypatch.setattr(framecache, "PATIENCE", 2.0)
+    monkeypatch.setattr(guarded, "PATIENCE", 2.0)
     make_trouble(monkeypatch, lambda: time.sleep(3600))
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=4)
     broken = cache.fill(clips, workers=workers, progress=False)
@@ -175,10 +176,10 @@ def test_a_video_that_hangs_the_decoder(clips, tmp_path, monkeypatch, workers):
 
 
 def test_more_time_for_larger_files(clips):
-    assert framecache._seconds_allowed("missing") == framecache.PATIENCE == 60
+    assert guarded._seconds_allowed("missing") == guarded.PATIENCE == 60
     with open(clips[0], "ab") as file:
         file.truncate(5_000_000)
-    assert framecache._seconds_allowed(clips[0]) == 65
+    assert guarded._seconds_allowed(clips[0]) == 65
 
 
 def test_a_fifo_is_no_video(tmp_path):
@@ -207,7 +208,7 @@ def test_a_worker_that_is_killed(clips, tmp_path, monkeypatch, deaths):
 
 
 def test_workers_end_with_a_killed_parent(clips, tmp_path):
-    code = (f"import os, time, framecache\n"
+    code = (f"import os, time\nfrom videos import cache as framecache\n"
             f"def slow(*args, **kwargs):\n"
             f"    open({str(tmp_path)!r} + '/pid-%d' % os.getpid(), 'w')\n"
             f"    time.sleep(1)\n"
@@ -227,7 +228,7 @@ def test_workers_end_with_a_killed_parent(clips, tmp_path):
 
 
 def test_two_runs_fill_one_cache_at_once(clips, tmp_path):
-    code = (f"from framecache import FrameCache\n"
+    code = (f"from videos.cache import FrameCache\n"
             f"print(FrameCache({str(tmp_path / 'cache')!r}, size=64, num_frames=8).fill({clips!r}, workers=2))")
     command = [sys.executable, "-c", code]
     for one in [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]:

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from report import page as report
 from training.checkpoint import _hash_text, load_checkpoint, save_checkpoint
 from cli import UserError
-from knowledge import ConceptVocab, _read_cache, _write_cache, extract_many, read_captions
+from knowledge import ConceptVocab, extract_many, read_cache, read_captions, write_cache
 from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
-from knowledge import extract_knowledge
 from model import CLOP, build_config
 from training.log import Log, read_log
 from datasets.split import Split
@@ -216,7 +215,7 @@ def checkpoint(tmp_path_factory):
     """(path, its bytes) of a tiny one."""
     captions = ["a dog chases a cat", "two red balls bounce"]
     tokenizer = Tokenizer.train(captions, 280)
-    vocab = ConceptVocab.build(map(extract_knowledge, captions), min_count=1)
+    vocab = ConceptVocab.build(extract_many(captions), min_count=1)
     sizes = dict(image_size=16, video_width=16, video_layers=1, video_heads=1, text_width=16, text_layers=1,
                  text_heads=1, text_length=8, embed_dim=8)
     model = CLOP(build_config("toy", **sizes, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab)))
@@ -302,14 +301,14 @@ def test_damaged_knowledge_caches_are_made_anew(capsys):
     captions = ["a dog chases a cat", "two red balls bounce", ""]
     expected = extract_many(captions, progress=False)
     folder = Path(tempfile.mkdtemp())
-    _write_cache(folder / "whole.npz", expected)
+    write_cache(folder / "whole.npz", expected)
     whole = (folder / "whole.npz").read_bytes()
 
     @quick
     @given(damaged(whole))
     def check(content):
         (folder / "x.npz").write_bytes(content)
-        found = _read_cache(folder / "x.npz")
+        found = read_cache(folder / "x.npz")
         assert found is None or list(found) == list(expected)
 
     check()

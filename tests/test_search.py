@@ -268,7 +268,7 @@ def test_an_interruption_keeps_what_is_embedded(checkpoint, clips, monkeypatch, 
 
 SLOW = """
 import os, sys, time
-import search, video
+from search import query as search
 from training.checkpoint import load_checkpoint
 from pathlib import Path
 search.COMMIT_SECONDS, read = 0, search.read_windows

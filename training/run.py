@@ -8,7 +8,6 @@ A folder holds one run. The first rank writes there; the others only count along
 """
 
 import os
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +20,6 @@ from training.log import Log
 from training.processes import Ranks
 
 SKIP_AT_MOST = 3  # steps in a row that may be left out for a loss or gradient of NaN or infinity
-
-
-def make_folder(out: Path) -> None:
-    """Make the run's folder. Raises UserError where nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another") from error
 
 
 class Run:
