@@ -1,18 +1,27 @@
-"""How good is a model? Embed a gallery, measure, and write one JSON and one page that say it all.
+"""How good is a model? Embed a gallery, rank it, and write one JSON and one page that say it all.
 
-A *task* is a gallery with captions, or questions, and a protocol: the toy world, one's own videos, or a published data
-set as its authors split it (datasets.py). The checkpoint brings weights, tokenizer and concepts; metrics.py defines the
-numbers; every video is decoded once (video.FrameCache).
+Retrieval asks one question many times: among all videos, at which place does the right one stand?
+With sim [n_text, n_video] (row = caption, column = video) each caption ranks its row, text to video
+(t2v), and each video ranks its column (v2t):
 
-    python eval.py --task toy                                               # the model that ships, toy test gallery
-    python eval.py --task toy --checkpoint runs/toy                         # newest checkpoint of a run
-    python eval.py --task csv --checkpoint runs/mine --data FILE.csv        # your own videos and captions
-    python eval.py --task msrvtt --checkpoint runs/9k --data-root FOLDER    # 1k-A; the others: see datasets.py
-    python eval.py --task search --checkpoint runs/mine --videos DIR        # find your own videos: search.py
+    rank = 1 + (wrong candidates that score strictly better) + ½ (wrong candidates that tie)
+    R@K  = percent of queries with rank ≤ K      MdR, MnR = median and mean rank (1 is best)
 
-writes metrics.json (every metric, counts, protocol, weights, versions) and report.html (see report.py) into --out.
-A result on a set with missing or broken videos, or on another number of them than the protocol has, says so itself:
-"N of M videos: not comparable"; one whose checkpoint was trained on the videos it is asked about, too.
+Two details make or break the number. *A tie counts half*: a model that scores everything alike gets
+the middle rank, which is chance. (Counting only the strictly better ones would give it R@1 = 100.)
+*Several captions per video*: each caption is a t2v query of its own. In v2t a video takes the best
+rank that any of its captions reaches, and its other captions never compete.
+
+A *task* is a gallery with captions, or questions, and a protocol: datasets/tasks.py.
+
+    python eval.py --task toy                                 # the model that ships
+    python eval.py --task toy --checkpoint runs/toy           # newest checkpoint of a run
+    python eval.py --task csv --checkpoint runs/mine --data FILE.csv
+    python eval.py --task msrvtt --checkpoint runs/9k --data-root FOLDER
+    python eval.py --task search --checkpoint runs/mine --videos DIR     # find your own videos
+
+writes metrics.json (metrics, counts, protocol, weights, versions) and report.html into --out. A
+result on an incomplete set says so itself: "N of M videos: not comparable".
 """
 
 import json
@@ -21,7 +30,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,313 +38,529 @@ import cv2
 import numpy as np
 import torch
 
-from datasets import toyworld
-from training.checkpoint import Checkpoint, load_checkpoint
-from cli import UserError, keep_freed_memory, parse_config, run
-from knowledge import extract_many
-from data import keep_decodable, open_cache, load_videos, prefetch, prepare_video
-from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
-from videos.cache import FrameCache
-from metrics import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics_from_embeddings, retrieval_ranks,
-                     similarity, summarize_ranks, to_grid)
+from cli import UserError, keep_freed_memory, parse_config, run, write_whole
+from data import keep_decodable, load_videos, open_cache, prefetch, prepare_video
+from datasets.split import Question, Split
+from datasets.tasks import TASKS, Task
 from report.page import DIRECTIONS, Results, write_report
 from search.query import search_folder
-from datasets.split import Question, Split
+from training.checkpoint import Checkpoint, load_checkpoint
+from videos.cache import FrameCache
 
-# ---- embeddings: fp32 on every device, so that a number does not depend on the machine -------------------------------
+# by the README's first command; fp16, weights only
+SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"
+TILE = 1024  # a tile of so many rows and columns stays in a CPU's cache
+MATRIX_LIMIT = 2**28  # entries of a similarity matrix that is held as a whole: 2 GiB
 
-BATCH_PIXELS = 2**21  # 256 toy videos or 5 of preset base: small batches cost more in threads that wait for each other
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def to_grid(emb) -> torch.Tensor:
+    """[..., E] -> float64, rounded to 2^-26 of the longest row.
+
+    Floating-point sums depend on their order, so one pair may score differently in two tiles of the
+    same product. On this grid products are multiples of 2^-52, and every partial sum stays below 2
+    (Cauchy-Schwarz): 53 bits hold it exactly. So a score is a number, not an accident of tile,
+    thread or machine, and equal embeddings tie exactly.
+    """
+    emb = torch.as_tensor(emb).detach().double()
+    longest = emb.norm(dim=-1).max().clamp(min=1e-30)
+    unit = 2.0 ** torch.floor(torch.log2(longest) + 0.6)  # dividing by a power of two is exact
+    return torch.round(emb / unit * 2**26) / 2**26 * unit
+
+
+def similarity(text_emb, video_emb) -> torch.Tensor:
+    """sim [n_text, n_video], float64: dot products of embeddings [n, E], exact on the grid."""
+    return to_grid(text_emb) @ to_grid(video_emb).T
+
+
+def check_finite(scores: torch.Tensor, what: str) -> None:
+    if not torch.isfinite(scores).all():
+        raise UserError(
+            f"{what}: NaN or infinity inside; the model has diverged or its checkpoint is damaged"
+        )
+
+
+def check_pairs(video_of_text, n_text: int, n_video: int, device) -> torch.Tensor:
+    video_of_text = torch.as_tensor(video_of_text, device=device).long()
+    assert video_of_text.shape == (n_text,) and n_text, f"{video_of_text.shape=}, {n_text=}"
+    first, last = int(video_of_text.min()), int(video_of_text.max())
+    assert 0 <= first and last < n_video, f"videos {first} … {last} of {n_video}"
+    return video_of_text
+
+
+def count_ranks(scores, positive, video_of_text, n_video: int) -> tuple[np.ndarray, np.ndarray]:
+    """(t2v [n_text], v2t [videos with captions]), float64, 1-based: a rank may end in .5.
+
+    scores(rows, columns) gives one float64 tile of sim; positive [n_text] are the scores of the
+    right pairs. Counting half of the ties makes one formula of the rank, since (1 + sign(x)) / 2 is
+    1 above zero, ½ at zero and 0 below:
+
+        rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
+
+    A sum can be taken tile by tile: 100,000 × 100,000 scores need no matrix of 80 GB.
+    """
+    n_text, device = len(positive), positive.device
+
+    # a video is as good as its best caption
+    best = torch.full((n_video,), -torch.inf, dtype=torch.float64, device=device)
+    best.scatter_reduce_(0, video_of_text, positive, "amax")
+
+    # Σ sign over all candidates, the right ones too
+    above = torch.zeros(n_text, dtype=torch.float64, device=device)
+    below = torch.zeros(n_video, dtype=torch.float64, device=device)
+    for i in range(0, n_text, TILE):
+        for j in range(0, n_video, TILE):
+            rows, columns = slice(i, i + TILE), slice(j, j + TILE)
+            tile = scores(rows, columns)
+            above[rows] += (tile - positive[rows, None]).sign_().sum(1)
+            below[columns] += (tile - best[columns]).sign_().sum(0)
+
+    # take the right candidates out again: one of a caption, of a video all its captions
+    half_ties = (1 + (positive - best[video_of_text]).sign()) / 2
+    own = torch.zeros_like(best).index_add_(0, video_of_text, half_ties)
+    t2v = 1 + (n_video + above) / 2 - 0.5
+    v2t = 1 + (n_text + below) / 2 - own
+    return t2v.cpu().numpy(), v2t[best > -torch.inf].cpu().numpy()
+
+
+def retrieval_ranks(text_emb, video_emb, video_of_text) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks (t2v [n_text], v2t [videos with captions]) of embeddings [n_text, E], [n_video, E].
+
+    Equals the ranks of `similarity(text_emb, video_emb)`, in memory that grows with n, not n².
+    Raises UserError where an embedding is not finite.
+    """
+    text, video = to_grid(text_emb), to_grid(video_emb)
+    check_finite(text, "text embeddings")
+    check_finite(video, "video embeddings")
+    video_of_text = check_pairs(video_of_text, len(text), len(video), text.device)
+
+    right = video_of_text.split(TILE)
+    positive = torch.cat([(t * video[v]).sum(1) for t, v in zip(text.split(TILE), right)])
+
+    def scores(rows, columns):
+        return text[rows] @ video[columns].T
+
+    return count_ranks(scores, positive, video_of_text, len(video))
+
+
+def summarize_ranks(t2v: np.ndarray, v2t: np.ndarray) -> dict[str, float]:
+    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, and the same for v2t}."""
+    metrics = {}
+    for direction, ranks in (("t2v", t2v), ("v2t", v2t)):
+        for k in (1, 5, 10):
+            metrics[f"{direction}_R@{k}"] = 100 * float(np.mean(ranks <= k))
+        metrics[f"{direction}_MdR"] = float(np.median(ranks))
+        metrics[f"{direction}_MnR"] = float(np.mean(ranks))
+    return metrics
+
+
+def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
+    """`summarize_ranks` of a similarity matrix.
+
+    sim [n_text, n_video], array or tensor: row = caption, column = video. video_of_text [n_text]:
+    the column of each caption's video. Raises UserError where sim is not finite.
+    """
+    sim = torch.as_tensor(sim).detach()
+    assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
+    check_finite(sim, "sim")
+    video_of_text = check_pairs(video_of_text, *sim.shape, sim.device)
+    positive = sim[torch.arange(len(sim), device=sim.device), video_of_text].double()
+
+    def scores(rows, columns):
+        return sim[rows, columns].double()
+
+    return summarize_ranks(*count_ranks(scores, positive, video_of_text, sim.shape[1]))
+
+
+def dual_softmax_metrics(sim, video_of_text, scale: float) -> dict[str, float]:
+    """{"dsl_t2v_R@1": …}: the metrics of `retrieval_metrics` after the dual softmax.
+
+    Each score is multiplied by the share that its query has among *all* queries that want the same
+    candidate: sim_ij · softmax_i(scale · sim_ij) for t2v, over j for v2t. A candidate that everybody
+    wants is worth less. That uses the whole query set at once, which a search engine never sees.
+    sim [n_text, n_video] float64; scale: exp(logit_scale). https://arxiv.org/abs/2109.04290
+    """
+    t2v = retrieval_metrics(sim * torch.softmax(scale * sim, dim=0), video_of_text)
+    v2t = retrieval_metrics(sim * torch.softmax(scale * sim, dim=1), video_of_text)
+    metrics = {f"dsl_{name}": value for name, value in t2v.items() if name.startswith("t2v")}
+    return metrics | {f"dsl_{name}": value for name, value in v2t.items() if name.startswith("v2t")}
+
+
+def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] = ()) -> dict[str, float]:
+    """{"mc_accuracy": percent, "mc_accuracy_KIND": …}: how often the right option scores highest.
+
+    scores [n, options], answers [n]: the right option, kinds [n]. Options that tie for the best
+    share the point, so a constant model gets chance. Raises UserError where a score is not finite.
+    """
+    scores, answers = torch.as_tensor(scores).double(), torch.as_tensor(answers)
+    assert scores.ndim == 2 and answers.shape == (len(scores),), (scores.shape, answers.shape)
+    check_finite(scores, "multiple choice")
+
+    best = scores == scores.amax(dim=1, keepdim=True)  # [n, options]
+    is_right = best[torch.arange(len(scores)), answers]
+    points = (100 * is_right / best.sum(dim=1)).numpy()  # [n]
+
+    metrics = {"mc_accuracy": float(points.mean())}
+    for kind in sorted(set(kinds) - {""}):
+        metrics[f"mc_accuracy_{kind}"] = float(points[np.array(kinds) == kind].mean())
+    return metrics
+
+
+# ---- embeddings: fp32 on every device, so that a number does not depend on the machine -----------
+
+BATCH_PIXELS = 2**21  # per batch: 256 toy videos, or 5 of preset base
 BATCH_TEXTS = 256
 
 
 @torch.inference_mode()
 def embed_texts(model, tokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """text_emb [n_text, E], float32 on the CPU. Equal captions are encoded once, so that they are equal here too."""
+    """text_emb [n_text, E], float32 on the CPU. Equal captions get equal embeddings."""
     device = model.logit_scale.device
-    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # like lengths need little padding
+    # captions of like lengths together need little padding
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
     parts = []
     for i in range(0, len(distinct), BATCH_TEXTS):
-        tokens, text_mask = tokenizer.encode_batch(distinct[i:i + BATCH_TEXTS], model.config.text_length)     # [B, L]
+        batch = distinct[i : i + BATCH_TEXTS]
+        tokens, text_mask = tokenizer.encode_batch(batch, model.config.text_length)  # [B, L]
         parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
+
     place = {caption: i for i, caption in enumerate(distinct)}
     return torch.cat(parts)[[place[caption] for caption in captions]]
 
 
 @torch.inference_mode()
-def embed_videos(model, cache: FrameCache, paths: Sequence[str],
-                 window: tuple[float, float | None] = (0.0, None)) -> torch.Tensor:
-    """video_emb [n_video, E], float32 on the CPU, of uniform frames of the seconds `window` of each.
+def embed_videos(model, cache: FrameCache, paths: Sequence[str], window=(0.0, None)):
+    """video_emb [n_video, E], float32 on the CPU, of uniform frames of the seconds `window`.
 
-    Raises VideoError if one is broken.
+    Raises VideoError where a video is broken.
     """
     device, num_frames = model.logit_scale.device, model.config.num_frames
     batch_size = max(1, BATCH_PIXELS // (num_frames * cache.size**2))
-    batches = [list(paths[i:i + batch_size]) for i in range(0, len(paths), batch_size)]
-    frames = prefetch(lambda batch: load_videos(cache, batch, num_frames, window=window), batches)
-    return torch.cat([model.encode_video(prepare_video(video.to(device))).cpu() for video in frames])
+    batches = [list(paths[i : i + batch_size]) for i in range(0, len(paths), batch_size)]
+
+    def load(batch):
+        return load_videos(cache, batch, num_frames, window=window)
+
+    parts = []
+    for video in prefetch(load, batches):
+        parts.append(model.encode_video(prepare_video(video.to(device))).cpu())
+    return torch.cat(parts)
 
 
-def embed_split(model, tokenizer, split: Split, cache: FrameCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split, float32 on the CPU."""
-    return embed_texts(model, tokenizer, split.captions), embed_videos(model, cache, split.video_paths, split.window)
+def embed_split(model, tokenizer, split: Split, cache: FrameCache):
+    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split."""
+    text_emb = embed_texts(model, tokenizer, split.captions)
+    return text_emb, embed_videos(model, cache, split.video_paths, split.window)
 
 
 def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
-    """Retrieval metrics of a split whose videos all decode: what a training run wants every N steps.
+    """Retrieval metrics of a split whose videos all decode: the validation of a training run.
 
-    The model has neither dropout nor batch statistics, so that it is the same in training and evaluation mode.
+    The model has neither dropout nor batch statistics: it is the same in training and evaluation.
     """
-    return retrieval_metrics_from_embeddings(*embed_split(model, tokenizer, split, cache), split.video_of_caption)
+    text_emb, video_emb = embed_split(model, tokenizer, split, cache)
+    return summarize_ranks(*retrieval_ranks(text_emb, video_emb, split.video_of_caption))
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------
+# ---- one evaluation ------------------------------------------------------------------------------
 
-
-TaskName = Literal["toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc", "search"]
-SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"  # by the README's first command; fp16, weights only
+TaskName = Literal[
+    "toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc", "search"
+]
 
 
 @dataclass
 class EvalConfig:
-    """Evaluate a checkpoint: retrieval, multiple choice where the task has it; writes metrics.json and report.html."""
+    """Evaluate a checkpoint: retrieval, and multiple choice where the task has it."""
 
-    checkpoint: str | None = None           # file, or a run's folder (its newest); None: the one that ships
-    task: TaskName = "toy"                  # toy: embedded; csv: your own, --data; search: --videos; else --data-root
-    data_root: str | None = None            # annotations and videos of a published data set, see datasets.py
-    data: str | None = None                 # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
+    checkpoint: str | None = None  # file, or a run's folder (its newest); None: the one that ships
+    task: TaskName = "toy"  # toy: embedded; csv: your own, --data; search: --videos; else published
+    data_root: str | None = None  # annotations and videos of a published set: docs/benchmarks.md
+    data: str | None = None  # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
-    dsl: bool = False                       # also the dual softmax over the whole query set, under its own names
-    out: str | None = None                  # for the results (None: eval-TASK-SPLIT beside the checkpoint or in runs)
-    sim_out: str | None = None              # npz file for embeddings and similarities
-    cache: str = "cache"                    # decoded frames, toy world
-    max_broken: float = 0.05                # share of unusable videos that stops the evaluation
-    videos: str | None = None               # search: folder of your videos (the page: search/ beside the checkpoint)
-    query: str | None = None                # search: what to look for (default: asked for, one a line)
-    top: int = 10                           # search: how many videos to show
-    window: float = 8.0                     # search: seconds of a video that are embedded at once (inf: all)
-    index: str | None = None                # search: folder of the index (default: CACHE/index/…)
-    seed: int = 0                           # of the examples drawn for the report
+    dsl: bool = False  # also the dual softmax over the whole query set, under its own names
+    out: str | None = None  # for the results; None: eval-TASK-SPLIT beside the checkpoint
+    sim_out: str | None = None  # npz file for embeddings and similarities
+    cache: str = "cache"  # decoded frames, toy world
+    max_broken: float = 0.05  # share of unusable videos that stops the evaluation
+    videos: str | None = None  # search: folder of your videos
+    query: str | None = None  # search: what to look for; None: asked for, one per line
+    top: int = 10  # search: how many videos to show
+    window: float = 8.0  # search: seconds of a video that are embedded at once; inf: all
+    index: str | None = None  # search: folder of the index; None: CACHE/index
+    seed: int = 0  # of the examples that the report draws
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
 
 
-@dataclass
-class Task:
-    """What is asked: a gallery with its captions, perhaps questions, and the protocol in words."""
+def measure(
+    model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05, dsl: bool = False
+) -> tuple[dict, Results]:
+    """({metric: value}, what it was computed from).
 
-    protocol: str
-    split: Split
-    questions: list[Question] = field(default_factory=list)
-    official: dict[str, int] = field(default_factory=dict)  # how many "videos", "captions", "questions" there should be
-    doubt: str = ""                                         # why its numbers would not be comparable
-
-
-def load_toy(config: EvalConfig, checkpoint: Checkpoint) -> Task:
-    """The toy world's gallery and its questions; the world is rendered if it is not there yet."""
-    folder = Path(config.data) if config.data else toyworld.generate(Path(config.cache) / "toy")
-    protocol = ("Toy world: compositions that training never shows; one caption a video, all videos of the split as "
-                "gallery. Multiple choice among captions that differ in one noun, one verb or the direction.")
-    return Task(protocol, load_split("toy", folder, config.split), load_questions(folder / f"{config.split}_mc.jsonl"))
-
-
-def load_csv(config: EvalConfig, checkpoint: Checkpoint) -> Task:
-    """The videos and captions of a file."""
-    if not config.data:
-        raise UserError("--task csv: needs --data FILE, a csv or jsonl file with the columns video and caption")
-    protocol = (f"Own data ({Path(config.data).name}): every caption is a query against all videos of the file; a "
-                "video takes the best rank of its captions.")
-    return Task(protocol, load_split("csv", config.data, config.split, root=config.data_root))
-
-
-def load_published(config: EvalConfig, checkpoint: Checkpoint) -> Task:
-    """A published data set: its questions if it asks any, else its gallery."""
-    if not config.data_root:
-        raise UserError(f"--task {config.task}: needs --data-root FOLDER with its annotation files and videos")
-    known, official, questions = DATASETS[config.task], {}, []
-    if config.split not in known.videos:
-        load_split(config.task, config.data_root, config.split)  # raises, and says why there is none
-    if config.task == "msrvtt-mc":
-        questions, split = load_msrvtt_mc(Path(config.data_root), config.data), Split.from_pairs([])
-        official["questions"] = known.videos[config.split]
-    else:
-        split, captions = load_split(config.task, config.data_root, config.split), known.captions.get(config.split)
-        official = dict(videos=known.videos[config.split], captions=captions)
-    # the 9k list holds 1,990 of the 2,990 videos of the full test split
-    seen = checkpoint.config.get("dataset") == "msrvtt" and config.task in ("msrvtt-full", "msrvtt-mc")
-    doubt = "the checkpoint was trained on MSR-VTT's 9k list, which holds 1,990 of these videos: not comparable"
-    return Task(known.protocol, split, questions, {name: count for name, count in official.items() if count},
-                doubt if seen else "")
-
-
-TASKS = {"toy": load_toy, "csv": load_csv,  # a task is one function
-         **dict.fromkeys(("msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc"), load_published)}
-
-
-def measure(model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05,
-            dsl: bool = False) -> tuple[dict, Results]:
-    """({metric: value}, what it was computed from): retrieval if the task has captions, accuracy if it has questions.
-
-    Unusable videos are left out and listed in the results' split. dsl: also `dual_softmax_metrics`. Raises UserError
-    where more than the share `max_broken` of the videos cannot be used.
+    Retrieval if the task has captions, accuracy if it has questions. Unusable videos are left out
+    and listed in the results' split. Raises UserError where more than the share `max_broken` of the
+    videos cannot be used, or nothing is left.
     """
     # every video once: first those of the gallery, then those that only a question asks about
-    paths = list(dict.fromkeys([*task.split.video_paths, *(question.video for question in task.questions)]))
-    window = task.split.window
-    usable = keep_decodable(Split(paths, [], np.zeros(0, np.int64), window=window), cache, max_broken=max_broken)
+    asked = [question.video for question in task.questions]
+    paths = list(dict.fromkeys([*task.split.video_paths, *asked]))
+    everything = Split(paths, [], np.zeros(0, np.int64), window=task.split.window)
+    usable = keep_decodable(everything, cache, max_broken=max_broken)
     split = task.split.without(usable.broken)
     questions = [question for question in task.questions if question.video not in usable.broken]
     if not split.captions and not questions:
-        raise UserError(f"no caption is left whose video decodes; the first: {next(iter(usable.broken.values()))}")
-    if len({len(question.options) for question in questions}) > 1:
-        raise UserError("the questions have different numbers of options: their accuracies cannot be averaged")
+        first = next(iter(usable.broken.values()))
+        raise UserError(f"no caption is left whose video decodes; the first: {first}")
 
-    texts = [*split.captions, *(option for question in questions for option in question.options)]
-    text_emb, option_emb = embed_texts(model, tokenizer, texts).tensor_split([len(split.captions)])
-    video_emb = embed_videos(model, cache, usable.video_paths, window)
-    place = {path: i for i, path in enumerate(usable.video_paths)}
-    asked_emb = video_emb[torch.tensor([place[question.video] for question in questions], dtype=torch.long)]
-    video_emb = video_emb[:len(split.video_paths)]                                           # [n_video, E]
-
-    metrics, ranks, option_scores = {}, (np.zeros(0), np.zeros(0)), np.zeros((0, 0))
+    video_emb = embed_videos(model, cache, usable.video_paths, usable.window)
+    metrics, ranks = {}, (np.zeros(0), np.zeros(0))
+    text_emb, gallery_emb = video_emb[:0], video_emb[: len(split.video_paths)]
     if split.captions:
-        ranks = retrieval_ranks(text_emb, video_emb, split.video_of_caption)
+        text_emb = embed_texts(model, tokenizer, split.captions)
+        ranks = retrieval_ranks(text_emb, gallery_emb, split.video_of_caption)
         metrics |= summarize_ranks(*ranks)
     if dsl:
-        if not 0 < len(text_emb) * len(video_emb) <= MATRIX_LIMIT:
-            raise UserError(f"--dsl: {len(text_emb):,} captions × {len(video_emb):,} videos; it needs all similarities "
-                            f"at once, so between 1 and {MATRIX_LIMIT:,} of them; leave it out")
-        metrics |= dual_softmax_metrics(similarity(text_emb, video_emb), split.video_of_caption,
-                                        model.logit_scale.exp().item())
+        check_matrix_size(len(text_emb), len(gallery_emb))
+        sim, scale = similarity(text_emb, gallery_emb), model.logit_scale.exp().item()
+        metrics |= dual_softmax_metrics(sim, split.video_of_caption, scale)
+
+    option_scores = np.zeros((0, 0))
     if questions:
-        option_emb = to_grid(option_emb).unflatten(0, (len(questions), -1))                 # [n, options, E]
-        option_scores = (option_emb * to_grid(asked_emb)[:, None]).sum(-1).numpy()          # [n, options]
-        metrics |= multiple_choice_accuracy(option_scores, [question.answer for question in questions],
-                                            [question.kind for question in questions])
-    return metrics, Results(split, text_emb.numpy(), video_emb.numpy(), *ranks, questions, option_scores)
+        number = {path: i for i, path in enumerate(usable.video_paths)}
+        asked_emb = video_emb[[number[question.video] for question in questions]]
+        option_scores = score_options(model, tokenizer, questions, asked_emb)
+        answers = [question.answer for question in questions]
+        kinds = [question.kind for question in questions]
+        metrics |= multiple_choice_accuracy(option_scores, answers, kinds)
+    embedded = (text_emb.numpy(), gallery_emb.numpy())
+    return metrics, Results(split, *embedded, *ranks, questions, option_scores)
 
 
-MATRIX_LIMIT = 2**28  # entries of a similarity matrix that is held or saved as a whole: 2 GiB
+def score_options(model, tokenizer, questions: list[Question], asked_emb) -> np.ndarray:
+    """[questions, options], float64: the options against the embedding [questions, E] of a video.
 
-
-def save_similarities(path: str | Path, results: Results) -> None:
-    """Write an npz file with what the metrics were computed from; nothing in it needs pickle.
-
-    text_emb [n_text, E], video_emb [n_video, E] float32; sim [n_text, n_video] float64, row = caption, column = video,
-    which gives exactly the reported numbers (`retrieval_metrics`); video_of_text [n_text] int64; videos [n_video] and
-    captions [n_text], each a JSON list in one string; option_scores [questions, options], answers [questions]. Above
-    MATRIX_LIMIT entries sim is left out, which is printed: `similarity(text_emb, video_emb)` gives any part of it.
-    Without captions there is no sim, and text_emb, video_emb are empty.
+    Raises UserError where the questions have different numbers of options.
     """
-    parts = dict(text_emb=results.text_emb, video_emb=results.video_emb, video_of_text=results.split.video_of_caption,
-                 videos=json.dumps([*results.split.video_paths]), captions=json.dumps([*results.split.captions]),
-                 option_scores=results.option_scores, answers=np.array([q.answer for q in results.questions], np.int64))
-    entries = len(results.text_emb) * len(results.video_emb)
-    if 0 < entries <= MATRIX_LIMIT:
-        parts["sim"] = similarity(results.text_emb, results.video_emb).numpy()
-    elif entries:
-        print(f"{path}: without sim, whose {entries:,} entries take {8 * entries / 2**30:.0f} GiB; it is "
-              "similarity(text_emb, video_emb), of any rows and columns")
-    with open(path, "wb") as file:  # given a name, numpy would append .npz to it
-        np.savez(file, **parts)
+    numbers = {len(question.options) for question in questions}
+    if len(numbers) > 1:
+        raise UserError(
+            "the questions have different numbers of options: their accuracies cannot be averaged"
+        )
+    options = []
+    for question in questions:
+        options += question.options
+    option_emb = to_grid(embed_texts(model, tokenizer, options))
+    option_emb = option_emb.unflatten(0, (len(questions), -1))  # [questions, options, E]
+    return (option_emb * to_grid(asked_emb)[:, None]).sum(-1).numpy()
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+def check_matrix_size(n_text: int, n_video: int) -> None:
+    if not 0 < n_text * n_video <= MATRIX_LIMIT:
+        raise UserError(
+            f"--dsl: {n_text:,} captions × {n_video:,} videos; it needs all similarities at once, "
+            f"so between 1 and {MATRIX_LIMIT:,} of them; leave it out"
+        )
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+DSL_PROTOCOL = (
+    " Metrics named dsl_ use the dual softmax over the whole query set: they compare only with "
+    "others that do."
+)
 
 
 def machine_facts(device: str) -> dict:
-    """{versions, commit, hardware, date}: where, when and with what a number was made."""
+    """{versions, commit, date, hardware}: where, when and with what a number was made."""
     git = ["git", "describe", "--always", "--dirty"]
+    here = Path(__file__).parent
     try:
-        commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+        commit = subprocess.check_output(git, cwd=here, stderr=subprocess.DEVNULL, text=True)
     except (OSError, subprocess.CalledProcessError):
         commit = "not a git checkout"
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    opencv=cv2.__version__)
-    return dict(versions=versions, commit=commit, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                hardware=torch.cuda.get_device_name() if device == "cuda" else cpu)
+
+    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    versions = dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        opencv=cv2.__version__,
+    )
+    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return dict(versions=versions, commit=commit.strip(), date=date, hardware=hardware)
 
 
-DSL_PROTOCOL = (" Metrics named dsl_ use the dual softmax over the whole query set: they compare only with others that "
-                "do.")
+def count_what_is_there(task: Task, results: Results) -> tuple[dict, str]:
+    """({"videos": …, "captions": …, "questions": …}, "N of M videos: not comparable (why)" or "").
 
-
-def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results: Results, device: str) -> dict:
-    """What metrics.json holds: every metric by its name, and all that is needed to compare it with another."""
-    split, sizes, unusable = results.split, checkpoint.model.config, results.split.broken
-    missing = sum(not os.path.exists(path) for path in unusable)
-    listed = dict(videos=len({*task.split.video_paths, *(question.video for question in task.questions)}),
-                  captions=len(task.split.captions), questions=len(task.questions))
-    counts = dict(videos=listed["videos"] - len(unusable), captions=len(split.captions),
-                  questions=len(results.questions))
+    M is what the protocol has, or, where that is not fixed, what the files list.
+    """
+    unusable = results.split.broken
+    asked = [question.video for question in task.questions]
+    listed = dict(
+        videos=len({*task.split.video_paths, *asked}),
+        captions=len(task.split.captions),
+        questions=len(task.questions),
+    )
+    counts = dict(
+        videos=listed["videos"] - len(unusable),
+        captions=len(results.split.captions),
+        questions=len(results.questions),
+    )
     official = dict(videos=listed["videos"]) | task.official
-    short = [f"{counts[name]:,} of {count:,} {name}" for name, count in official.items() if counts[name] != count]
-    why = [f"{count} {what}" for count, what in ((missing, "missing"), (len(unusable) - missing, "broken")) if count]
-    why += [f"the files list {listed[name]:,} {name}" for name, count in official.items() if listed[name] != count]
-    note = f"{', '.join(short)}: not comparable ({', '.join(why)})" if short else ""
-    protocol = task.protocol + DSL_PROTOCOL * config.dsl
+    short = {name: count for name, count in official.items() if counts[name] != count}
+    if not short:
+        return counts, ""
+
+    missing = sum(not os.path.exists(path) for path in unusable)
+    reasons = [f"{missing} missing"] if missing else []
+    if len(unusable) > missing:
+        reasons.append(f"{len(unusable) - missing} broken")
+    for name, count in official.items():
+        if listed[name] != count:
+            reasons.append(f"the files list {listed[name]:,} {name}")
+    what = ", ".join(f"{counts[name]:,} of {count:,} {name}" for name, count in short.items())
+    return counts, f"{what}: not comparable ({', '.join(reasons)})"
+
+
+def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results, device):
+    """What metrics.json holds: every metric, and all that is needed to compare it with another."""
+    counts, note = count_what_is_there(task, results)
+    sizes, unusable = checkpoint.model.config, results.split.broken
+    missing = sum(not os.path.exists(path) for path in unusable)
     return dict(
-        task=config.task, split=config.split, protocol=protocol, **metrics,
-        note="; ".join(filter(None, (note, task.doubt))), **counts, official=task.official,
-        missing=missing, broken=len(unusable) - missing, unusable=unusable,
-        checkpoint=str(checkpoint.path), checkpoint_sha256=checkpoint.sha256, step=checkpoint.step,
-        frames=sizes.num_frames, image_size=sizes.image_size, text_length=sizes.text_length, window=list(split.window),
-        trained_on=checkpoint.config.get("dataset"), logit_scale=checkpoint.model.logit_scale.exp().item(),
-        training_seed=checkpoint.config.get("seed"), seed=config.seed, **machine_facts(device))
+        task=config.task,
+        split=config.split,
+        protocol=task.protocol + (DSL_PROTOCOL if config.dsl else ""),
+        **metrics,
+        note="; ".join(filter(None, (note, task.doubt))),
+        **counts,
+        official=task.official,
+        missing=missing,
+        broken=len(unusable) - missing,
+        unusable=unusable,
+        checkpoint=str(checkpoint.path),
+        checkpoint_sha256=checkpoint.sha256,
+        step=checkpoint.step,
+        frames=sizes.num_frames,
+        image_size=sizes.image_size,
+        text_length=sizes.text_length,
+        window=list(results.split.window),
+        trained_on=checkpoint.config.get("dataset"),
+        logit_scale=checkpoint.model.logit_scale.exp().item(),
+        training_seed=checkpoint.config.get("seed"),
+        seed=config.seed,
+        **machine_facts(device),
+    )
+
+
+def save_similarities(path: str, results: Results) -> None:
+    """Write an npz file with what the metrics were computed from; nothing in it needs pickle.
+
+    text_emb [n_text, E], video_emb [n_video, E] float32; sim [n_text, n_video] float64, from which
+    `retrieval_metrics` gives exactly the reported numbers; video_of_text [n_text] int64; videos and
+    captions, each a JSON list in one string; option_scores [questions, options], answers
+    [questions]. Above MATRIX_LIMIT entries sim is left out, which is printed.
+    """
+    arrays = dict(
+        text_emb=results.text_emb,
+        video_emb=results.video_emb,
+        video_of_text=results.split.video_of_caption,
+        videos=json.dumps(results.split.video_paths),
+        captions=json.dumps(results.split.captions),
+        option_scores=results.option_scores,
+        answers=np.array([question.answer for question in results.questions], np.int64),
+    )
+    entries = len(results.text_emb) * len(results.video_emb)
+    if 0 < entries <= MATRIX_LIMIT:
+        arrays["sim"] = similarity(results.text_emb, results.video_emb).numpy()
+    elif entries:
+        print(f"{path}: without sim, whose {entries:,} entries take {8 * entries / 2**30:.0f} GiB")
+    # given a name, numpy would append .npz to it
+    with write_whole(path) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def choose_device(config: EvalConfig) -> str:
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
+    if config.device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    return config.device
 
 
 def evaluate(config: EvalConfig) -> dict:
-    """Evaluate as configured, write metrics.json and report.html, print a table; returns what metrics.json holds.
+    """Evaluate as configured, write metrics.json and report.html, print a table.
 
-    Raises UserError: no such checkpoint or data, too many unusable videos, unwritable --out, a model that yields NaN.
+    Returns what metrics.json holds. Raises UserError: no such checkpoint or data, too many unusable
+    videos, an unwritable --out, a model that yields NaN.
     """
     started = time.perf_counter()
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
+    device = choose_device(config)
     if config.checkpoint is None:
         print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
     checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
     beside = checkpoint.path.parent if config.checkpoint else Path("runs")
     if config.task == "search":
-        return search_folder(checkpoint, config.videos, config.query, top=config.top, window=config.window,
-                             index=config.index, cache=config.cache,
-                             out=Path(config.out) if config.out else beside / "search")
-    sizes, task = checkpoint.model.config, TASKS[config.task](config, checkpoint)
-    print(f"{checkpoint.path}: step {checkpoint.step}, {sizes.num_frames} frames of {sizes.image_size} px, on {device}")
-    out = Path(config.out) if config.out else beside / f"eval-{config.task}-{config.split}"
+        return search_folder(
+            checkpoint,
+            config.videos,
+            config.query,
+            top=config.top,
+            window=config.window,
+            index=config.index,
+            cache=config.cache,
+            out=Path(config.out or beside / "search"),
+        )
+
+    task = TASKS[config.task](config, checkpoint.config.get("dataset"))
+    sizes = checkpoint.model.config
+    frames = f"{sizes.num_frames} frames of {sizes.image_size} px"
+    print(f"{checkpoint.path}: step {checkpoint.step}, {frames}, on {device}")
+    out = Path(config.out or beside / f"eval-{config.task}-{config.split}")
+    with write_whole(out / "metrics.json"):  # fail before the work, not after it
+        pass
+
     cache = open_cache(Path(config.cache) / "frames", sizes)
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
-        metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, max_broken=config.max_broken,
-                                   dsl=config.dsl)
-        record = make_record(config, checkpoint, task, metrics, results, device)
-        (out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if config.sim_out:
-            save_similarities(config.sim_out, results)
-        knowledge = extract_many(results.split.captions)
-        write_report(out / "report.html", record, results, knowledge, checkpoint.concept_vocab, seed=config.seed)
-    except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written ({error.strerror}); choose another --out or "
-                        "--sim-out") from error
+    limits = dict(max_broken=config.max_broken, dsl=config.dsl)
+    metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, **limits)
+    record = make_record(config, checkpoint, task, metrics, results, device)
+    with write_whole(out / "metrics.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if config.sim_out:
+        save_similarities(config.sim_out, results)
+    write_report(out / "report.html", record, results, checkpoint.concept_vocab, seed=config.seed)
+
     print(format_table(record))
-    print(f"{out / 'metrics.json'}, {out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
+    seconds = time.perf_counter() - started
+    print(f"{out / 'metrics.json'}, {out / 'report.html'} ({seconds:.0f} s)")
     return record
 
 
 def format_table(record: dict) -> str:
     """The record's metrics as lines of text."""
     columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
-    lines = [f"{'':19s}" + "".join(f"{column:>8s}" for column in columns)] if record["captions"] else []
+    lines = [" " * 19 + "".join(f"{column:>8s}" for column in columns)]
     for name, way in DIRECTIONS.items():
         if f"{way}_R@1" in record:
-            lines.append(f"{name:19s}" + "".join(f"{record[f'{way}_{column}']:8.1f}" for column in columns))
+            values = [record[f"{way}_{column}"] for column in columns]
+            lines.append(f"{name:19s}" + "".join(f"{value:8.1f}" for value in values))
+
     if record["questions"]:
-        kinds = ", ".join(f"{name.removeprefix('mc_accuracy_')} {value:.1f}" for name, value in record.items()
-                          if name.startswith("mc_accuracy_"))
-        lines.append(f"multiple choice {record['mc_accuracy']:.1f} %{f' ({kinds})' if kinds else ''} of "
-                     f"{record['questions']} questions")
+        kinds = []
+        for name, value in record.items():
+            if name.startswith("mc_accuracy_"):
+                kinds.append(f"{name.removeprefix('mc_accuracy_')} {value:.1f}")
+        by_kind = f" ({', '.join(kinds)})" if kinds else ""
+        accuracy = f"multiple choice {record['mc_accuracy']:.1f} %{by_kind}"
+        lines.append(f"{accuracy} of {record['questions']} questions")
     note = f"; {record['note']}" if record["note"] else ""
-    return "\n".join([*lines, f"{record['captions']} captions, {record['videos']} videos{note}"])
+    lines.append(f"{record['captions']} captions, {record['videos']} videos{note}")
+    return "\n".join(lines if record["captions"] else lines[1:])
 
 
 def main():

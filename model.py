@@ -91,9 +91,8 @@ def build_config(preset: str, **overrides) -> ModelConfig:
 
 class QuickGELU(nn.Module):
     def forward(self, x):
-        return F.silu(1.702 * x).mul_(
-            1 / 1.702
-        )  # = x·sigmoid(1.702 x), but backward keeps one tensor, not two
+        # = x·sigmoid(1.702 x), but the backward pass keeps one tensor instead of two
+        return F.silu(1.702 * x).mul_(1 / 1.702)
 
 
 class Attention(nn.Module):
@@ -131,8 +130,10 @@ class Block(nn.Module):
 
 
 class SpaceTimeBlock(Block):
-    """Attention along time at each place, then the image block in each frame: [B, T, S, D] -> [B,
-    T, S, D]."""
+    """Attention along time at each place, then the image block in each frame.
+
+    [B, T, S, D] -> [B, T, S, D]
+    """
 
     def __init__(self, width: int, heads: int, quick_gelu: bool):
         super().__init__(width, heads, quick_gelu)
@@ -162,8 +163,10 @@ def run_blocks(blocks, x, read, *, recompute: bool):
 
 
 class PatchEmbed(nn.Linear):
-    """CLIP's: each patch, f frames of p×p pixels, through one linear map: [N, f, C, H, W] -> [N, P,
-    D]."""
+    """CLIP's: each patch, f frames of p×p pixels, through one linear map.
+
+    [N, f, C, H, W] -> [N, P, D]
+    """
 
     def __init__(self, frames: int, patch_size: int, width: int):
         super().__init__(frames * 3 * patch_size**2, width, bias=False)
@@ -176,12 +179,13 @@ class PatchEmbed(nn.Linear):
 
 
 class ConvStem(nn.Module):
-    """log2(p) convolutions of stride 2, the channels doubling up to D: [N, f, C, H, W] -> [N, P,
-    D].
+    """log2(p) convolutions of stride 2, the channels doubling up to D.
+
+    [N, f, C, H, W] -> [N, P, D]
 
     The last merges the f frames of a patch; those before it see single frames, so all share what
     they learn of shapes. Small models learn much sooner from overlapping, translated filters than
-    from one cut (arXiv 2106.14881; LOG.md).
+    from one cut (arXiv 2106.14881; docs/LOG.md).
     """
 
     def __init__(self, frames: int, patch_size: int, width: int):
@@ -253,9 +257,9 @@ class VideoEncoder(nn.Module):
         """[T, D]: the learned table, stretched or shrunk linearly to T steps."""
         if T == len(self.time_embed):
             return self.time_embed
-        return F.interpolate(self.time_embed.T[None], size=T, mode="linear", align_corners=False)[
-            0
-        ].T
+        channels = self.time_embed.T[None]  # [1, D, steps]
+        stretched = F.interpolate(channels, size=T, mode="linear", align_corners=False)
+        return stretched[0].T
 
 
 class TextEncoder(nn.Module):
@@ -307,8 +311,7 @@ def init_tower(tower, width: int, layers: int):
 
 
 class CLOP(nn.Module):
-    """Both towers, the learned `logit_scale`, and SKP's head, which reads concepts off
-    video_emb."""
+    """Both towers, the learned `logit_scale`, and SKP's head on the video embedding."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -326,8 +329,7 @@ class CLOP(nn.Module):
             self.concept_head = nn.Linear(config.embed_dim, config.num_concepts)
 
     def reset_parameters(self):
-        """CLIP's initialisation: residual branches shrink with depth; the time path starts at
-        zero."""
+        """As CLIP does: residual branches shrink with depth. The time path starts at zero."""
         video, text, config = self.video, self.text, self.config
         init_tower(video, config.video_width, config.video_layers)
         init_tower(text, config.text_width, config.text_layers)
@@ -339,8 +341,7 @@ class CLOP(nn.Module):
         nn.init.normal_(text.position_embed, std=0.01)
 
     def use_checkpointing(self, on: bool = True):
-        """Recompute activations in the backward pass: a third more time, the memory of one
-        block."""
+        """Recompute activations in the backward pass: a third more time, one block's memory."""
         self.video.checkpointing = self.text.checkpointing = on
 
     def encode_video(self, video):
@@ -363,8 +364,7 @@ class CLOP(nn.Module):
         self.concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):
-        """-> video_emb, text_emb [B, E], concept logits [B, K] or None: all that the losses
-        need."""
+        """All that the losses need: video_emb, text_emb [B, E], concept logits [B, K] or None."""
         video_emb = self.encode_video(video)
         text_emb = self.encode_text(tokens, text_mask)
         return video_emb, text_emb, self.predict_concepts(video_emb)

@@ -76,9 +76,7 @@ class TrainConfig(LossConfig):
     # data
     dataset: str = "toy"  # toy: rendered here; csv: your own, --data; msrvtt, msvd, …: --data-root
     data_root: str | None = None  # folder of a published data set, see datasets/published.py
-    data: str | None = (
-        None  # csv or jsonl with video, caption; paths below --data-root or beside it
-    )
+    data: str | None = None  # csv or jsonl: video, caption; paths below --data-root or beside it
     val_data: str | None = None  # the same for validation; without it there is none
     cache: str = "cache"  # decoded frames, extracted knowledge, toy world
     max_broken: float = 0.05  # share of unreadable videos that stops the run

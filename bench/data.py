@@ -32,7 +32,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent.parent
 
 from cli import parse_config, run  # noqa: E402
-from concepts import ConceptSets, concept_vectors, multi_hot  # noqa: E402
+from knowledge import ConceptSets, concept_vectors, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, load_videos  # noqa: E402
 from videos.cache import FrameCache  # noqa: E402
 from captions.tokenizer import Tokenizer  # noqa: E402

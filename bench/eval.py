@@ -20,7 +20,7 @@ from pathlib import Path
 import torch  # noqa: E402
 
 from cli import parse_config, run  # noqa: E402
-from metrics import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
+from eval import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from cli import parse_config, run
-from concepts import concept_vectors
+from knowledge import concept_vectors
 from eval import machine_facts
 from losses import LossConfig, clop_loss
 from model import CLOP, build_config

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 
 from training.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
-from concepts import concept_vectors, extract_many, meaning_ids, multi_hot  # noqa: E402
+from knowledge import concept_vectors, extract_many, meaning_ids, multi_hot  # noqa: E402
 from data import KnowledgeBatchSampler, Split, keep_decodable, load_split  # noqa: E402
 from eval import embed_texts, embed_videos  # noqa: E402
 from videos.cache import FrameCache  # noqa: E402

@@ -42,14 +42,14 @@ from bench.ablation import BASE, order_variants, variant_fields  # noqa: E402
 from bench.frozen_features import text_features, video_features  # noqa: E402
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section  # noqa: E402
 from cli import UserError, parse_config, run  # noqa: E402
-from concepts import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
+from knowledge import (ConceptVocab, concept_vectors, extract_many, meaning_ids, multi_hot,  # noqa: E402
                       nearest_by_overlap)
 from data import KnowledgeBatchSampler  # noqa: E402
 from datasets.published import load_split  # noqa: E402
 from eval import machine_facts  # noqa: E402
 from losses import LossConfig, clop_loss  # noqa: E402
-from metrics import multiple_choice_accuracy, retrieval_metrics_from_embeddings  # noqa: E402
-from datasets.splits import Split  # noqa: E402
+from eval import multiple_choice_accuracy, retrieval_ranks, summarize_ranks  # noqa: E402
+from datasets.split import Split  # noqa: E402
 
 HELD_OUT = 300  # training videos that make the tuning gallery
 
@@ -226,7 +226,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
 def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]:
     """Ranks and multiple choice on a gallery."""
     video_emb, text_emb = F.normalize(heads.video(side.video), dim=1), F.normalize(heads.text(side.text), dim=1)
-    metrics = retrieval_metrics_from_embeddings(text_emb, video_emb, side.video_of_text)
+    metrics = retrieval_metrics_of(text_emb, video_emb, side.video_of_text)
     if len(questions):
         asked = video_emb[torch.from_numpy(side.video_of_text[questions[:, 0]])]
         scores = torch.einsum("nke,ne->nk", text_emb[torch.from_numpy(questions)].double(), asked.double())

@@ -22,15 +22,12 @@ no name or text holds (control characters in a path, halves of characters in a c
 """
 
 import csv
-import itertools
 import json
 import re
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cli import UserError, run
+from cli import UserError
 from captions.tagger import load_plain_pickle
 
 
@@ -232,16 +229,3 @@ def read_pairs(path: Path) -> Iterator[tuple[str, dict]]:
         yield from read_jsonl(path, {"video": str, "caption": str})
     else:
         yield from read_csv(path, ["video", "caption"])
-
-
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(sys.argv[1] if len(sys.argv) > 1 else f"{folder}/own.csv")
-        if len(sys.argv) == 1:
-            path.write_text("video,caption\na.mp4,a dog runs\nb.mp4,a cat sleeps\n")
-        for where, row in itertools.islice(read_pairs(path), 5):
-            print(f"{where}: {check_name(row['video'], where, inside=False)}: {row['caption']}")
-
-
-if __name__ == "__main__":
-    run(main)

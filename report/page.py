@@ -16,8 +16,6 @@ seen (control characters, marks that turn the writing direction) is shown by its
 import base64
 import html
 import os
-import sys
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,10 +24,9 @@ import cv2
 import numpy as np
 from einops import rearrange
 
-from cli import run
 from knowledge import ConceptVocab, extract_many, meaning_ids, unit_rows
 from datasets.split import Question, Split
-from videos.decode import VideoError, glimpse, read_frames, write_video
+from videos.decode import VideoError, glimpse, read_frames
 
 FRAME_SIZE = 104            # pixels of one moment; four make a picture
 MAX_PICTURE_BYTES = 14_000  # of a JPEG: some hundred pictures stay below 3 MB
@@ -344,14 +341,15 @@ def document(title: str, intro: str, body: str, footer: str) -> str:
             "</html>\n")
 
 
-def write_report(path, record: dict, results: Results, knowledge, vocab: ConceptVocab, *, queries: int = 5,
+def write_report(path, record: dict, results: Results, vocab: ConceptVocab, *, queries: int = 5,
                  pairs: int = 4, seed: int = 0) -> None:
     """Write the page to `path`. record: what metrics.json holds (eval.make_record).
 
-    knowledge: of each caption (extract_many). Drawn by `seed`: `queries` captions answered right and as many not,
+    Drawn by `seed`: `queries` captions answered right and as many not,
     `pairs` with their hard negatives, two questions a kind. Raises OSError where the file cannot be written.
     """
     picture.cache_clear()  # files may have changed since the last page
+    knowledge = extract_many(results.split.captions)
     rng = np.random.default_rng(seed)
 
     def draw(condition, count: int) -> list[int]:
@@ -382,26 +380,3 @@ def write_report(path, record: dict, results: Results, knowledge, vocab: Concept
     intro = f'<p class="soft">{visible(record["protocol"], 400)}</p>{warning}'
     html_page = document(title, intro, body, f"All examples were drawn at random (seed {seed}).")
     Path(path).write_text(html_page, encoding="utf-8")
-
-
-def main():
-    """A page of grey videos; each is confused with its neighbour."""
-    with tempfile.TemporaryDirectory() as folder:
-        captions = [f"a {noun} {verb} a ball" for verb in ("pushes", "hits") for noun in ("cup", "star", "fish", "man")]
-        split = Split.from_pairs((f"{folder}/{i}.mp4", caption) for i, caption in enumerate(captions))
-        for i, name in enumerate(split.video_paths):
-            grey = 30 * i + np.arange(0, 32, 8, np.uint8)[:, None, None, None]
-            write_video(name, np.broadcast_to(grey, (4, 64, 64, 3)))
-        emb, ranks = np.eye(8) + np.diag(np.tile([0.5, 1.5], 4)[:7], k=1), 1.0 + np.arange(8) % 2
-        questions = [Question(split.video_paths[i], captions[:5], i, "noun") for i in (1, 4)]
-        record = dict(task="demo", split="made-up", protocol="Nothing is measured here.", note="", unusable={},
-                      logit_scale=2.0, mc_accuracy=50.0, mc_accuracy_noun=50.0)
-        record |= {f"{way}_{m}": 0.0 for way in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
-        knowledge, page = extract_many(captions), sys.argv[1] if len(sys.argv) > 1 else f"{folder}/report.html"
-        write_report(page, record, Results(split, emb, np.eye(8), ranks, ranks, questions, emb[[0, 4], :5]), knowledge,
-                     ConceptVocab.build(knowledge, min_count=1))
-        print(f"{page}: {os.path.getsize(page) / 1000:.0f} kB")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -25,7 +25,6 @@ import os
 import secrets
 import stat
 import struct
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -34,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError, run
+from cli import UserError
 from report.page import printable
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
@@ -221,28 +220,3 @@ class Index:
         """What is known of those files that are there now, in the order of their paths."""
         known = {file: record for shard in self.shards.values() for file, record in shard.items()}
         return {file: known[file] for file in self.files.values() if file in known}
-
-
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-
-        def look(what: str):
-            index = Index(home / ".index", {"model": "demo"}, find_videos(home)[0], embed_dim=4)
-            known = index.known()
-            print(f"{what:15s} known: {[file.path for file in known]}, "
-                  f"new: {[path for path, file in index.files.items() if file not in known]}")
-            index.add({file: Record("", np.zeros((1, 2), np.float32), np.eye(1, 4, dtype=np.float32))
-                       for file in index.files.values() if file not in known})
-
-        for name in ("a.mp4", "b.mp4"):
-            (home / name).write_bytes(b"as good as a video")
-            look(f"{name} appears")
-        (home / "a.mp4").write_bytes(b"another one")
-        look("a.mp4 changes")
-        (home / "b.mp4").unlink()
-        look("b.mp4 is gone")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -22,7 +22,6 @@ import hashlib
 import os
 import queue
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -37,12 +36,10 @@ import torch
 from tqdm import tqdm
 
 from training.checkpoint import Checkpoint
-from cli import UserError, run
+from cli import UserError
 from data import prepare_video
-from model import CLOP, build_config
 from report.page import document, picture, printable, quote, section
-from captions.tokenizer import Tokenizer
-from videos.decode import VideoError, read_windows, write_video
+from videos.decode import VideoError, read_windows
 from search.index import File, Index, Record, find_videos
 
 BATCH_PIXELS = 2**21  # as in eval.py
@@ -331,19 +328,3 @@ def write_page(path: Path, root: Path, record: dict) -> None:
         path.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
-
-
-def main():
-    """Two grey videos, found by a model that has learned nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, greys in (("short.mp4", [60] * 50), ("long.mp4", [0] * 250 + [250] * 250)):
-            write_video(f"{folder}/{name}", np.broadcast_to(np.array(greys, np.uint8)[:, None, None, None],
-                                                            (len(greys), 64, 64, 3)))
-        tokenizer, config = Tokenizer.train(["a dog runs"], 300), build_config("toy")
-        made_up = Checkpoint(CLOP(config), tokenizer, None, {}, 0, {}, "0" * 64, Path("untrained"), {})
-        for query in ("a dog runs", "a cat"):  # the second time, nothing is new
-            search_folder(made_up, folder, query, top=5, window=8.0, index=None, cache=folder, out=Path(folder))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -15,7 +15,7 @@ import eval
 import train
 from training.checkpoint import list_checkpoints, load_checkpoint, resume_checkpoint, save_checkpoint
 from cli import UserError
-from concepts import ConceptVocab
+from knowledge import ConceptVocab
 from knowledge import extract_knowledge
 from model import CLOP, build_config
 from captions.tokenizer import Tokenizer
@@ -126,16 +126,10 @@ def test_a_checkpoint_of_another_version(tmp_path, parts, monkeypatch):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_demo_runs():
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "checkpoint.py"], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "concepts: noun:" in done.stdout, done.stderr
-
-
 def test_export_keeps_what_evaluation_needs(tmp_path, parts):
     save(tmp_path / "x.safetensors", parts, training=dict(moment=torch.zeros(10_000_000)))
     out = tmp_path / "weights" / "toy.safetensors"
-    done = subprocess.run([sys.executable, "checkpoint.py", "--export", tmp_path / "x.safetensors", out], text=True,
+    done = subprocess.run([sys.executable, "-m", "training.checkpoint", "--export", tmp_path / "x.safetensors", out], text=True,
                           cwd=Path(__file__).parent.parent, capture_output=True)
     assert done.returncode == 0 and "step 7" in done.stdout, done.stderr
     before, after = load_checkpoint(tmp_path / "x.safetensors"), load_checkpoint(out, training=True)

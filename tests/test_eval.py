@@ -13,13 +13,13 @@ import torch
 from datasets import toyworld
 from training.checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
-from concepts import ConceptVocab, extract_many
+from knowledge import ConceptVocab, extract_many
 from data import load_videos, prepare_video
-from eval import SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval
+from eval import (SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval, retrieval_metrics,
+                  similarity)
 from videos.cache import FrameCache
-from metrics import retrieval_metrics, similarity
 from model import CLOP, build_config
-from datasets.splits import Split
+from datasets.split import Split
 from test_metrics import KEYS, brute_force_metrics
 from captions.tokenizer import Tokenizer
 from videos.decode import write_video

@@ -244,8 +244,3 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="frame cache"):
         FrameCache(tmp_path / "file" / "cache", size=16, num_frames=4)
-
-
-def test_framecache_demo_runs():
-    done = subprocess.run([sys.executable, "framecache.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "moving.mp4 24596 bytes" in done.stdout and "not a video" in done.stdout

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from report import page as report
 from training.checkpoint import _hash_text, load_checkpoint, save_checkpoint
 from cli import UserError
-from concepts import ConceptVocab, _read_cache, _write_cache, extract_many, read_captions
+from knowledge import ConceptVocab, _read_cache, _write_cache, extract_many, read_captions
 from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
 from knowledge import extract_knowledge
 from model import CLOP, build_config
 from training.log import Log, read_log
-from datasets.splits import Split
+from datasets.split import Split
 from captions.tagger import load_plain_pickle
 from captions.tokenizer import Tokenizer
 

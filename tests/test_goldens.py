@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from datasets import toyworld
-from concepts import ConceptVocab, extract_many, meaning_ids
 from data import KnowledgeBatchSampler
 from eval import EvalConfig, evaluate
+from knowledge import ConceptVocab, extract_many, meaning_ids
 from train import TrainConfig, train
 
 GOLDENS = Path(__file__).with_name("goldens.json")
@@ -30,20 +30,26 @@ def sha256(data: bytes) -> str:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def shipped_model(folder: Path) -> dict:
     """Metrics of the shipped weights on the whole test gallery, and what its page says."""
     world = toyworld.generate(folder / "world", train=0, val=0, test=1000, progress=False)
-    record = evaluate(EvalConfig(data=str(world), out=str(folder / "out"), cache=str(folder / "cache")))
+    record = evaluate(
+        EvalConfig(data=str(world), out=str(folder / "out"), cache=str(folder / "cache"))
+    )
     names = ("t2v_", "v2t_", "mc_accuracy")
     metrics = {name: value for name, value in record.items() if name.startswith(names)}
 
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
     page = re.sub(r"(?s)<(style|svg)\b.*?</\1>", "", page)
     text = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
-    facts = re.findall(r"right video at rank [\d.]+ of 1,000|R@1 [\d.]+ %|median rank \d+|“ .*? ”", text)
+    facts = re.findall(
+        r"right video at rank [\d.]+ of 1,000|R@1 [\d.]+ %|median rank \d+|“ .*? ”", text
+    )
     counts = {name: record[name] for name in ("videos", "captions", "questions")}
     return dict(metrics=metrics, counts=counts, page=facts)
 
@@ -57,23 +63,47 @@ def sampler_plan() -> str:
     knowledge = extract_many(captions, workers=1, progress=False)
     vocab = ConceptVocab.build(knowledge)
     sampler = KnowledgeBatchSampler(
-        vocab.encode_many(knowledge), vocab.word_idf, np.arange(len(captions)) // 2,
-        meaning_ids(captions, knowledge), batch_size=64, seed=3, guided_share=0.5, guided_from=10)
+        vocab.encode(knowledge),
+        vocab.word_idf,
+        np.arange(len(captions)) // 2,
+        meaning_ids(captions, knowledge),
+        batch_size=64,
+        seed=3,
+        guided_share=0.5,
+        guided_from=10,
+    )
     return sha256(np.stack([sampler.plan(0), sampler.plan(1)]).astype("<i8").tobytes())
 
 
 def toy_files(world: Path) -> dict[str, str]:
     """Hashes of ten files of a small toy world."""
     names = ["train.csv", "val.csv", "test.csv", "train_truth.jsonl", "test_mc.jsonl"]
-    names += [f"videos/{name}.mp4" for name in ("train_00000", "train_00001", "train_00047", "val_00003", "test_00011")]
+    names += [
+        f"videos/{name}.mp4"
+        for name in ("train_00000", "train_00001", "train_00047", "val_00003", "test_00011")
+    ]
     return {name: sha256((world / name).read_bytes()) for name in names}
 
 
 def training_losses(world: Path, folder: Path) -> list[float]:
     """The losses of 20 steps: SKP, KCL with mining, guided batches, two lengths of video."""
-    train(TrainConfig(dataset="csv", data=str(world / "train.csv"), out=str(folder / "run"), cache=str(folder / "cache"),
-                      steps=20, batch_size=16, warmup=5, num_frames="2,4", hard_k=4, hard_weight=0.5, log_every=1,
-                      eval_every=20, workers=1))
+    train(
+        TrainConfig(
+            dataset="csv",
+            data=str(world / "train.csv"),
+            out=str(folder / "run"),
+            cache=str(folder / "cache"),
+            steps=20,
+            batch_size=16,
+            warmup=5,
+            num_frames="2,4",
+            hard_k=4,
+            hard_weight=0.5,
+            log_every=1,
+            eval_every=20,
+            workers=1,
+        )
+    )
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -104,7 +134,9 @@ def test_toy_files_are_the_same(goldens, tiny_world):
 def test_twenty_losses_are_the_same(goldens, tiny_world, tmp_path):
     losses = training_losses(tiny_world, tmp_path)
     if cpu_name() == goldens["cpu"]:
-        assert losses == goldens["losses"]  # to the last bit; another processor adds in another order
+        assert (
+            losses == goldens["losses"]
+        )  # to the last bit; another processor adds in another order
     assert losses == pytest.approx(goldens["losses"], rel=1e-4)
 
 
@@ -113,7 +145,14 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        world = toyworld.generate(folder / "tiny", train=48, val=12, test=12, seed=0, workers=1, progress=False)
-        found = dict(cpu=cpu_name(), files=toy_files(world), losses=training_losses(world, folder / "losses"),
-                     plan=sampler_plan(), shipped=shipped_model(folder / "shipped"))
+        world = toyworld.generate(
+            folder / "tiny", train=48, val=12, test=12, seed=0, workers=1, progress=False
+        )
+        found = dict(
+            cpu=cpu_name(),
+            files=toy_files(world),
+            losses=training_losses(world, folder / "losses"),
+            plan=sampler_plan(),
+            shipped=shipped_model(folder / "shipped"),
+        )
     GOLDENS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from concepts import ConceptVocab
+from knowledge import ConceptVocab
 from losses import LossConfig, clop_loss, info_nce, skp_loss
 
 ROOT = Path(__file__).parent.parent

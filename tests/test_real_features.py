@@ -15,7 +15,7 @@ from bench import frozen_features, paired, real_features  # noqa: E402
 from bench.ablation import BASE  # noqa: E402
 from bench.real_features import FeatureConfig, Side, hard_questions, train_heads  # noqa: E402
 from cli import UserError  # noqa: E402
-from concepts import ConceptVocab, extract_many, meaning_ids  # noqa: E402
+from knowledge import ConceptVocab, extract_many, meaning_ids  # noqa: E402
 from losses import LossConfig  # noqa: E402
 from videos.decode import write_video  # noqa: E402
 

@@ -3,18 +3,15 @@
 import base64
 import html
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from concepts import ConceptVocab, extract_many
+from knowledge import ConceptVocab, extract_many
 from report.page import MAX_PICTURE_BYTES, Results, picture, visible, write_report
-from datasets.splits import Question, Split
+from datasets.split import Question, Split
 from videos.decode import write_video
 
 EVIL = ('<script>alert("x")</script> & \x00\x1b[31m\u202eevil\u2066 \ud800 '
@@ -70,7 +67,7 @@ def make_page(folder, videos, captions, *, embed=None, questions=(), note="", br
     knowledge = extract_many(captions, progress=False)
     results = Results(split, sim, np.eye(n), ranks, ranks, list(questions), scores)
     path, vocab = folder / "report.html", ConceptVocab.build(knowledge, min_count=1)
-    write_report(path, record, results, knowledge, vocab, **kwargs)
+    write_report(path, record, results, vocab, **kwargs)
     return path.read_text(encoding="utf-8")
 
 
@@ -187,10 +184,3 @@ def test_unreadable_video_does_not_stop_the_page(videos, tmp_path):
 def test_same_seed_same_page(videos, tmp_path):
     one, two, three = (make_page(tmp_path, videos, CAPTIONS, seed=seed, queries=2) for seed in (1, 1, 2))
     assert one == two != three
-
-
-def test_demo(tmp_path):
-    script = Path(__file__).parent.parent / "report.py"
-    done = subprocess.run([sys.executable, script, tmp_path / "page.html"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "page.html" in done.stdout and Page((tmp_path / "page.html").read_text(encoding="utf-8")).text

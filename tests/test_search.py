@@ -21,7 +21,7 @@ from videos import decode as video
 from search import index as videoindex
 from training.checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
-from concepts import ConceptVocab, extract_many
+from knowledge import ConceptVocab, extract_many
 from data import prepare_video
 from eval import EvalConfig, evaluate
 from model import CLOP, build_config
@@ -688,12 +688,3 @@ def test_command_line(checkpoint, clips, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "6 videos (6 new), 9 windows" in done.stdout and len(re.findall(r"^ {3}[123]  ", done.stdout, re.M)) == 3
     assert (checkpoint.path.parent / "search" / "report.html").exists() and "embed videos: 100%" in done.stderr
-
-
-def test_demo():
-    done = subprocess.run([sys.executable, ROOT / "search.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2 videos (2 new), 3 windows" in done.stdout and "2 videos (0 new), 3 windows" in done.stdout
-    done = subprocess.run([sys.executable, ROOT / "videoindex.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "a.mp4 changes   known: ['b.mp4'], new: ['a.mp4']" in done.stdout

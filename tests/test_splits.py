@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from cli import UserError
 from datasets.published import load_split
-from datasets.splits import read_captions_pickle, read_csv
+from datasets.readers import read_captions_pickle, read_csv
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -192,9 +190,3 @@ def test_any_pickle_is_captions_or_one_line(tmp_path, content):
         assert split.video_paths and all(isinstance(caption, str) for caption in split.captions)
     except UserError as error:
         assert "raw-captions.pkl" in str(error) or "test_list.txt, line 1" in str(error)
-
-
-def test_demo_runs():
-    done = subprocess.run([sys.executable, "splits.py"], cwd=Path(__file__).parent.parent, check=True,
-                          capture_output=True, text=True)
-    assert "own.csv, line 3: b.mp4: a cat sleeps" in done.stdout

@@ -5,8 +5,6 @@ import gzip
 import importlib.util
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -266,9 +264,3 @@ def test_saved_as_json(tokenizer):
     again = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert again.tokens == tokenizer.tokens and again.eot == tokenizer.eot
     assert again.encode("the dogs 犬!", 50) == tokenizer.encode("the dogs 犬!", 50)
-
-
-def test_demo_runs():
-    command = [sys.executable, "tokenizer.py", "a cat bounces"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "'a cat bounces'" in done.stdout and "dogs_" in done.stdout

@@ -120,10 +120,10 @@ def test_count_is_the_number_of_things_drawn():
 
 def test_demo(tmp_path):
     sheet = tmp_path / "chase.png"
-    command = [sys.executable, "toyrender.py", "chase", "--sheet", sheet]
+    command = [sys.executable, "-m", "datasets.toyrender", "chase", "--sheet", sheet]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert cv2.imread(str(sheet)).shape == (16 * (18 + 98), 8 * 98, 3)
-    wrong = subprocess.run([sys.executable, "toyrender.py", "fly"], cwd=ROOT, capture_output=True, text=True)
+    wrong = subprocess.run([sys.executable, "-m", "datasets.toyrender", "fly"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "fly" in wrong.stderr and "chase" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 

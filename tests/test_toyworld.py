@@ -325,7 +325,7 @@ def test_a_disk_that_swallows_writes_is_noticed(tmp_path, monkeypatch):
 
 
 def test_demo(tmp_path):
-    command = [sys.executable, "toyworld.py", "--folder", tmp_path / "toy", "--train", "2", "--val", "1", "--test", "3",
+    command = [sys.executable, "-m", "datasets.toyworld", "--folder", tmp_path / "toy", "--train", "2", "--val", "1", "--test", "3",
                "--workers", "1", "--sheet", tmp_path / "sheet.png"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.count("test_0000") == 3 and cv2.imread(str(tmp_path / "sheet.png")) is not None

@@ -1,7 +1,5 @@
 """video.py: the right frames of good files, one line for bad ones."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -167,10 +165,3 @@ def test_bad_files_give_one_line(tmp_path, clip, capfd, kind, says):
         read_frames(path, 4, size=32)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and issubclass(VideoError, UserError)
     assert capfd.readouterr().err == ""  # FFmpeg's own lines are not shown
-
-
-def test_demo_runs():
-    done = subprocess.run([sys.executable, "video.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "(8, 32, 32, 3) uint8" in done.stdout
-    bad = subprocess.run([sys.executable, "video.py", "cli.py"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith("error: cli.py: not a video")

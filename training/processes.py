@@ -43,7 +43,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cli import UserError, run
+from cli import UserError
 
 LOST_RANK = 3  # exit status of a rank whose only fault is that another one went away
 
@@ -261,20 +261,3 @@ def exchange(x, sizes: list[int]):
     """[B, …] on each rank, what it has to say of everybody's rows, -> [world_size, n, …]: what all say of mine."""
     assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
     return _Exchange.apply(x, sizes) if len(sizes) > 1 else x[None]
-
-
-def main():
-    if "LOCAL_RANK" not in os.environ:
-        sys.exit(launch(2))
-    ranks = Ranks.join(cpu=True)
-    mine = torch.full((3 - ranks.rank, 1), 1.0 + ranks.rank, requires_grad=True)   # 3 rows here, 2 there
-    wrong = gather(mine.detach(), [3, 2])                                          # L = (Σ x)² over all rows: my rows ×
-    for name, columns in (("with gradient", gather(mine, [3, 2])), ("detached", wrong)):  # all columns, on each rank
-        gradient, = torch.autograd.grad(mine.sum() * columns.sum(), mine)
-        if ranks.is_first:
-            print(f"gathered {name}: dL/dx = {gradient[0].item():.0f}; 2 Σ x = {2 * wrong.sum():.0f}")
-    ranks.leave()
-
-
-if __name__ == "__main__":
-    run(main)

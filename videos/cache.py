@@ -24,17 +24,11 @@ once more, for the death may not have been the video's fault; if it happens agai
 """
 
 import collections.abc
-import contextlib
 import hashlib
-import multiprocessing
-import multiprocessing.connection
 import os
 import secrets
-import signal
 import struct
 import sys
-import tempfile
-import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -42,9 +36,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, run
+from cli import UserError
 from videos.workers import run_guarded
-from videos.decode import VideoError, read_frames, write_video
+from videos.decode import VideoError, read_frames
 
 
 
@@ -168,20 +162,3 @@ class FrameCache:
             return self._store(path, self._entry(path, start, end), start, end)
         except VideoError as error:
             return str(error)
-
-
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/{name}" for name in ("moving.mp4", "still.mp4", "text.mp4")]
-        write_video(paths[0], np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 64, 96, 3)))
-        write_video(paths[1], np.full((100, 64, 96, 3), 60, np.uint8))
-        Path(paths[2]).write_text("no video")
-        cache = FrameCache(f"{folder}/cache", size=32, num_frames=8)
-        broken = cache.fill(paths, workers=1)
-        for path in paths:
-            print(f"{Path(path).name:10s}", broken[path] if path in broken else
-                  f"{cache._entry(path, 0.0, None).stat().st_size} bytes, frames {cache.get(path).shape}")
-
-
-if __name__ == "__main__":
-    run(main)

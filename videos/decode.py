@@ -24,15 +24,13 @@ Decoding is dear, and some files are worse than broken: framecache.py.
 
 import collections.abc
 import os
-import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read by OpenCV: our one line a broken file, not FFmpeg's ten
 import cv2
 import numpy as np
 
-from cli import UserError, run
+from cli import UserError
 
 cv2.setNumThreads(1)  # frames are small: processes decode in parallel, and a thread pool would not survive their fork
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -236,18 +234,3 @@ def write_video(path: str | Path, frames: np.ndarray, rate: float = 25.0) -> Non
     for frame in frames:
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()
-
-
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/grey.mp4"
-        if len(sys.argv) == 1:  # 100 frames that grow brighter: its mean tells a frame's number, roughly
-            write_video(path, np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 64, 96, 3)))
-        print("uniform  ", frame_indices(100, 8), "of 100 frames")
-        print("segment  ", frame_indices(100, 8, "segment", np.random.default_rng(0)))
-        frames = read_frames(path, 8, size=32)
-        print("frames   ", frames.shape, frames.dtype, "mean brightness", frames.mean(axis=(1, 2, 3)).astype(int))
-
-
-if __name__ == "__main__":
-    run(main)
