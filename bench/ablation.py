@@ -397,9 +397,10 @@ def draw_groups(groups: list[list[dict]], picture: Path) -> None:
     size = (13, 3.6 * len(groups))
     figure, axes = plt.subplots(len(groups), 3, figsize=size, layout="constrained", squeeze=False)
     for runs, (left, middle, right) in zip(groups, axes):
-        second = "mc_accuracy" if "mc_accuracy" in runs[0]["metrics"] else "t2v_R@10"
-        draw_dots(left, runs, "t2v_R@1")
-        draw_dots(middle, runs, second)
+        wanted = ("t2v_R@1", "mc_accuracy", "t2v_R@10")
+        metrics = [name for name in wanted if name in runs[0]["metrics"]]
+        for axis, metric in zip((left, middle), metrics):
+            draw_dots(axis, runs, metric)
         draw_curves(right, runs)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
