@@ -51,8 +51,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_cache(folder: str | Path, model_config) -> FrameCache:
-    """The cache for a model's frames: twice the T that it takes, so that training draws other ones
-    each epoch."""
+    """The cache for a model's frames. It keeps twice T: training draws other ones each epoch."""
     return FrameCache(folder, size=model_config.image_size, num_frames=2 * model_config.num_frames)
 
 
@@ -64,16 +63,14 @@ def keep_decodable(
     workers: int | None = None,
     progress: bool = True,
 ) -> Split:
-    """Fill the cache with the split's videos; the split without those that are missing or broken
-    (see `broken`).
+    """Fill the cache with the split's videos; the split without those that cannot be used.
 
-    Raises UserError, naming the first, if more than the share `max_broken` of all videos cannot be
-    used, or if none is left.
+    What is missing or broken goes into its `broken`. Raises UserError, naming the first, if that is
+    more than the share `max_broken` of all videos, or if none is left.
     """
     start, end = split.window
-    reasons = cache.fill(
-        split.video_paths, start=start, end=end, workers=workers, progress=progress
-    )
+    window = dict(start=start, end=end)
+    reasons = cache.fill(split.video_paths, **window, workers=workers, progress=progress)
     kept = split.without(reasons)
 
     total = len(kept.video_paths) + len(kept.broken)
@@ -97,7 +94,7 @@ def load_videos(
 ) -> torch.Tensor:
     """T of the cached frames of each video, uint8 [B, T, H, W, 3].
 
-    With `rngs`, a np.random.Generator per video, a random frame of each of T segments; else uniform
+    rngs: a np.random.Generator per video, to draw a frame from each of T segments; None: uniform
     frames. window: the seconds of each video that count (see Split).
     """
     sampling = "segment" if rngs else "uniform"
@@ -110,8 +107,7 @@ def load_videos(
 
 
 def prepare_video(video: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, T, H, W, 3] -> float32 [B, T, C, H, W], normalised by CLIP's channel means and
-    deviations.
+    """uint8 [B, T, H, W, 3] -> float32 [B, T, C, H, W], normalised as CLIP's training images.
 
     To be called where the model is: bytes travel to the device, not floats.
     """
@@ -140,8 +136,7 @@ class PairDataset:
         *,
         text_length: int,
     ):
-        """knowledge: of the split's captions, in their order. Texts have at most `text_length`
-        tokens."""
+        """knowledge: of the split's captions, in their order. text_length: tokens at most."""
         assert len(knowledge) == len(split.captions), (len(knowledge), len(split.captions))
         self.split, self.cache, self.tokenizer = split, cache, tokenizer
         self.text_length = text_length
@@ -236,11 +231,10 @@ class KnowledgeBatchSampler:
         guided_from: int = 0,
         group_size: int = 4,
     ):
-        """held [N, K] sparse: which concepts each sample holds; weights [K]; video_id, meaning_id
-        [N].
+        """held [N, K], sparse: the concepts of each sample. weights [K]. The ids are [N].
 
-        `batch_size` counts the whole batch of all processes, which cut it among them. Raises
-        UserError where it is more than there are samples.
+        batch_size: of the whole batch, which all processes share. Raises UserError where it is more
+        than there are samples.
         """
         size = held.shape[0]
         assert size == len(video_id) == len(meaning_id), (size, len(video_id), len(meaning_id))
@@ -257,16 +251,15 @@ class KnowledgeBatchSampler:
 
         self.video_id, self.meaning_id = np.asarray(video_id), np.asarray(meaning_id)
         self.num_concepts = held.shape[1]
-        self.weights = np.append(weights, 0).astype(
-            np.float32
-        )  # one more, of weight 0, for empty places
+        # one more, of weight 0, for empty places
+        self.weights = np.append(weights, 0).astype(np.float32)
         self.ids, self.inverse_norm = self.rarest_concepts(held)
 
     def rarest_concepts(self, held: csr_array) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 [N, P], 1 / norm [N]): each sample's P rarest concepts, and the length of its
-        whole vector.
+        """(ids int32 [N, P], 1 / norm [N]): each sample's P rarest concepts, and its length.
 
-        Empty places hold the id K. A sample without concepts has 1 / norm = 0.
+        The length is that of the whole vector. Empty places hold the id K. A sample without
+        concepts has 1 / norm = 0.
         """
         square_norm = held @ self.weights[:-1].astype(np.float64) ** 2
         norm = np.sqrt(square_norm).astype(np.float32)
@@ -287,8 +280,7 @@ class KnowledgeBatchSampler:
         return ids, inverse_norm
 
     def __len__(self) -> int:
-        """Batches per epoch. Samples after the last full one are left out; another epoch shuffles
-        others there."""
+        """Batches per epoch. What does not fill one is left out: other samples each epoch."""
         return self.size // self.batch_size
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
@@ -298,8 +290,7 @@ class KnowledgeBatchSampler:
             yield order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def plan(self, epoch: int) -> np.ndarray:
-        """All samples in the order of the epoch, int64 [N]: the batches are consecutive pieces of
-        it."""
+        """All samples in the order of the epoch, int64 [N]. Its pieces are the batches."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.size)
 
@@ -314,11 +305,11 @@ class KnowledgeBatchSampler:
         return np.concatenate([plain, self.deal(groups, rest, num_guided)])
 
     def find_groups(self, pool: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-        """At most `wanted` disjoint groups of the samples in `pool`, [G, group_size], the closest
-        captions first.
+        """At most `wanted` disjoint groups of the samples in `pool`, the closest first.
 
-        Samples without a group go into a new dictionary, with a lower floor. Captions like no other
-        never are in one: they have no hard negatives.
+        Returns [G, group_size]. Each round sorts the samples that have no group yet into a new
+        dictionary, and takes groups of less overlap. A caption like no other never gets a group: it
+        has no hard negatives.
         """
         pool = pool[self.inverse_norm[pool] > 0]
         is_free = np.ones(self.size, bool)
@@ -352,8 +343,7 @@ class KnowledgeBatchSampler:
         letter[np.argsort(draws)] = np.arange(K)
         spelling = np.sort(letter[self.ids[pool]], axis=1)  # [n, P]
 
-        # as many first letters as 63 bits hold, in one number: that sorts faster than rows of
-        # letters
+        # as many first letters as 63 bits hold, in one number: it sorts faster than rows do
         bits = K.bit_length()
         key = np.zeros(len(pool), np.int64)
         for letters in spelling.T[: 63 // bits]:
@@ -361,37 +351,35 @@ class KnowledgeBatchSampler:
         return pool[np.argsort(key, kind="stable")]
 
     def group_neighbours(self, dictionary: np.ndarray, wanted: int, floor: float) -> np.ndarray:
-        """About `wanted` groups, or as many as there are, from the dictionary's stretches: [G,
-        group_size]."""
+        """About `wanted` groups from the dictionary's stretches, or fewer: [G, group_size]."""
         width = min(self.STRETCH, len(dictionary))
         stretches = dictionary[: len(dictionary) // width * width].reshape(-1, width)  # [M, width]
         enough = -(-wanted // len(stretches))  # groups per stretch, rounded up
         per_stretch = min(width // self.group_size, enough)
 
-        at_once = max(
-            1, 2**22 // len(self.weights)
-        )  # stretches whose tables of overlaps take 16 MB
+        at_once = max(1, 2**22 // len(self.weights))  # their anchors' vectors take 16 MB
         parts = np.split(stretches, range(at_once, len(stretches), at_once))
         return np.concatenate([self.group_stretches(part, per_stretch, floor) for part in parts])
 
     def group_stretches(self, stretches: np.ndarray, per_stretch: int, floor: float) -> np.ndarray:
-        """Up to `per_stretch` groups of each stretch [M, W]: [G, group_size]. All stretches move in
-        step."""
+        """Up to `per_stretch` groups of each stretch [M, W], all stretches in step.
+
+        Returns [G, group_size].
+        """
         stretch = np.arange(len(stretches))
         video, meaning = self.video_id[stretches], self.meaning_id[stretches]  # [M, W]
         is_free = np.ones(stretches.shape, bool)
         may_lead = np.ones(stretches.shape, bool)
         groups = []
         for _ in range(per_stretch):
-            # the anchor is the first free sample that was none yet
+            # the anchor: the first free sample that was no anchor yet
             place = np.argmax(is_free & may_lead, axis=1)  # [M]
             is_whole = is_free[stretch, place]
             may_lead[stretch, place] = False
             overlap = self.overlaps(stretches[stretch, place], stretches)
             overlap[~is_free] = 0
 
-            # the others join one by one: most overlap with the anchor, no false negative of any
-            # member
+            # the others join one by one: most overlap, and no false negative of any member
             members = [place]
             for _ in range(self.group_size - 1):
                 same_video = video == video[stretch, place][:, None]
@@ -420,8 +408,7 @@ class KnowledgeBatchSampler:
         return self.weights[self.ids[samples]] * self.inverse_norm[samples][..., None]
 
     def deal(self, groups: np.ndarray, rest: np.ndarray, num_batches: int) -> np.ndarray:
-        """One order of `rest`: each of the full batches begins with its share of the groups; the
-        others follow."""
+        """All of `rest` in order: each batch begins with its share of the groups."""
         is_free = np.ones(self.size, bool)
         is_free[groups] = False
         others = rest[is_free[rest]]

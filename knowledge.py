@@ -6,20 +6,22 @@
 
 captions/tagger.py says which words are nouns and verbs, and captions/relations.py which noun a verb
 acts on. Each such piece is a *concept*: "noun:dog", "verb:chase", "relation:chase ball". What many
-captions know is a sparse matrix `held` [captions, concepts], 1 where a caption holds a concept; its
-frequent columns are the vocabulary of K concepts, which SKP predicts.
+captions know is a sparse matrix `held` [captions, concepts], 1 where a caption holds a concept. Its
+most frequent columns are the vocabulary: the K concepts that SKP predicts.
 
-With w_c the idf of concept c, the overlap κ of two captions is the cosine of their weighted concept
-vectors. It is a dot product of unit vectors, in [0, 1]:
+Concept c weighs w_c, its idf: the rarer, the heavier. The overlap κ of two captions is the cosine
+of their weighted concept vectors, from 0 to 1:
 
     κ_ij = Σ_{c in both} w_c² / (‖w_i‖ ‖w_j‖),    ‖w_i‖² = Σ_{c in i} w_c²
+
+With the idf of these four captions:
 
     a dog chases a cat      κ = 1.00   a cat is chased by a dog      the same: a false negative
                             κ = 0.58   a cat chases a dog            a hard negative: other roles
                             κ = 0.18   a dog sleeps
 
-KCL weighs negatives by κ, composes batches by the overlap of nouns and verbs alone (`word_idf`),
-and `meaning_ids` says which pairs are no negatives at all.
+KCL weighs negatives by κ. It composes batches by the overlap of nouns and verbs alone (`word_idf`).
+`meaning_ids` says which pairs are no negatives at all.
 
 Simplified: English only, no parse tree, no synonyms, no coreference ("it" is nothing). How well it
 reads captions: docs/results.md.
@@ -74,7 +76,7 @@ GRANULARITIES = {"noun": find_nouns, "verb": find_verbs, "relation": find_relati
 
 
 def extract_knowledge(caption: str) -> dict[str, list[str]]:
-    """{"noun": [...], "verb": [...], "relation": ["verb noun", ...]}: distinct lemmas, in order.
+    """{"noun": [...], "verb": [...], "relation": ["verb noun", ...]}: each lemma once, in order.
 
     A caption without letters has no concepts. Raises UserError where the tagger's weights are
     missing (`load_tagger`).
@@ -94,10 +96,10 @@ def concept_names(caption: str) -> list[str]:
 
 @dataclass
 class Knowledge:
-    """What N captions know. names[c]: "noun:dog"; held [N, len(names)]: 1 where caption i holds c."""
+    """What N captions know."""
 
-    names: list[str]
-    held: csr_array
+    names: list[str]  # of all concepts: "noun:dog", …
+    held: csr_array  # float32 [N, len(names)], 1 where a caption holds a concept
 
     def __len__(self) -> int:
         return self.held.shape[0]
@@ -116,9 +118,9 @@ def extract_many(
 ) -> Knowledge:
     """The knowledge of all captions. Each distinct one is tagged once.
 
-    workers: processes (default: one per core; small jobs stay in this one). cache: a folder with a
-    file per set of captions and version of this code. Raises UserError where the tagger's weights
-    are missing, a process dies, or the cache cannot be written.
+    workers: processes; default: one per core, and small jobs stay in this one. cache: a folder,
+    which gets a file for each set of captions and version of this code. Raises UserError where the
+    tagger's weights are missing, a process dies, or the cache cannot be written.
     """
     distinct = list(dict.fromkeys(captions))
     path = Path(cache) / f"{cache_key(distinct)}.npz" if cache else None
@@ -192,7 +194,7 @@ def write_cache(path: Path, knowledge: Knowledge) -> None:
 
 
 def read_cache(path: Path) -> Knowledge | None:
-    """None where the file is damaged, which is said."""
+    """What `write_cache` wrote. Where the file is damaged: a line that says so, and None."""
     try:
         with np.load(path) as saved:  # a zip file: every array carries a checksum
             names = saved["names"].tobytes().decode().split("\n")
@@ -209,10 +211,12 @@ def read_cache(path: Path) -> Knowledge | None:
 class ConceptVocab:
     """The K most frequent concepts of a corpus.
 
-    names ["noun:dog", …] by granularity, in each the most frequent first; counts int64 [K]: how
-    many of the num_captions captions hold each; idf float32 [K]; word_idf: idf, but 0 for
-    relations; log_odds float32 [K]: ln (p / (1 − p)) of the share p of captions that hold each,
-    with one caption more on either side (never infinite).
+    names     ["noun:dog", …], by granularity, in each the most frequent first
+    counts    int64 [K], how many of the num_captions captions hold each
+    idf       float32 [K]
+    word_idf  float32 [K], idf, but 0 for relations
+    log_odds  float32 [K], ln (p / (1 − p)), where the share p of captions hold a concept; with one
+              more caption on either side, so that it is never infinite
 
     Paper: how concepts are weighted is not said. idf_c = ln((N + 1) / (counts_c + 1)) + 1, the
     smoothed inverse document frequency of scikit-learn: the rarer, the heavier; none is zero.
@@ -279,9 +283,10 @@ def unit_rows(held: csr_array, idf: np.ndarray) -> csr_array:
 def meaning_ids(captions: list[str], knowledge: Knowledge) -> np.ndarray:
     """int64 [N], equal exactly for captions that must not be each other's negatives.
 
-    That is: the same non-empty knowledge (all of it, not only what the vocabulary keeps) or, where
-    there is none, the same text up to case, blanks and punctuation. A 64-bit hash, the same in
-    every run and on every rank; two of 2.5 million captions collide with probability 2e-7.
+    These are captions of the same knowledge (all of it, not only what the vocabulary keeps). Where
+    there is none, of the same text up to case, blanks and punctuation. The id is a 64-bit hash, the
+    same in every run and on every rank. That any two of 2.5 million captions collide has the
+    probability 2e-7.
     """
     assert len(captions) == len(knowledge), (len(captions), len(knowledge))
     ids = np.empty(len(captions), np.int64)

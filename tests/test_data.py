@@ -15,8 +15,15 @@ from scipy.sparse import csr_array
 
 from captions.tokenizer import Tokenizer
 from cli import UserError
-from data import PIXEL_MEAN, PIXEL_STD, KnowledgeBatchSampler, PairDataset
-from data import keep_decodable, prefetch, prepare_video
+from data import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    KnowledgeBatchSampler,
+    PairDataset,
+    keep_decodable,
+    prefetch,
+    prepare_video,
+)
 from datasets.published import load_split
 from datasets.split import Split
 from knowledge import ConceptVocab, extract_many, meaning_ids, unit_rows
@@ -31,7 +38,7 @@ SHARED_CSV = ROOT.parent / "shared" / "msrvtt_mini" / "val.csv"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six videos. Each frame is brighter than the one before, so that its mean tells which it is."""
+    """Six videos. Each frame is brighter than the one before: its mean tells which it is."""
     folder = tmp_path_factory.mktemp("pairs")
     lines = ["video,caption"]
     grey = np.arange(10, 250, 8, dtype=np.uint8)[:, None, None, None]
@@ -248,10 +255,12 @@ def test_resuming_sees_what_it_would_have_seen(start):
 
 @pytest.mark.parametrize("world", [WORLD, zipf_world(3000, num_concepts=12, longest=4)])
 def test_no_false_negatives_in_a_group(world):
-    everyone = np.arange(len(world[2]))
-    groups = make_sampler(world).find_groups(everyone, 60, np.random.default_rng(0))
-    assert len(groups) > 20
-    for ids in (world[2][groups], world[3][groups]):  # [G, group_size]
+    rng = np.random.default_rng(0)
+    groups = make_sampler(world).find_groups(np.arange(3000), 300, rng)  # [G, 4]
+    assert 20 < len(groups) <= 300
+    assert len(np.unique(groups)) == groups.size
+    assert all((overlap(world, group)[0] > 0).all() for group in groups)  # with the anchor
+    for ids in (world[2][groups], world[3][groups]):
         assert (np.diff(np.sort(ids, axis=1), axis=1) != 0).all()
 
 
