@@ -9,9 +9,9 @@ Every script declares its options once, as a dataclass whose trailing comments a
 
     config = parse_config(TrainConfig)          # --steps 600 --compile / --no-compile
 
-A mistake of the person at the keyboard (path, flag, broken file) is raised as `UserError` with one line that says the
-value, what is wrong and the remedy. `run` prints it and exits with status 2. A mistake of the programmer is an
-`assert`, and keeps its traceback.
+A mistake of the person at the keyboard (path, flag, broken file) is raised as `UserError` with one
+line that says the value, what is wrong and the remedy. `run` prints it and exits with status 2. A
+mistake of the programmer is an `assert`, and keeps its traceback.
 """
 
 import contextlib
@@ -35,14 +35,18 @@ class UserError(Exception):
 def parse_config(config_class, argv: list[str] | None = None):
     """An instance of the dataclass `config_class`, filled from `argv` (default: sys.argv[1:]).
 
-    Field `a_b` becomes `--a-b`; a field of type `tyro.conf.Positional` takes the words without a flag. A bad flag or
-    value ends the process with status 2 and says which, and which flag comes near.
+    Field `a_b` becomes `--a-b`; a field of type `tyro.conf.Positional` takes the words without a
+    flag. A bad flag or value ends the process with status 2 and says which, and which flag comes
+    near.
     """
     return tyro.cli(config_class, args=argv)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main()`. A UserError ends the process with its line and its status, Ctrl-C with status 130."""
+    """Call `main()`.
+
+    A UserError ends the process with its line and its status, Ctrl-C with status 130.
+    """
     # a terminal that cannot show "β" (LC_ALL=C) gets its code instead: no caption may end a run
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -66,18 +70,22 @@ def make_folder(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
+        raise UserError(
+            f"{out}: cannot write there ({error.strerror}); choose another --out"
+        ) from error
 
 
 @contextlib.contextmanager
 def write_whole(path: str | Path) -> Iterator[Path]:
-    """A path to write to. It becomes `path` when the block ends well, and vanishes when it does not.
+    """A path to write to. It becomes `path` when the block ends well, and vanishes when it does
+    not.
 
-    So a reader sees the old file or the new one, never half of one, whenever the process is killed. The folder is made
-    if it is not there. Raises UserError where the file cannot be written.
+    So a reader sees the old file or the new one, never half of one, whenever the process is killed.
+    The folder is made if it is not there. Raises UserError where the file cannot be written.
     """
     path = Path(path)
-    # in the same folder, since a rename cannot cross disks; with the same suffix, since OpenCV picks a format by it
+    # in the same folder, since a rename cannot cross disks; with the same suffix, since OpenCV
+    # picks a format by it
     unfinished = path.with_name(f".{secrets.token_hex(8)}.unfinished{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,17 +93,20 @@ def write_whole(path: str | Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another folder") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room or choose another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep freed memory instead of giving it back to the kernel (Linux only).
+    """Tell glibc's allocator to keep freed memory instead of giving it back to the kernel (Linux
+    only).
 
-    A training step frees the same megabytes some hundred times and asks for them again. Each return costs page faults,
-    which made a toy step several times slower (docs/LOG.md). See mallopt(3).
+    A training step frees the same megabytes some hundred times and asks for them again. Each return
+    costs page faults, which made a toy step several times slower (docs/LOG.md). See mallopt(3).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -106,7 +117,9 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the kernel, once, after work that took much more than what follows (Linux only)."""
+    """Return freed memory to the kernel, once, after work that took much more than what follows
+    (Linux only).
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -177,9 +177,10 @@ def dual_softmax_metrics(sim, video_of_text, scale: float) -> dict[str, float]:
     """{"dsl_t2v_R@1": …}: the metrics of `retrieval_metrics` after the dual softmax.
 
     Each score is multiplied by the share that its query has among *all* queries that want the same
-    candidate: sim_ij · softmax_i(scale · sim_ij) for t2v, over j for v2t. A candidate that everybody
-    wants is worth less. That uses the whole query set at once, which a search engine never sees.
-    sim [n_text, n_video] float64; scale: exp(logit_scale). https://arxiv.org/abs/2109.04290
+    candidate: sim_ij · softmax_i(scale · sim_ij) for t2v, over j for v2t. A candidate that
+    everybody wants is worth less. That uses the whole query set at once, which a search engine
+    never sees. sim [n_text, n_video] float64; scale: exp(logit_scale).
+    https://arxiv.org/abs/2109.04290
     """
     t2v = retrieval_metrics(sim * torch.softmax(scale * sim, dim=0), video_of_text)
     v2t = retrieval_metrics(sim * torch.softmax(scale * sim, dim=1), video_of_text)

@@ -1,19 +1,20 @@
-"""Speed of everything between the files and the model: decoding, frame cache, tokenizer, planning of batches.
+"""Speed of everything between the files and the model: decoding, frame cache, tokenizer, planning
+of batches.
 
     python -m bench.data                        # all, about two minutes on one core
     python -m bench.data --captions 0.1         # a smaller set to plan batches for, in millions
 
-Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here. PyAV is timed
-beside it where it can be imported (`pip install av`; nothing else here needs it): the same frames, decoded in order,
-cut and resized by the same code. Each alternative is timed in the same run, alternating with ours, so that other work
-on the machine disturbs both; trust the ratios more than the times, and those of processor time (CPU) most.
+Decoding is timed on the full-length clips of ../shared where they lie, else on clips written here.
+PyAV is timed beside it where it can be imported (`pip install av`; nothing else here needs it): the
+same frames, decoded in order, cut and resized by the same code. Each alternative is timed in the
+same run, alternating with ours, so that other work on the machine disturbs both; trust the ratios
+more than the times, and those of processor time (CPU) most.
 """
 
 import os
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 try:
     import av
@@ -30,20 +32,21 @@ except ImportError:
     av = None
 
 ROOT = Path(__file__).resolve().parent.parent
-
-from cli import parse_config, run  # noqa: E402
-from knowledge import ConceptSets, concept_vectors, multi_hot  # noqa: E402
-from data import KnowledgeBatchSampler, load_videos  # noqa: E402
-from videos.cache import FrameCache  # noqa: E402
-from captions.tokenizer import Tokenizer  # noqa: E402
-from videos.decode import _square as cut_square, frame_indices, read_frames, write_video  # noqa: E402
+from captions.tokenizer import Tokenizer
+from cli import parse_config, run
+from data import KnowledgeBatchSampler, load_videos
+from knowledge import unit_rows
+from videos.cache import FrameCache
+from videos.decode import _square as cut_square
+from videos.decode import frame_indices, read_frames, write_video
 
 
 @dataclass
 class BenchConfig:
     """Benchmark of video.py, framecache.py, tokenizer.py and data.py."""
+
     captions: float = 2.5  # size in millions of the set whose batches are planned
-    repeats: int = 5       # timings of which the median counts
+    repeats: int = 5  # timings of which the median counts
 
 
 def median_seconds(functions: dict, repeats: int) -> dict:
@@ -68,7 +71,7 @@ def median_cpu_seconds(functions: dict, repeats: int) -> dict:
     return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}
 
 
-# ---- decoding and cache ----------------------------------------------------------------------------------------------
+# ---- decoding and cache --------------------------------------------------------------------------
 
 
 def seek_frames(path: str, num_frames: int, size: int) -> np.ndarray:
@@ -82,7 +85,10 @@ def seek_frames(path: str, num_frames: int, size: int) -> np.ndarray:
 
 
 def pyav_frames(path: str, num_frames: int, size: int, threads: str) -> np.ndarray:
-    """PyAV as a sensible user has it: one pass, only the wanted frames converted. threads: "1" or "AUTO"."""
+    """PyAV as a sensible user has it: one pass, only the wanted frames converted.
+
+    threads: "1" or "AUTO".
+    """
     with av.open(path) as container:
         stream = container.streams.video[0]
         if threads == "1":
@@ -106,44 +112,77 @@ def bench_decoding(folder: Path, repeats: int):
         for i in range(4):
             paths.append(str(folder / f"{i}.mp4"))
             scene = rng.integers(0, 256, (24, 400, 3), dtype=np.uint8)
-            scene = cv2.resize(scene, (4000, 240), interpolation=cv2.INTER_CUBIC)  # the camera pans over it
-            write_video(paths[-1], np.stack([scene[:, 8 * t:8 * t + 320] for t in range(400)]))
+            scene = cv2.resize(
+                scene, (4000, 240), interpolation=cv2.INTER_CUBIC
+            )  # the camera pans over it
+            write_video(paths[-1], np.stack([scene[:, 8 * t : 8 * t + 320] for t in range(400)]))
     if av is None:
-        print("\nPyAV is not installed, so it is not timed; `pip install av` into an environment of your own")
-    print(f"\ndecoding: {len(paths)} {where}, 224 px            clips/s    ratio     clips/CPU s    ratio")
+        print(
+            "\nPyAV is not installed, so it is not timed; `pip install av` into an environment of your own"
+        )
+    print(
+        f"\ndecoding: {len(paths)} {where}, 224 px            clips/s    ratio     clips/CPU s    ratio"
+    )
     for num_frames in (4, 8, 12, 16, 24):  # the frame cache decodes twice the T of the model
-        readers = {"one seek a frame": seek_frames,
-                   "in order (ours)": lambda path, num_frames, size: read_frames(path, num_frames, size=size)}
+        readers = {
+            "one seek a frame": seek_frames,
+            "in order (ours)": lambda path, num_frames, size: read_frames(
+                path, num_frames, size=size
+            ),
+        }
         if av is not None:
-            readers |= {f"PyAV {av.__version__}, threads {n}": partial(pyav_frames, threads=n) for n in ("1", "AUTO")}
-        seconds = median_cpu_seconds({
-            name: lambda read=read: [read(path, num_frames, 224) for path in paths] for name, read in readers.items()},
-            repeats)
+            readers |= {
+                f"PyAV {av.__version__}, threads {n}": partial(pyav_frames, threads=n)
+                for n in ("1", "AUTO")
+            }
+        seconds = median_cpu_seconds(
+            {
+                name: lambda read=read: [read(path, num_frames, 224) for path in paths]
+                for name, read in readers.items()
+            },
+            repeats,
+        )
         for name, (wall, cpu) in seconds.items():
-            of_wall, of_cpu = (ours / other for ours, other in zip(seconds["one seek a frame"], (wall, cpu)))
-            print(f"    T = {num_frames:2d}, {name:24s} {len(paths) / wall:14.1f} {of_wall:8.2f} "
-                  f"{len(paths) / cpu:15.1f} {of_cpu:8.2f}")
+            of_wall, of_cpu = (
+                ours / other for ours, other in zip(seconds["one seek a frame"], (wall, cpu))
+            )
+            print(
+                f"    T = {num_frames:2d}, {name:24s} {len(paths) / wall:14.1f} {of_wall:8.2f} "
+                f"{len(paths) / cpu:15.1f} {of_cpu:8.2f}"
+            )
     for name, read in readers.items():
-        differ = [(read(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3)) for path in paths]
+        differ = [
+            (read(path, 12, 64) != read_frames(path, 12, size=64)).any(axis=(1, 2, 3))
+            for path in paths
+        ]
         print(f"    frames that differ from ours: {name:24s} {np.mean(differ):.1%}")
 
 
 def bench_cache(folder: Path, repeats: int):
     paths = [str(folder / f"small-{i}.mp4") for i in range(128)]
     for path in paths:  # of the toy world's kind
-        write_video(path, np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
+        write_video(
+            path, np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
+        )
     print("\nframe cache: batches of 128 videos of 16 frames of 64 px, one thread     ms     ratio")
     for size, num_frames in ((32, 8), (32, 16), (224, 12)):
         cache = FrameCache(folder / f"cache-{size}-{num_frames}", size=size, num_frames=num_frames)
         cache.fill(paths, workers=1, progress=False)
-        seconds = median_seconds({"decoded": lambda: [read_frames(path, num_frames, size=size) for path in paths],
-                                  "from the cache": lambda: load_videos(cache, paths, num_frames)}, repeats)
+        seconds = median_seconds(
+            {
+                "decoded": lambda: [read_frames(path, num_frames, size=size) for path in paths],
+                "from the cache": lambda: load_videos(cache, paths, num_frames),
+            },
+            repeats,
+        )
         for name, value in seconds.items():
             ratio = seconds["decoded"] / value
-            print(f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} {ratio:9.1f}")
+            print(
+                f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} {ratio:9.1f}"
+            )
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 
 def bench_tokenizer(repeats: int):
@@ -157,20 +196,24 @@ def bench_tokenizer(repeats: int):
         start = time.perf_counter()
         tokenizer = Tokenizer.train(captions, vocab_size)
         print(f"    learn {tokenizer.vocab_size} ids {time.perf_counter() - start:12.1f} s")
-    seconds = median_seconds({"encode": lambda: tokenizer.encode_batch(captions[:1280], 32)}, repeats)["encode"]
+    seconds = median_seconds(
+        {"encode": lambda: tokenizer.encode_batch(captions[:1280], 32)}, repeats
+    )["encode"]
     print(f"    encode_batch {1280 / seconds:16,.0f} captions/s")
 
 
-# ---- planning of batches ---------------------------------------------------------------------------------------------
+# ---- planning of batches -------------------------------------------------------------------------
 
 
 def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
-    """(ConceptSets, idf, video_of_sample, meaning_id): 0 to 10 Zipf concepts a caption, one caption a video."""
+    """(held, idf, video_id, meaning_id): 0 to 10 Zipf concepts a caption, one caption a video."""
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(1, num_concepts + 1)
     ladder = np.cumsum(popularity / popularity.sum())
     counts, parts = [], []
-    for start in range(0, size, 100_000):  # in pieces, so that making the data is not what the peak of memory shows
+    for start in range(
+        0, size, 100_000
+    ):  # in pieces, so that making the data is not what the peak of memory shows
         rows = min(100_000, size - start)
         drawn = rng.integers(0, 11, rows)
         concept = np.searchsorted(ladder[:-1], rng.random(drawn.sum()))
@@ -178,36 +221,48 @@ def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
         counts.append(np.bincount(key // num_concepts, minlength=rows))
         parts.append((key % num_concepts).astype(np.int32))
     ids = np.concatenate(parts)
-    sets = ConceptSets(np.concatenate([[0], np.cumsum(np.concatenate(counts))]), ids)
+    ends = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    held = csr_array((np.ones(len(ids), np.float32), ids, ends), shape=(size, num_concepts))
     idf = np.log((1 + size) / (1 + np.bincount(ids, minlength=num_concepts))).astype(np.float32)
-    return sets, idf, np.arange(size), np.arange(size)
+    return held, idf, np.arange(size), np.arange(size)
 
 
 def mean_overlap(world: tuple, rows: np.ndarray) -> float:
     """κ of the first of each row with the others, mean; `rows` [G, n] are samples."""
-    vectors = concept_vectors(multi_hot([world[0][i] for i in rows.ravel()], len(world[1])), torch.from_numpy(world[1]))
-    vectors = vectors.view(*rows.shape, -1)
-    return torch.einsum("gk,gmk->gm", vectors[:, 0], vectors[:, 1:]).mean().item()
+    vectors = unit_rows(world[0][rows.ravel()], world[1]).toarray().reshape(*rows.shape, -1)
+    return np.einsum("gk,gmk->gm", vectors[:, 0], vectors[:, 1:]).mean().item()
 
 
-def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int = 512) -> np.ndarray:
-    """The direct way, anchor by anchor: candidates are the free samples in the lists of its three rarest concepts."""
-    sets, idf = world[:2]
-    lists, rng = sets.transpose(len(idf)), np.random.default_rng(0)
+def walk_posting_lists(
+    world: tuple, wanted: int, group_size: int, longest: int = 512
+) -> np.ndarray:
+    """The direct way, anchor by anchor: candidates are the free samples in the lists of its three
+    rarest concepts.
+    """
+    held, idf = world[:2]
+    sets = np.split(held.indices, held.indptr[1:-1])
+    by_concept = held.tocsc()
+    lists = np.split(by_concept.indices, by_concept.indptr[1:-1])
+    rng = np.random.default_rng(0)
     vectors = [idf[sets[i]] / max(1e-6, np.linalg.norm(idf[sets[i]])) for i in range(len(sets))]
     free, groups = np.ones(len(sets), bool), []
     for anchor in rng.permutation(len(sets)):
         rare = sets[anchor][np.argsort(-idf[sets[anchor]])[:3]]
         if not free[anchor] or not len(rare):
             continue
-        candidates = np.concatenate([
-            lists[c] if len(lists[c]) <= longest else rng.choice(lists[c], longest) for c in rare])
+        candidates = np.concatenate(
+            [lists[c] if len(lists[c]) <= longest else rng.choice(lists[c], longest) for c in rare]
+        )
         candidates = np.unique(candidates[free[candidates] & (candidates != anchor)])
         of_anchor = dict(zip(sets[anchor].tolist(), vectors[anchor].tolist()))
-        overlap = [sum(of_anchor.get(c, 0) * w for c, w in zip(sets[i].tolist(), vectors[i].tolist()))
-                   for i in candidates]
+        overlap = [
+            sum(of_anchor.get(c, 0) * w for c, w in zip(sets[i].tolist(), vectors[i].tolist()))
+            for i in candidates
+        ]
         if len(candidates) >= group_size - 1:
-            groups.append(np.append(anchor, candidates[np.argsort(overlap)[::-1][:group_size - 1]]))
+            groups.append(
+                np.append(anchor, candidates[np.argsort(overlap)[::-1][: group_size - 1]])
+            )
             free[groups[-1]] = False
         if len(groups) == wanted:
             break
@@ -216,32 +271,44 @@ def walk_posting_lists(world: tuple, wanted: int, group_size: int, longest: int 
 
 def bench_planning(millions: float):
     group_size, share = 8, 0.5
-    print(f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, batches of 1,024\n"
-          "                              seconds    µs a caption    peak memory    κ in groups    κ at random")
+    print(
+        f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, batches of 1,024\n"
+        "                              seconds    µs a caption    peak memory    κ in groups    κ at random"
+    )
     small = zipf_captions(20_000)
     for name, size in (("posting lists", 20_000), ("ours", 20_000), ("ours", int(millions * 1e6))):
         world = small if size == 20_000 else zipf_captions(size)
         wanted = int(size // 1024 * 1024 * share) // group_size
         start = time.perf_counter()
         if name == "ours":
-            sampler = KnowledgeBatchSampler(*world, batch_size=1024, guided_share=share, group_size=group_size)
+            sampler = KnowledgeBatchSampler(
+                *world, batch_size=1024, guided_share=share, group_size=group_size
+            )
             plan = sampler.plan(0)
             seconds = time.perf_counter() - start
-            groups = plan[:size // 1024 * 1024].reshape(-1, 1024)[:16, :512].reshape(-1, group_size)
+            groups = (
+                plan[: size // 1024 * 1024].reshape(-1, 1024)[:16, :512].reshape(-1, group_size)
+            )
         else:
             groups = walk_posting_lists(world, wanted, group_size)
             seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-        chance = mean_overlap(world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size))
-        print(f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} GiB "
-              f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}")
+        chance = mean_overlap(
+            world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size)
+        )
+        print(
+            f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} GiB "
+            f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}"
+        )
 
 
 def main():
     config = parse_config(BenchConfig)
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, one used, no GPU; Python {platform.python_version()}, numpy "
-          f"{np.__version__}, OpenCV {cv2.__version__}; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, one used, no GPU; Python {platform.python_version()}, numpy "
+        f"{np.__version__}, OpenCV {cv2.__version__}; load {os.getloadavg()[0]:.1f}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         bench_decoding(Path(folder), config.repeats)
         bench_cache(Path(folder), config.repeats)

@@ -1,12 +1,15 @@
-"""How long does a query take in a large library? From its text to printed ranks, split into its two parts.
+"""How long does a query take in a large library? From its text to printed ranks, split into its two
+parts.
 
-    python -m bench.search                                          # 100,000 videos of 1 window; E = 128, 256, 512
+    python -m bench.search                                          # 100,000 videos of 1 window; E
+                                                                    = 128, 256, 512
     python -m bench.search --videos 100000 --windows 10             # 1,000,000 windows
 
-The library is an index on disk of random unit vectors, read as `eval.py --task search` reads it (the cold start: read
-and check the shards, look at nothing else; then gather all windows in memory). The model is untrained: preset "toy" for
-E = 128, "small" for 256, "base" for 512, whose text towers those widths belong to. A query is 8 words; median and worst
-of `--queries` different ones, printed to a string as the task prints them.
+The library is an index on disk of random unit vectors, read as `eval.py --task search` reads it
+(the cold start: read and check the shards, look at nothing else; then gather all windows in
+memory). The model is untrained: preset "toy" for E = 128, "small" for 256, "base" for 512, whose
+text towers those widths belong to. A query is 8 words; median and worst of `--queries` different
+ones, printed to a string as the task prints them.
 """
 
 import contextlib
@@ -23,12 +26,12 @@ from pathlib import Path
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from training.checkpoint import Checkpoint  # noqa: E402
+from captions.tokenizer import Tokenizer  # noqa: E402
 from cli import parse_config, run  # noqa: E402
 from model import CLOP, build_config  # noqa: E402
-from search.query import Library, answer, print_answer  # noqa: E402
-from captions.tokenizer import Tokenizer  # noqa: E402
 from search.index import File, Index, Record  # noqa: E402
+from search.query import Library, answer, print_answer  # noqa: E402
+from training.checkpoint import Checkpoint  # noqa: E402
 
 WORDS = "a the dog cat man woman child runs rides eats throws red blue ball horse bike beach street kitchen".split()
 
@@ -37,21 +40,27 @@ WORDS = "a the dog cat man woman child runs rides eats throws red blue ball hors
 class BenchConfig:
     """Benchmark of the search."""
 
-    videos: int = 100000   # in the library
-    windows: int = 1       # of each
+    videos: int = 100000  # in the library
+    windows: int = 1  # of each
     presets: str = "toy,small,base"  # E = 128, 256, 512
-    queries: int = 50      # after 3 that do not count
-    top: int = 10          # matches
+    queries: int = 50  # after 3 that do not count
+    top: int = 10  # matches
 
 
 def fill(folder: Path, config: BenchConfig, embed_dim: int) -> tuple[list[File], dict]:
     """Write the index; (its files, its recipe)."""
     rng, recipe = np.random.default_rng(0), dict(checkpoint="random", window=8.0)
-    files = [File(f"holidays/{i // 1000:03d}/clip {i:06d}.mp4", i, 10**6) for i in range(config.videos)]
+    files = [
+        File(f"holidays/{i // 1000:03d}/clip {i:06d}.mp4", i, 10**6) for i in range(config.videos)
+    ]
     index = Index(folder, recipe, files, embed_dim)
-    seconds = np.arange(config.windows, dtype=np.float32)[:, None] * 8 + np.float32([0, 8])      # [windows, 2]
+    seconds = np.arange(config.windows, dtype=np.float32)[:, None] * 8 + np.float32(
+        [0, 8]
+    )  # [windows, 2]
     for i in range(0, len(files), 10_000):
-        emb = rng.standard_normal((len(files[i:i + 10_000]), config.windows, embed_dim), np.float32)
+        emb = rng.standard_normal(
+            (len(files[i : i + 10_000]), config.windows, embed_dim), np.float32
+        )
         emb /= np.linalg.norm(emb, axis=2, keepdims=True)
         index.add({file: Record("", seconds, rows) for file, rows in zip(files[i:], emb)})
     return files, recipe
@@ -60,7 +69,9 @@ def fill(folder: Path, config: BenchConfig, embed_dim: int) -> tuple[list[File],
 def measure(preset: str, config: BenchConfig, tokenizer: Tokenizer) -> None:
     """Print a line of the table."""
     sizes = build_config(preset, vocab_size=tokenizer.vocab_size)
-    checkpoint = Checkpoint(CLOP(sizes).eval(), tokenizer, None, {}, 0, {}, "random", Path("random"), {})
+    checkpoint = Checkpoint(
+        CLOP(sizes).eval(), tokenizer, None, {}, 0, {}, "random", Path("random"), {}
+    )
     with tempfile.TemporaryDirectory() as folder:
         files, recipe = fill(Path(folder), config, sizes.embed_dim)
         megabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
@@ -77,22 +88,31 @@ def measure(preset: str, config: BenchConfig, tokenizer: Tokenizer) -> None:
         whole, cpu = time.perf_counter() - started, time.process_time() - cpu
         rows.append((whole, given.seconds[0], given.seconds[1], cpu))
     whole, text, search, cpu = 1000 * np.array(rows[3:]).T
-    print(f"{sizes.embed_dim:5d} {len(library.paths):9,d} {len(library.emb):10,d} {megabytes:8.0f} {cold:8.2f} "
-          f"{np.median(text):8.1f} {np.median(search):8.1f} {np.median(whole):8.1f} {whole.max():8.1f} "
-          f"{np.median(cpu):8.1f}", flush=True)
+    print(
+        f"{sizes.embed_dim:5d} {len(library.paths):9,d} {len(library.emb):10,d} {megabytes:8.0f} {cold:8.2f} "
+        f"{np.median(text):8.1f} {np.median(search):8.1f} {np.median(whole):8.1f} {whole.max():8.1f} "
+        f"{np.median(cpu):8.1f}",
+        flush=True,
+    )
 
 
 def main():
     config = parse_config(BenchConfig)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, numpy {np.__version__}, load {os.getloadavg()[0]:.1f}\n"
-          f"medians of {config.queries} queries, milliseconds")
-    print(f"{'E':>5s} {'videos':>9s} {'windows':>10s} {'MB':>8s} {'cold, s':>8s} {'text':>8s} {'search':>8s} "
-          f"{'whole':>8s} {'worst':>8s} {'CPU':>8s}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, numpy {np.__version__}, load {os.getloadavg()[0]:.1f}\n"
+        f"medians of {config.queries} queries, milliseconds"
+    )
+    print(
+        f"{'E':>5s} {'videos':>9s} {'windows':>10s} {'MB':>8s} {'cold, s':>8s} {'text':>8s} {'search':>8s} "
+        f"{'whole':>8s} {'worst':>8s} {'CPU':>8s}"
+    )
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 2, 400)
     for preset in config.presets.split(","):
         measure(preset, config, tokenizer)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform != "darwin" else 2**30
+    )
     print(f"peak memory {peak:.1f} GiB, three copies of the vectors while they are made and read")
 
 

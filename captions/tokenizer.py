@@ -58,8 +58,9 @@ def clean(caption: str) -> str:
     """CLIP's clean-up: "CAFÃ‰ &amp;amp;  bar" -> "café & bar"."""
     is_plain = caption.isascii() and caption.isprintable() and "&" not in caption
     if not is_plain:
-        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for "&amp;amp;amp;…".
-        # Twice is enough for captions; then twice more without ftfy, as CLIP does.
+        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for
+        # "&amp;amp;amp;…". Twice is enough for captions; then twice more without ftfy, as CLIP
+        # does.
         if "<" not in caption:
             caption = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption))
         caption = html.unescape(html.unescape(ftfy.fix_text(caption, MEND)))
@@ -219,7 +220,7 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
         """A tokenizer of at most `vocab_size` ids (258 or more), learned from the captions."""
         if vocab_size < 258:
-            raise UserError(f"vocabulary size {vocab_size}: too small for the 256 bytes; take more")
+            raise UserError(f"vocabulary size {vocab_size}: the 256 bytes and 2 marks need 258")
         counts = collections.Counter()
         for caption in captions:
             counts.update(split_words(caption))

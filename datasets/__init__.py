@@ -1,1 +1,3 @@
-"""Which videos, captions and questions there are: one's own, the published sets, the embedded toy world."""
+"""Which videos, captions and questions there are: one's own, the published sets, the embedded toy
+world.
+"""

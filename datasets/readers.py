@@ -1,24 +1,28 @@
-"""What a data set says: videos, captions, and which caption is of which video; its files are read with suspicion.
+"""What a data set says: videos, captions, and which caption is of which video; its files are read
+with suspicion.
 
-An annotation file was written by strangers, with a script of their own, and a caption that silently vanished changes
-every number that is measured afterwards. So nothing is guessed and nothing is skipped: a column that is missing, a
-number where a text should be, a broken quote, a byte that is no UTF-8 ends in one line (UserError) that says where,
+An annotation file was written by strangers, with a script of their own, and a caption that silently
+vanished changes every number that is measured afterwards. So nothing is guessed and nothing is
+skipped: a column that is missing, a number where a text should be, a broken quote, a byte that is
+no UTF-8 ends in one line (UserError) that says where,
 
     train.csv, line 3: 1 columns, the header has 2; expected video, caption
     MSRVTT_data.json, sentences[17]: the entry has no caption; expected video_id, caption
 
-and what was expected. The readers here know kinds of files, not data sets (those are in datasets.py); each yields
-(where, row) and holds one row at a time, whatever the size of the file:
+and what was expected. The readers here know kinds of files, not data sets (those are in
+datasets.py); each yields (where, row) and holds one row at a time, whatever the size of the file:
 
     read_csv      a header, then rows                    read_columns   no header: a fixed number of columns, no quotes
     read_jsonl    a JSON object a line                   read_list      a name a line
     read_json     one JSON document, whole               read_captions_pickle   {video: captions} in a pickle
 
-Three things that a file from elsewhere must not do: run code (a pickle may call any function, so ours is read by a
-reader that can build plain data only), point out of the folder of the data (`check_name`), and bring characters that
-no name or text holds (control characters in a path, halves of characters in a caption).
+Three things that a file from elsewhere must not do: run code (a pickle may call any function, so
+ours is read by a reader that can build plain data only), point out of the folder of the data
+(`check_name`), and bring characters that no name or text holds (control characters in a path,
+halves of characters in a caption).
 
-    python -m datasets.readers FILE.csv        the first rows of a csv or jsonl file with the columns video and caption
+    python -m datasets.readers FILE.csv        the first rows of a csv or jsonl file with the
+                                               columns video and caption
 """
 
 import csv
@@ -27,17 +31,18 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cli import UserError
 from captions.tagger import load_plain_pickle
+from cli import UserError
 
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 def check_row(row, where: str, columns: dict[str, type]) -> None:
-    """Raise UserError unless `row` is a dict in which each column is there, of its type, and whole characters."""
+    """Raise UserError unless `row` is a dict in which each column is there, of its type, and whole
+    characters.
+    """
     expected = f"expected {', '.join(columns)}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: the entry is not an object; {expected}")
@@ -45,7 +50,9 @@ def check_row(row, where: str, columns: dict[str, type]) -> None:
         raise UserError(f"{where}: the entry has no {' or '.join(missing)}; {expected}")
     for name, kind in columns.items():
         if type(row[name]) is not kind:
-            raise UserError(f"{where}: {name} is {_short(row[name])}, not {KINDS[kind]}; {expected}")
+            raise UserError(
+                f"{where}: {name} is {_short(row[name])}, not {KINDS[kind]}; {expected}"
+            )
         if kind is str:
             check_text(row[name], where, name)
 
@@ -55,7 +62,9 @@ def check_text(text, where: str, name: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: {name} is {_short(text)}, not a text")
     if not text.isascii() and _SURROGATE.search(text):
-        raise UserError(f"{where}: {name} holds half of a character (a lone surrogate); repair the file")
+        raise UserError(
+            f"{where}: {name} holds half of a character (a lone surrogate); repair the file"
+        )
     return text
 
 
@@ -68,49 +77,72 @@ def _short(value) -> str:
 
 
 def check_name(name: str, where: str, *, inside: bool = True) -> str:
-    """A file's name from an annotation file, if no character in it is a control character and, with `inside`, it
-    cannot leave the folder that it is looked up in: no absolute path, no "..". Raises UserError.
+    """A file's name from an annotation file, if no character in it is a control character and, with
+    `inside`, it cannot leave the folder that it is looked up in: no absolute path, no "..".
+    Raises UserError.
     """
     if not name.strip():
         raise UserError(f"{where}: video is empty; expected the name of a file")
     if _CONTROL.search(name):
-        raise UserError(f"{where}: the video {_short(name)} has control characters in its name; repair the file")
+        raise UserError(
+            f"{where}: the video {_short(name)} has control characters in its name; repair the file"
+        )
     if inside and (name[0] in "/\\" or name[1:2] == ":" or ".." in re.split(r"[/\\]", name)):
-        raise UserError(f"{where}: the video {_short(name)} lies outside of the data root; expected a path below it")
+        raise UserError(
+            f"{where}: the video {_short(name)} lies outside of the data root; expected a path below it"
+        )
     return name
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[tuple[str, dict]]:
-    """(where, {column: text}) of each row of a file whose header holds these columns (and perhaps others).
+def read_csv(
+    path: Path, columns: Sequence[str], delimiter: str = ","
+) -> Iterator[tuple[str, dict]]:
+    """(where, {column: text}) of each row of a file whose header holds these columns (and perhaps
+    others).
 
-    Raises UserError as the top of this file says; also where the file has no header. Blank lines are no rows.
+    Raises UserError as the top of this file says; also where the file has no header. Blank lines
+    are no rows.
     """
     expected = f"expected {', '.join(columns)}"
-    reader, header, start = csv.reader(_lines(path, expected), strict=True, delimiter=delimiter), None, 1
+    reader, header, start = (
+        csv.reader(_lines(path, expected), strict=True, delimiter=delimiter),
+        None,
+        1,
+    )
     try:
         for row in reader:
             if header is None and any(map(str.strip, row)):
                 header = row
                 if missing := [name for name in columns if name not in header]:
-                    raise UserError(f"{path}, line {start}: the header {delimiter.join(header)[:80]!r} has no "
-                                    f"{' or '.join(missing)}; {expected}")
+                    raise UserError(
+                        f"{path}, line {start}: the header {delimiter.join(header)[:80]!r} has no "
+                        f"{' or '.join(missing)}; {expected}"
+                    )
             elif header and row:
                 if len(row) != len(header):
-                    raise UserError(f"{path}, line {start}: {len(row)} columns, the header has {len(header)}; "
-                                    f"{expected} (a caption with a comma stands in double quotes)")
+                    raise UserError(
+                        f"{path}, line {start}: {len(row)} columns, the header has {len(header)}; "
+                        f"{expected} (a caption with a comma stands in double quotes)"
+                    )
                 yield f"{path}, line {start}", dict(zip(header, row))
-            start = reader.line_num + 1  # a quoted caption may run over several lines: the row begins at `start`
+            start = (
+                reader.line_num + 1
+            )  # a quoted caption may run over several lines: the row begins at `start`
     except csv.Error as error:
         raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
     if not header:
         raise UserError(f"{path}: the file is empty; {expected}")
 
 
-def read_columns(path: Path, columns: Sequence[str], delimiter: str = "\t") -> Iterator[tuple[str, dict]]:
-    """(where, {column: text}) of each line of a file without header or quotes: every line has just these columns."""
+def read_columns(
+    path: Path, columns: Sequence[str], delimiter: str = "\t"
+) -> Iterator[tuple[str, dict]]:
+    """(where, {column: text}) of each line of a file without header or quotes: every line has just
+    these columns.
+    """
     expected, empty = f"expected {', '.join(columns)}, separated by tabs, without a header", True
     for number, line in enumerate(_lines(path, expected), 1):
         values = line.rstrip("\r\n").split(delimiter)
@@ -125,8 +157,11 @@ def read_columns(path: Path, columns: Sequence[str], delimiter: str = "\t") -> I
 
 def read_list(path: Path) -> list[tuple[str, str]]:
     """(where, name) of each line of a file of names, one a line, without a header."""
-    names = [(f"{path}, line {number}", check_text(line.strip(), f"{path}, line {number}", "the name"))
-             for number, line in enumerate(_lines(path, "expected one name a line"), 1) if line.strip()]
+    names = [
+        (f"{path}, line {number}", check_text(line.strip(), f"{path}, line {number}", "the name"))
+        for number, line in enumerate(_lines(path, "expected one name a line"), 1)
+        if line.strip()
+    ]
     if not names:
         raise UserError(f"{path}: the file is empty; expected one name a line")
     return names
@@ -147,16 +182,24 @@ def read_jsonl(path: Path, columns: dict[str, type]) -> Iterator[tuple[str, dict
 
 def read_json(path: Path, expected: str):
     """The value of a JSON file. Raises UserError with the line of a mistake in its syntax."""
-    return _parse_json("".join(_lines(path, f"expected {expected}")), str(path), f"expected {expected}")
+    return _parse_json(
+        "".join(_lines(path, f"expected {expected}")), str(path), f"expected {expected}"
+    )
 
 
-def read_entries(path: Path, document, key: str | None, columns: dict[str, type]) -> Iterator[tuple[str, dict]]:
-    """(where, object) of each entry of the list document[key] (key None: the document is the list), checked."""
+def read_entries(
+    path: Path, document, key: str | None, columns: dict[str, type]
+) -> Iterator[tuple[str, dict]]:
+    """(where, object) of each entry of the list document[key] (key None: the document is the list),
+    checked.
+    """
     if key is not None:
         check_row(document, str(path), {key: list})
     entries = document if key is None else document[key]
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: no entries in it; expected a list of objects with {', '.join(columns)}")
+        raise UserError(
+            f"{path}: no entries in it; expected a list of objects with {', '.join(columns)}"
+        )
     for number, entry in enumerate(entries):
         check_row(entry, where := f"{path}, {key or 'entry '}[{number}]", columns)
         yield where, entry
@@ -165,9 +208,11 @@ def read_entries(path: Path, document, key: str | None, columns: dict[str, type]
 def read_captions_pickle(path: Path) -> dict[str, list]:
     """{video: [caption, …]} of a pickle, in which a caption is a text or a list of words.
 
-    Only dicts, lists, texts and numbers are built, nothing is called (`tagger.load_plain_pickle`). Texts that Python 2
-    wrote are bytes: UTF-8 where they can be, else Latin-1. Raises UserError where there is anything else.
+    Only dicts, lists, texts and numbers are built, nothing is called (`tagger.load_plain_pickle`).
+    Texts that Python 2 wrote are bytes: UTF-8 where they can be, else Latin-1. Raises UserError
+    where there is anything else.
     """
+
     def text(value):
         if isinstance(value, bytes):
             try:
@@ -182,9 +227,12 @@ def read_captions_pickle(path: Path) -> dict[str, list]:
             return {text(video): text(captions) for video, captions in data.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged pickle raises nearly anything; a list may be its own member, or a key a list
-        raise UserError(f"{path}: not a pickle of plain data ({_short(str(error))}); expected {{video: captions}}; "
-                        "fetch it again") from error
+    # a damaged pickle raises nearly anything; a list may be its own member, or a key a list
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a pickle of plain data ({_short(str(error))}); expected {{video: captions}}; "
+            "fetch it again"
+        ) from error
     raise UserError(f"{path}: holds {_short(data)}; expected {{video: captions}}")
 
 
@@ -196,9 +244,13 @@ def _lines(path: Path, expected: str) -> Iterator[str]:
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
+                    raise UserError(
+                        f"{path}, line {number}: not UTF-8 text; save the file as UTF-8"
+                    ) from error
     except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {expected}") from error
+        raise UserError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {expected}"
+        ) from error
 
 
 def _parse_json(text: str, where: str, expected: str):
@@ -216,11 +268,13 @@ def _no_twins(pairs: list, where: str) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise UserError(f"{where}: {_short(next(name for name in names if names.count(name) > 1))} stands there twice")
+        raise UserError(
+            f"{where}: {_short(next(name for name in names if names.count(name) > 1))} stands there twice"
+        )
     return found
 
 
-# ---- one's own videos ------------------------------------------------------------------------------------------------
+# ---- one's own videos ----------------------------------------------------------------------------
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, dict]]:

@@ -1,4 +1,5 @@
-"""What an evaluation asks: a gallery with its captions, perhaps questions, and the protocol in words.
+"""What an evaluation asks: a gallery with its captions, perhaps questions, and the protocol in
+words.
 
 A task is one function from the configuration of an evaluation to a `Task`. The embedded toy world
 and one's own videos are tasks like the published data sets.

@@ -1,29 +1,37 @@
 """GPU forward: log-sum-exps and a running top-k in one pass over the tiles.
 
-The unit of work is a program that *owns* 128 columns (say videos; 256 without mining), stays with them and streams
-over the other side (texts), 128 rows at a time (docs/tile_walk.svg). For each tile:
+The unit of work is a program that *owns* 128 columns (say videos; 256 without mining), stays with
+them and streams over the other side (texts), 128 rows at a time (docs/tile_walk.svg). For each
+tile:
 
     acc[y, x] = Y[y] · X[x]                              matrix unit, accumulators in registers
-    e = exp2(acc · s·log2e − shift)                      one fma, one exp2; why a fixed shift does: triton_layout.py
-    e = 0 at masked pairs                                only in marked tiles: those near the diagonal
+    e = exp2(acc · s·log2e − shift)                      one fma, one exp2; why a fixed shift does:
+                                                         triton_layout.py
+    e = 0 at masked pairs                                only in marked tiles: those near the
+                                                         diagonal
     x_sums[x] += Σ_y e                                   the owned side: an accumulator in registers
-    y_sums[program, y] = Σ_x e                           the streamed side, if nothing is mined: one pass serves both
-    best two of each lane                                the owned side, if mined: then each side takes its own pass
+    y_sums[program, y] = Σ_x e                           the streamed side, if nothing is mined: one
+                                                         pass serves both
+    best two of each lane                                the owned side, if mined: then each side
+                                                         takes its own pass
 
-The owned axis is the N side of the tile because of how an accumulator lies in registers: a thread holds, in two rows
-8 apart, every fourth pair of columns. Sums over x are then additions inside a thread and two shuffles; and what
-belongs to a column x can stay in the thread from tile to tile, if it keeps one result *per row position* (64 "lanes":
-rows y and y + 8 share one) instead of one per column. Lanes are added up once, at the very end, not per tile.
+The owned axis is the N side of the tile because of how an accumulator lies in registers: a thread
+holds, in two rows 8 apart, every fourth pair of columns. Sums over x are then additions inside a
+thread and two shuffles; and what belongs to a column x can stay in the thread from tile to tile, if
+it keeps one result *per row position* (64 "lanes": rows y and y + 8 share one) instead of one per
+column. Lanes are added up once, at the very end, not per tile.
 
-The running top-k uses the same lanes. Each lane of each column keeps its best two values of e, as one integer each:
-the bits of a positive float order like an integer, so the lowest bits are overwritten by which tile (and which of the
-two rows) it came from. That is three min/max instructions per logit, no branch, no data movement; a sorted list of k
-would triple the loop's time. With S splits of the streamed side there are 64·S lanes, and the k hardest hardly ever
-have three of their number in one lane. Which lanes may hide something is known exactly, and repaired:
+The running top-k uses the same lanes. Each lane of each column keeps its best two values of e, as
+one integer each: the bits of a positive float order like an integer, so the lowest bits are
+overwritten by which tile (and which of the two rows) it came from. That is three min/max
+instructions per logit, no branch, no data movement; a sorted list of k would triple the loop's
+time. With S splits of the streamed side there are 64·S lanes, and the k hardest hardly ever have
+three of their number in one lane. Which lanes may hide something is known exactly, and repaired:
 triton_mining.py.
 
-Splits make enough programs to fill the GPU, and lanes enough to be complete. `flatten` fuses the loops over tiles and
-over depth, so that the next tile's operands are on their way while this tile's exponentials are computed.
+Splits make enough programs to fill the GPU, and lanes enough to be complete. `flatten` fuses the
+loops over tiles and over depth, so that the next tile's operands are on their way while this tile's
+exponentials are computed.
 """
 
 import torch
@@ -32,11 +40,23 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import no_negatives
-from kernels.triton_layout import (CELL, LOG2E, Side, as_argument, is_marked, load_tile, on_device, pack, tile_for,
-                                   zero_masked)
+from kernels.triton_layout import (
+    CELL,
+    LOG2E,
+    Side,
+    as_argument,
+    is_marked,
+    load_tile,
+    on_device,
+    pack,
+    tile_for,
+    zero_masked,
+)
 from kernels.triton_mining import hardest
 
-LANES_WANTED = 512  # per column: then 20 % of the columns have a lane to repair at k = 16 (birthday problem)
+LANES_WANTED = (
+    512  # per column: then 20 % of the columns have a lane to repair at k = 16 (birthday problem)
+)
 
 
 @triton.jit
@@ -52,10 +72,32 @@ def keep_two(first, second, new):
 
 
 @triton.jit
-def forward_kernel(x_rows, y_rows, x_ids, y_ids, marks, mark_stride_x, mark_stride_y, scalars, x_sums, y_sums, best,
-                   n_x, n_y, split_size, D: tl.constexpr, IDS: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
-                   BD: tl.constexpr, CELL: tl.constexpr, CODE_BITS: tl.constexpr, BOTH: tl.constexpr,
-                   MINE: tl.constexpr, TMA: tl.constexpr):
+def forward_kernel(
+    x_rows,
+    y_rows,
+    x_ids,
+    y_ids,
+    marks,
+    mark_stride_x,
+    mark_stride_y,
+    scalars,
+    x_sums,
+    y_sums,
+    best,
+    n_x,
+    n_y,
+    split_size,
+    D: tl.constexpr,
+    IDS: tl.constexpr,
+    BX: tl.constexpr,
+    BY: tl.constexpr,
+    BD: tl.constexpr,
+    CELL: tl.constexpr,
+    CODE_BITS: tl.constexpr,
+    BOTH: tl.constexpr,
+    MINE: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Program (i, split) owns columns i·BX … and streams rows split·split_size … of y.
 
     x_rows, y_rows: descriptors of [n_x, D], [n_y, D]; x_sums [splits, n_x], y_sums [n_x / BX, n_y];
@@ -76,7 +118,9 @@ def forward_kernel(x_rows, y_rows, x_ids, y_ids, marks, mark_stride_x, mark_stri
             acc = tl.dot(y, x.T, acc, input_precision="ieee")
         e = tl.math.exp2(tl.fma(acc, scale2, -shift))
         if is_marked(marks, mark_stride_y, mark_stride_x, y0, x0, BY, BX, CELL):
-            e = zero_masked(e, y_ids, x_ids, n_y, n_x, y0 + tl.arange(0, BY), x0 + tl.arange(0, BX), IDS)
+            e = zero_masked(
+                e, y_ids, x_ids, n_y, n_x, y0 + tl.arange(0, BY), x0 + tl.arange(0, BX), IDS
+            )
         upper, lower = fold(e, BY, BX)
         sums += upper + lower
         if BOTH:
@@ -84,12 +128,22 @@ def forward_kernel(x_rows, y_rows, x_ids, y_ids, marks, mark_stride_x, mark_stri
         if MINE:
             code = (y0 - start) // BY * 2
             keep: tl.constexpr = -(1 << CODE_BITS)
-            first, second = keep_two(first, second, (upper.to(tl.int32, bitcast=True) & keep) | code)
-            first, second = keep_two(first, second, (lower.to(tl.int32, bitcast=True) & keep) | (code + 1))
-    tl.store(x_sums + split * n_x + x0 + tl.arange(0, BX), tl.sum(tl.reshape(sums, [BY // 2, BX]), 0))
+            first, second = keep_two(
+                first, second, (upper.to(tl.int32, bitcast=True) & keep) | code
+            )
+            first, second = keep_two(
+                first, second, (lower.to(tl.int32, bitcast=True) & keep) | (code + 1)
+            )
+    tl.store(
+        x_sums + split * n_x + x0 + tl.arange(0, BX), tl.sum(tl.reshape(sums, [BY // 2, BX]), 0)
+    )
     if MINE:
         lane = tl.reshape(tl.arange(0, BY // 2), [BY // 16, 8, 1])
-        at = best + (split * BY + lane).to(tl.int64) * n_x + tl.reshape(x0 + tl.arange(0, BX), [1, 1, BX])
+        at = (
+            best
+            + (split * BY + lane).to(tl.int64) * n_x
+            + tl.reshape(x0 + tl.arange(0, BX), [1, 1, BX])
+        )
         tl.store(at, first)
         tl.store(at + (BY // 2) * n_x.to(tl.int64), second)
 
@@ -109,35 +163,76 @@ class Pass:
         self.x_sums = torch.empty(splits, n_x, device=device)
         self.y_sums = self.best = self.x_sums  # not written where not asked for
         if mine:
-            self.best = torch.empty(splits, 2, tile.streamed // 2, n_x, dtype=torch.int32, device=device)
+            self.best = torch.empty(
+                splits, 2, tile.streamed // 2, n_x, dtype=torch.int32, device=device
+            )
         else:
             self.y_sums = torch.empty(owners, n_y, device=device)
         forward_kernel[owners, splits](
             as_argument(x.rows, tile.owned, tile.depth, tile.tma),
             as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
-            x.ids, y.ids, marks, marks.stride(0), marks.stride(1), scalars, self.x_sums, self.y_sums, self.best,
-            n_x, n_y, self.split_size, D=x.rows.shape[1], IDS=len(x.ids), BX=tile.owned, BY=tile.streamed,
-            BD=tile.depth, CELL=CELL, CODE_BITS=self.code_bits, BOTH=not mine, MINE=mine, TMA=tile.tma,
-            num_warps=tile.warps, num_stages=tile.stages)
+            x.ids,
+            y.ids,
+            marks,
+            marks.stride(0),
+            marks.stride(1),
+            scalars,
+            self.x_sums,
+            self.y_sums,
+            self.best,
+            n_x,
+            n_y,
+            self.split_size,
+            D=x.rows.shape[1],
+            IDS=len(x.ids),
+            BX=tile.owned,
+            BY=tile.streamed,
+            BD=tile.depth,
+            CELL=CELL,
+            CODE_BITS=self.code_bits,
+            BOTH=not mine,
+            MINE=mine,
+            TMA=tile.tma,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def log_of_sums(sums: Tensor, side: Side, scalars: Tensor) -> Tensor:
-    """Partial sums [parts, P] in packed order -> natural log-sum-exp [n] in the caller's; −inf where the sum is 0."""
+    """Partial sums [parts, P] in packed order -> natural log-sum-exp [n] in the caller's; −inf
+    where the sum is 0.
+    """
     return ((sums.sum(0)[side.place.long()].double().log2() + scalars[1]) / LOG2E).float()
 
 
 @on_device
-def triton_forward(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, signature, offset: int, k: int
-                   ) -> tuple[Tensor, ...]:
-    """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index, t2v_score [M, k])"""
+def triton_forward(
+    video: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    beta: Tensor,
+    concepts,
+    signature,
+    offset: int,
+    k: int,
+) -> tuple[Tensor, ...]:
+    """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index,
+    t2v_score [M, k])
+    """
     n, m = len(video), len(text)
     layout = pack(video, text, scale, beta, concepts, signature, offset)
-    positive = scale * (video.float() * text[offset:offset + n].float()).sum(1)
+    positive = scale * (video.float() * text[offset : offset + n].float()).sum(1)
     videos_own = Pass(layout.video, layout.text, layout.marks, layout.scalars, mine=k > 0)
     row_negatives = log_of_sums(videos_own.x_sums, layout.video, layout.scalars)
     if k == 0:
         col_negatives = log_of_sums(videos_own.y_sums, layout.text, layout.scalars)
-        return row_negatives, col_negatives, positive, *no_negatives(n, k, video), *no_negatives(m, k, video)
+        return (
+            row_negatives,
+            col_negatives,
+            positive,
+            *no_negatives(n, k, video),
+            *no_negatives(m, k, video),
+        )
     v2t = hardest(videos_own, k, n)
     del videos_own  # its workspace is as large as the next one's
     texts_own = Pass(layout.text, layout.video, layout.marks.T, layout.scalars, mine=True)

@@ -1,19 +1,25 @@
-"""How both sides of the problem lie in GPU memory, so that the kernels' inner loops need no special case.
+"""How both sides of the problem lie in GPU memory, so that the kernels' inner loops need no special
+case.
 
-The caller's rows are copied once into a packed form (a copy of B·E numbers costs thousandths of the B²·E products):
+The caller's rows are copied once into a packed form (a copy of B·E numbers costs thousandths of the
+B²·E products):
 
-columns   [v | β/s · c_v] and [t | c_t]: the concept vectors are further columns, so that one dot product, on the matrix
-          unit, is v·t + β/s · κ = a / s, and the kernels know nothing of knowledge. Padded with zeros to a multiple of
-          the tile's depth. Any number of concepts works; K of them make a product (E + K) / E as dear. In half
-          precision they are rounded like the embeddings.
-rows      padded to a multiple of 256, and reordered: pairs that share an id (a video, some knowledge, or being each
-          other's positive) come to lie near the diagonal, anything else at random. The first makes masks rare:
-          `mark_tiles` notes which tiles hold a masked or padded pair, and only there does a kernel compare ids. The
-          second spreads a batch that was *sampled* in groups of hard negatives over the lanes of the running top-k.
-ids       [C, rows] int32: the pair number (−1: padding), then the signature ids, renumbered densely: no hash collides.
+columns   [v | β/s · c_v] and [t | c_t]: the concept vectors are further columns, so that one dot
+          product, on the matrix
+          unit, is v·t + β/s · κ = a / s, and the kernels know nothing of knowledge. Padded with
+          zeros to a multiple of the tile's depth. Any number of concepts works; K of them make a
+          product (E + K) / E as dear. In half precision they are rounded like the embeddings.
+rows      padded to a multiple of 256, and reordered: pairs that share an id (a video, some
+          knowledge, or being each
+          other's positive) come to lie near the diagonal, anything else at random. The first makes
+          masks rare: `mark_tiles` notes which tiles hold a masked or padded pair, and only there
+          does a kernel compare ids. The second spreads a batch that was *sampled* in groups of hard
+          negatives over the lanes of the running top-k.
+ids       [C, rows] int32: the pair number (−1: padding), then the signature ids, renumbered
+          densely: no hash collides.
 
-Nothing here waits for the GPU. One thing differs in Triton's interpreter: its bfloat16 arithmetic is silently wrong,
-so there the packed copies are float32.
+Nothing here waits for the GPU. One thing differs in Triton's interpreter: its bfloat16 arithmetic
+is silently wrong, so there the packed copies are float32.
 """
 
 import functools
@@ -33,23 +39,34 @@ CELL = 128  # rows and columns of a marked cell
 
 
 class Tile(NamedTuple):
-    """A tile of the matrix, the depth of one step of its product, and what the compiler may spend on it."""
+    """A tile of the matrix, the depth of one step of its product, and what the compiler may spend
+    on it.
+    """
+
     owned: int
     streamed: int
     depth: int
     warps: int
     stages: int
-    tma: bool  # rows arrive by tensor descriptors (Hopper's copy engine: no address registers) or by pointers
+    # rows arrive by tensor descriptors (Hopper's copy engine: no address registers) or by pointers
+    tma: bool
 
 
-# What each kernel runs with; each line is compiled and inspected by tests/test_kernels_aot.py. "large": GPUs that
-# give a block 227 KiB of shared memory (Hopper, data-centre Blackwell); "small": all others from Ampere on; "fp32":
-# exact float32 products, without the matrix unit: for checking, not for speed.
+# What each kernel runs with; each line is compiled and inspected by tests/test_kernels_aot.py.
+# "large": GPUs that give a block 227 KiB of shared memory (Hopper, data-centre Blackwell); "small":
+# all others from Ampere on; "fp32": exact float32 products, without the matrix unit: for checking,
+# not for speed.
 TILES = {
-    "large": {"sums": Tile(256, 128, 64, 8, 4, True), "mine": Tile(128, 128, 64, 8, 4, True),
-              "slab": Tile(128, 256, 64, 8, 3, True)},
-    "small": {"sums": Tile(128, 128, 32, 8, 4, False), "mine": Tile(128, 128, 32, 8, 4, False),
-              "slab": Tile(128, 128, 32, 8, 4, False)},
+    "large": {
+        "sums": Tile(256, 128, 64, 8, 4, True),
+        "mine": Tile(128, 128, 64, 8, 4, True),
+        "slab": Tile(128, 256, 64, 8, 3, True),
+    },
+    "small": {
+        "sums": Tile(128, 128, 32, 8, 4, False),
+        "mine": Tile(128, 128, 32, 8, 4, False),
+        "slab": Tile(128, 128, 32, 8, 4, False),
+    },
     "fp32": {mode: Tile(64, 64, 32, 8, 2, False) for mode in ("sums", "mine", "slab")},
 }
 
@@ -58,20 +75,26 @@ def tile_for(mode: str, packed: Tensor) -> Tile:
     """The shipped tile of kernel `mode` for the packed dtype and the device."""
     if packed.dtype == torch.float32:
         return TILES["fp32"][mode]
-    return TILES["large" if torch.cuda.get_device_capability(packed.device)[0] in (9, 10) else "small"][mode]
+    return TILES[
+        "large" if torch.cuda.get_device_capability(packed.device)[0] in (9, 10) else "small"
+    ][mode]
 
 
 def on_device(function):
     """`function` with the GPU of its first tensor as the current one, where Triton launches."""
+
     @functools.wraps(function)
     def wrapped(first: Tensor, *others):
         with torch.cuda.device_of(first):
             return function(first, *others)
+
     return wrapped
 
 
 def as_argument(matrix: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What `load_tile` and `store_tile` take: the matrix, or a descriptor of its tiles of rows x cols."""
+    """What `load_tile` and `store_tile` take: the matrix, or a descriptor of its tiles of rows x
+    cols.
+    """
     return TensorDescriptor.from_tensor(matrix, [rows, cols]) if tma else matrix
 
 
@@ -86,7 +109,9 @@ def load_tile(matrix, row, col, stride, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(matrix, row, col, stride, value, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+def store_tile(
+    matrix, row, col, stride, value, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
+):
     """matrix[row : row + ROWS, col : col + COLS] = value"""
     if TMA:
         matrix.store([row, col], value)
@@ -97,44 +122,57 @@ def store_tile(matrix, row, col, stride, value, ROWS: tl.constexpr, COLS: tl.con
 
 class Side(NamedTuple):
     """One side of the problem, packed."""
-    rows: Tensor   # [P, D] embeddings and concepts
-    ids: Tensor    # [C, P] int32
+
+    rows: Tensor  # [P, D] embeddings and concepts
+    ids: Tensor  # [C, P] int32
     order: Tensor  # [P] int32: packed row p is the caller's row order[p] (0 for padding)
     place: Tensor  # [n] int32: the caller's row i is packed row place[i]
 
 
 class Layout(NamedTuple):
     """The packed problem: video rows, text columns, and the numbers that every kernel needs."""
+
     video: Side
     text: Side
-    marks: Tensor    # [P_video / CELL, P_text / CELL] int8: does a cell hold a masked pair?
+    marks: Tensor  # [P_video / CELL, P_text / CELL] int8: does a cell hold a masked pair?
     scalars: Tensor  # float32 [3]: s · log2 e, shift, s
 
 
 def _dense(ids: Tensor) -> Tensor:
-    """Any integers [L] -> 0, 1, 2, … in the order of their values, equal where they were equal; without a wait."""
+    """Any integers [L] -> 0, 1, 2, … in the order of their values, equal where they were equal;
+    without a wait.
+    """
     value, order = ids.sort()
     rank = torch.cat([value.new_zeros(1), (value[1:] != value[:-1]).cumsum(0)])
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
 def _sort_key(ids: Tensor) -> Tensor:
-    """Dense ids [C, L] -> a key [L], (nearly always) equal for rows connected by equal ids, and random otherwise.
+    """Dense ids [C, L] -> a key [L], (nearly always) equal for rows connected by equal ids, and
+    random otherwise.
 
-    Connected components by two rounds of "take the smallest label among those who share an id". Components that need
-    more are only slower: `mark_tiles` looks at every pair.
+    Connected components by two rounds of "take the smallest label among those who share an id".
+    Components that need more are only slower: `mark_tiles` looks at every pair.
     """
     label = ids[0]
     for _ in range(2):
         for line in [*ids[1:], ids[0]]:
             smallest = torch.full_like(label, len(label)).scatter_reduce_(0, line, label, "amin")
             label = smallest[line]
-    key = label * 2654435761 % (1 << 32)  # Knuth's multiplicative hash, and one more round for the low bits
+    key = (
+        label * 2654435761 % (1 << 32)
+    )  # Knuth's multiplicative hash, and one more round for the low bits
     return (key ^ (key >> 16)) * 0x45D9F3B % (1 << 32)
 
 
-def _pack(embeddings: Tensor, concepts: Tensor | None, ids: Tensor, key: Tensor, depth: int, dtype: torch.dtype
-          ) -> Side:
+def _pack(
+    embeddings: Tensor,
+    concepts: Tensor | None,
+    ids: Tensor,
+    key: Tensor,
+    depth: int,
+    dtype: torch.dtype,
+) -> Side:
     n, width = embeddings.shape
     order = key.argsort(stable=True)
     packed = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -152,7 +190,9 @@ def _pack(embeddings: Tensor, concepts: Tensor | None, ids: Tensor, key: Tensor,
 
 
 @triton.jit
-def mark_tiles(video_ids, text_ids, marks, video_rows, text_rows, IDS: tl.constexpr, CELL: tl.constexpr):
+def mark_tiles(
+    video_ids, text_ids, marks, video_rows, text_rows, IDS: tl.constexpr, CELL: tl.constexpr
+):
     """marks[i, j] = does any pair of cell (i, j) share an id, or is it padding?"""
     i, j = tl.program_id(0), tl.program_id(1)
     rows = i * CELL + tl.arange(0, CELL)
@@ -160,42 +200,70 @@ def mark_tiles(video_ids, text_ids, marks, video_rows, text_rows, IDS: tl.conste
     row_id, col_id = tl.load(video_ids + rows), tl.load(text_ids + cols)
     found = (row_id < 0)[:, None] | (col_id < 0)[None, :] | (row_id[:, None] == col_id[None, :])
     for c in tl.static_range(1, IDS):
-        row_id, col_id = tl.load(video_ids + c * video_rows + rows), tl.load(text_ids + c * text_rows + cols)
+        row_id, col_id = (
+            tl.load(video_ids + c * video_rows + rows),
+            tl.load(text_ids + c * text_rows + cols),
+        )
         found |= row_id[:, None] == col_id[None, :]
-    tl.store(marks + i * tl.num_programs(1) + j, tl.max(tl.max(found.to(tl.int32), 1), 0).to(tl.int8))
+    tl.store(
+        marks + i * tl.num_programs(1) + j, tl.max(tl.max(found.to(tl.int32), 1), 0).to(tl.int8)
+    )
 
 
 @triton.jit
 def zero_masked(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: tl.constexpr):
-    """The tile [rows, cols] with 0 where a pair is no negative. One id after the other: fewer registers."""
-    tile = tl.where((tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :], 0.0, tile)
+    """The tile [rows, cols] with 0 where a pair is no negative.
+
+    One id after the other: fewer registers.
+    """
+    tile = tl.where(
+        (tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :], 0.0, tile
+    )
     for c in tl.static_range(IDS):
-        same = tl.load(row_ids + c * n_rows + rows)[:, None] == tl.load(col_ids + c * n_cols + cols)[None, :]
+        same = (
+            tl.load(row_ids + c * n_rows + rows)[:, None]
+            == tl.load(col_ids + c * n_cols + cols)[None, :]
+        )
         tile = tl.where(same, 0.0, tile)
     return tile
 
 
 @triton.jit
-def is_marked(marks, stride_row, stride_col, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, CELL: tl.constexpr):
+def is_marked(
+    marks,
+    stride_row,
+    stride_col,
+    row,
+    col,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CELL: tl.constexpr,
+):
     """Does the tile of ROWS x COLS at (row, col) touch a marked cell?"""
     found = 0
     for r in tl.static_range(0, ROWS, CELL):
         for c in tl.static_range(0, COLS, CELL):
-            found |= tl.load(marks + (row + r) // CELL * stride_row + (col + c) // CELL * stride_col)
+            found |= tl.load(
+                marks + (row + r) // CELL * stride_row + (col + c) // CELL * stride_col
+            )
     return found != 0
 
 
 def _range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -> Tensor:
-    """float32 [3] on the device: s · log2 e, shift, s, where exp2(a · log2 e − shift) needs no running maximum.
+    """float32 [3] on the device: s · log2 e, shift, s, where exp2(a · log2 e − shift) needs no
+    running maximum.
 
-    |a| ≤ bound = s · max‖v‖ · max‖t‖ + |β| · max‖c_v‖ · max‖c_t‖. The shift puts exp(bound) at most at 2^head, so
-    high that a sum of all columns just fits into float32 (2^127), and no higher than it is (small arguments of exp2
-    have more digits): what is 2^(head + 126) times smaller, 163 nats at B = 131,072, is lost. At the clamp s = 100
-    that is a cosine of −0.6, which no row has as its *hardest*. Where not even a logit of 0 would survive (s = 100
-    and β > 58) or anything is not finite, everything becomes NaN instead of silently wrong.
+    |a| ≤ bound = s · max‖v‖ · max‖t‖ + |β| · max‖c_v‖ · max‖c_t‖. The shift puts exp(bound) at most
+    at 2^head, so high that a sum of all columns just fits into float32 (2^127), and no higher than
+    it is (small arguments of exp2 have more digits): what is 2^(head + 126) times smaller, 163 nats
+    at B = 131,072, is lost. At the clamp s = 100 that is a cosine of −0.6, which no row has as its
+    *hardest*. Where not even a logit of 0 would survive (s = 100 and β > 58) or anything is not
+    finite, everything becomes NaN instead of silently wrong.
     """
+
     def longest(x):
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()
+
     bound = scale * longest(video) * longest(text)
     if concepts is not None:
         bound = bound + beta.abs() * longest(concepts[0]) * longest(concepts[1])
@@ -205,15 +273,26 @@ def _range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -
     return torch.stack([scale * LOG2E, shift, scale]).float()
 
 
-def pack(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, signature, offset: int) -> Layout:
+def pack(
+    video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, signature, offset: int
+) -> Layout:
     """Bring the problem of `knowledge_nce_stats` into the form of the kernels."""
-    assert video.is_cuda or INTERPRETED, "impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 in the environment"
-    assert video.dtype in (torch.float32, torch.float16, torch.bfloat16) and video.dtype == text.dtype, \
+    assert video.is_cuda or INTERPRETED, (
+        "impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 in the environment"
+    )
+    assert (
+        video.dtype in (torch.float32, torch.float16, torch.bfloat16) and video.dtype == text.dtype
+    ), (
         f"impl='triton' takes float32, float16 or bfloat16, twice the same, not {video.dtype} and {text.dtype}"
+    )
     n, m, device = len(video), len(text), video.device
     pair = torch.cat([torch.arange(n, device=device) + offset, torch.arange(m, device=device)])
-    ids = [pair] + ([] if signature is None else [_dense(torch.cat(c)) for c in zip(*(s.long().T for s in signature))])
-    ids = torch.stack(ids)                                                                     # [C, N + M]
+    ids = [pair] + (
+        []
+        if signature is None
+        else [_dense(torch.cat(c)) for c in zip(*(s.long().T for s in signature))]
+    )
+    ids = torch.stack(ids)  # [C, N + M]
     key = _sort_key(ids)
     dtype = torch.float32 if INTERPRETED else video.dtype
     depth = TILES["fp32" if dtype == torch.float32 else "large"]["mine"].depth
@@ -224,6 +303,13 @@ def pack(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, sig
     text_side = _pack(text, col_concepts, ids[:, n:], key[n:], depth, dtype)
     cells = len(video_side.rows) // CELL, len(text_side.rows) // CELL
     marks = torch.empty(cells, dtype=torch.int8, device=device)
-    mark_tiles[cells](video_side.ids, text_side.ids, marks, len(video_side.rows), len(text_side.rows), IDS=len(ids),
-                      CELL=CELL)
+    mark_tiles[cells](
+        video_side.ids,
+        text_side.ids,
+        marks,
+        len(video_side.rows),
+        len(text_side.rows),
+        IDS=len(ids),
+        CELL=CELL,
+    )
     return Layout(video_side, text_side, marks, _range(video, text, scale, beta, concepts))

@@ -1,19 +1,24 @@
 """From lanes to the exact top-k: select, certify, repair, score again.
 
-triton_forward.py leaves, for each column x and each of its ~512 lanes, the two largest e = exp(a − shift) among the
-~B/512 rows that share the lane, cut to 23 − CODE_BITS bits, with the place they came from. Programs of this kernel
-own a few x each:
+triton_forward.py leaves, for each column x and each of its ~512 lanes, the two largest e = exp(a −
+shift) among the ~B/512 rows that share the lane, cut to 23 − CODE_BITS bits, with the place they
+came from. Programs of this kernel own a few x each:
 
-1. Select. k times: take the largest key of all lanes, and strike it. Keys are (cut e, lowest index first) in 64 bits.
-2. Certify. What a lane lost is no larger than the second that it kept. So a lane whose second lies below the k-th
+1. Select. k times: take the largest key of all lanes, and strike it. Keys are (cut e, lowest index
+first) in 64 bits.
+2. Certify. What a lane lost is no larger than the second that it kept. So a lane whose second lies
+below the k-th
    selected value is *certainly* complete. At k = 16 a random batch has 0.2 other lanes a row.
-3. Repair. Those lanes, ~B/512 pairs each, are computed again, one by one, and merged: a 500th of the row's work.
-4. Score. The selected, and what ties with the k-th in the cut bits, are scored once more as float32 logits, and
+3. Repair. Those lanes, ~B/512 pairs each, are computed again, one by one, and merged: a 500th of
+the row's work.
+4. Score. The selected, and what ties with the k-th in the cut bits, are scored once more as float32
+logits, and
    sorted by (score, index).
 
-The result is exact: every lane is complete or was searched completely. One limit: where more than KC − k ≥ 8 logits
-around place k differ by less than the cut (2^-15 at most), their order is by index. A batch of equal embeddings repairs
-every lane, that is, computes the matrix without the matrix unit: slow, and still right.
+The result is exact: every lane is complete or was searched completely. One limit: where more than
+KC − k ≥ 8 logits around place k differ by less than the cut (2^-15 at most), their order is by
+index. A batch of equal embeddings repairs every lane, that is, computes the matrix without the
+matrix unit: slow, and still right.
 """
 
 import torch
@@ -23,18 +28,24 @@ from torch import Tensor
 
 from kernels.triton_layout import INTERPRETED
 
-LAUNCH = dict(num_warps=4, maxnreg=255)  # unless told, ptxas spills some to fit one more block into a multiprocessor
+LAUNCH = dict(
+    num_warps=4, maxnreg=255
+)  # unless told, ptxas spills some to fit one more block into a multiprocessor
 
 
 @triton.jit
 def flip(index):
-    """int32 index <-> 2^31 − 1 − index, so that of equal values the lowest index makes the largest key."""
+    """int32 index <-> 2^31 − 1 − index, so that of equal values the lowest index makes the largest
+    key.
+    """
     return index ^ 0x7FFFFFFF
 
 
 @triton.jit
 def take_largest(a, b, COUNT: tl.constexpr):
-    """The COUNT largest keys of [R, A] and [R, B] together, in order; keys are distinct but for −1 = nothing."""
+    """The COUNT largest keys of [R, A] and [R, B] together, in order; keys are distinct but for −1
+    = nothing.
+    """
     place = tl.arange(0, COUNT)[None, :]
     taken = tl.full([a.shape[0], COUNT], -1, tl.int64)
     for i in range(COUNT):
@@ -59,16 +70,43 @@ def dot_rows(x_rows, y_rows, x, y, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def locate(split, lane, code, split_size, BY: tl.constexpr):
-    """The packed row that lane `lane` (of BY / 2) of `split` met as number `code`: triton_forward.fold, backwards."""
+    """The packed row that lane `lane` (of BY / 2) of `split` met as number `code`:
+    triton_forward.fold, backwards.
+    """
     return split * split_size + code // 2 * BY + lane // 8 * 16 + code % 2 * 8 + lane % 8
 
 
 @triton.jit
-def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place, scalars, index, score, n_x, n_y,
-                  split_size, D: tl.constexpr, IDS: tl.constexpr, BY: tl.constexpr, LANES: tl.constexpr,
-                  CODES: tl.constexpr, CODE_BITS: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, R: tl.constexpr,
-                  BD: tl.constexpr):
-    """Rows R·program … of `index`, `score` [n, K]. LANES: of all splits; CODES ≥ rows of a lane; KC > K candidates."""
+def mining_kernel(
+    best,
+    x_rows,
+    y_rows,
+    x_ids,
+    y_ids,
+    x_order,
+    y_order,
+    y_place,
+    scalars,
+    index,
+    score,
+    n_x,
+    n_y,
+    split_size,
+    D: tl.constexpr,
+    IDS: tl.constexpr,
+    BY: tl.constexpr,
+    LANES: tl.constexpr,
+    CODES: tl.constexpr,
+    CODE_BITS: tl.constexpr,
+    K: tl.constexpr,
+    KC: tl.constexpr,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Rows R·program … of `index`, `score` [n, K].
+
+    LANES: of all splits; CODES ≥ rows of a lane; KC > K candidates.
+    """
     half: tl.constexpr = BY // 2
     x = tl.program_id(0) * R + tl.arange(0, R)
     real = tl.load(x_ids + x) >= 0
@@ -82,16 +120,26 @@ def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place,
     code_mask: tl.constexpr = (1 << CODE_BITS) - 1
     first_y = locate(lane // half, lane % half, first & code_mask, split_size, BY)
     second_y = locate(lane // half, lane % half, second & code_mask, split_size, BY)
-    first_key = ((first >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + first_y)).to(tl.int64)
-    second_key = ((second >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + second_y)).to(tl.int64)
+    first_key = ((first >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + first_y)).to(
+        tl.int64
+    )
+    second_key = ((second >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + second_y)).to(
+        tl.int64
+    )
     first_key = tl.where(first >> CODE_BITS > 0, first_key, -1)
     second_key = tl.where(second >> CODE_BITS > 0, second_key, -1)
     taken = take_largest(first_key, second_key, KC)
 
     # 2. certify
     candidate = tl.arange(0, KC)[None, :]
-    threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32  # the cut value at place K; −1: fewer than K
-    open_lanes = (second >> CODE_BITS > 0) & ((second >> CODE_BITS).to(tl.int64) >= threshold[:, None]) & real[:, None]
+    threshold = (
+        tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32
+    )  # the cut value at place K; −1: fewer than K
+    open_lanes = (
+        (second >> CODE_BITS > 0)
+        & ((second >> CODE_BITS).to(tl.int64) >= threshold[:, None])
+        & real[:, None]
+    )
 
     # 3. repair
     for _ in range(tl.max(tl.sum(open_lanes.to(tl.int32), 1), 0)):
@@ -127,21 +175,48 @@ def mining_kernel(best, x_rows, y_rows, x_ids, y_ids, x_order, y_order, y_place,
         key = tl.where(key == top[:, None], nothing, key)
         high = (top >> 32).to(tl.int32)
         value = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(index + out + i, tl.where(top == nothing, -1, flip((top & 0x7FFFFFFF).to(tl.int32))), mask=real)
+        tl.store(
+            index + out + i,
+            tl.where(top == nothing, -1, flip((top & 0x7FFFFFFF).to(tl.int32))),
+            mask=real,
+        )
         tl.store(score + out + i, tl.where(top == nothing, float("-inf"), value), mask=real)
 
 
 def hardest(matrix_pass, k: int, n: int) -> tuple[Tensor, Tensor]:
-    """(index [n, k] int64, score [n, k] float32) of the n owned rows of a mining `Pass`, in the caller's order."""
+    """(index [n, k] int64, score [n, k] float32) of the n owned rows of a mining `Pass`, in the
+    caller's order.
+    """
     x, y, tile, best = matrix_pass.x, matrix_pass.y, matrix_pass.tile, matrix_pass.best
     device = best.device
     index = torch.empty(n, k, dtype=torch.int64, device=device)
     score = torch.empty(n, k, device=device)
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs
     mining_kernel[len(x.rows) // rows,](
-        best, x.rows, y.rows, x.ids, y.ids, x.order, y.order, y.place, matrix_pass.scalars, index, score, len(x.rows),
-        len(y.rows), matrix_pass.split_size, D=x.rows.shape[1], IDS=len(x.ids), BY=tile.streamed,
+        best,
+        x.rows,
+        y.rows,
+        x.ids,
+        y.ids,
+        x.order,
+        y.order,
+        y.place,
+        matrix_pass.scalars,
+        index,
+        score,
+        len(x.rows),
+        len(y.rows),
+        matrix_pass.split_size,
+        D=x.rows.shape[1],
+        IDS=len(x.ids),
+        BY=tile.streamed,
         LANES=len(best) * tile.streamed // 2,
-        CODES=triton.next_power_of_2(matrix_pass.split_size // tile.streamed * 2), CODE_BITS=matrix_pass.code_bits,
-        K=k, KC=triton.next_power_of_2(k + 8), R=rows, BD=tile.depth, **LAUNCH)
+        CODES=triton.next_power_of_2(matrix_pass.split_size // tile.streamed * 2),
+        CODE_BITS=matrix_pass.code_bits,
+        K=k,
+        KC=triton.next_power_of_2(k + 8),
+        R=rows,
+        BD=tile.depth,
+        **LAUNCH,
+    )
     return index, score

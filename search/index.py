@@ -2,19 +2,27 @@
 
 **The index** is a folder of *shards*, each written once and never changed:
 
-    <checkpoint>-<window>/<random>.shard = magic, crc32, length (16 bytes) | JSON: files | spans [W, 2] | emb [W, E]
+    <checkpoint>-<window>/<random>.shard = magic, crc32, length (16 bytes) | JSON: files | spans [W,
+    2] | emb [W, E]
 
-- There is no list of shards that could disagree with them: what their checksums vouch for is the index.
-- A shard is written to a temporary name, flushed to disk and renamed, every few seconds. Whatever kills the process
+- There is no list of shards that could disagree with them: what their checksums vouch for is the
+index.
+- A shard is written to a temporary name, flushed to disk and renamed, every few seconds. Whatever
+kills the process
   costs those seconds and the videos that were half done; the next call goes on from there.
-- Shards have random names, so two runs at once cannot harm each other. (A lock would also keep them from doing the same
-  work twice, but a lock can outlive its owner on a network disk.) When there are many, small ones are joined: the
-  joined one is on disk before the others are removed, and a video that is then in two of them counts once.
-- A file is known by its path below the folder, its time and its size. Any other triple is a new video; a triple whose
-  file is gone is left out of the answers, and found again should its disk come back: nothing is thrown away, at 4·E
-  bytes a window. Broken files have an entry too, without windows: they are tried again when they change. Bits that a
-  disk lost fail the checksum: the videos of that shard are embedded again.
-- Another checkpoint, or another window, is another index: vectors of two models have nothing to say to each other.
+- Shards have random names, so two runs at once cannot harm each other. (A lock would also keep them
+from doing the same
+  work twice, but a lock can outlive its owner on a network disk.) When there are many, small ones
+  are joined: the joined one is on disk before the others are removed, and a video that is then in
+  two of them counts once.
+- A file is known by its path below the folder, its time and its size. Any other triple is a new
+video; a triple whose
+  file is gone is left out of the answers, and found again should its disk come back: nothing is
+  thrown away, at 4·E bytes a window. Broken files have an entry too, without windows: they are
+  tried again when they change. Bits that a disk lost fail the checksum: the videos of that shard
+  are embedded again.
+- Another checkpoint, or another window, is another index: vectors of two models have nothing to say
+to each other.
 
     python videoindex.py        # a folder in which a video appears, changes and is gone
 """
@@ -36,16 +44,33 @@ import numpy as np
 from cli import UserError
 from report.page import printable
 
-VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
-                  ".mts", ".m2ts"}  # not .ts: rarely a video
+VIDEO_SUFFIXES = {
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".avi",
+    ".mkv",
+    ".webm",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
+    ".mts",
+    ".m2ts",
+}  # not .ts: rarely a video
 MOST_SHARDS = 64  # more are joined
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 class File(NamedTuple):
-    """A video as it was when it was looked at. `path` is relative to the folder, with "/" between its parts."""
+    """A video as it was when it was looked at.
+
+    `path` is relative to the folder, with "/" between its parts.
+    """
 
     path: str
     mtime_ns: int
@@ -55,8 +80,9 @@ class File(NamedTuple):
 def find_videos(folder: Path) -> tuple[list[File], list[str]]:
     """(the video files below the folder, sorted by path; lines that say what was left out).
 
-    Names that begin with a dot are left out. Links are followed after all else, and only to what was not seen yet: no
-    file comes twice, no loop is endless. Raises UserError where the folder itself cannot be read.
+    Names that begin with a dot are left out. Links are followed after all else, and only to what
+    was not seen yet: no file comes twice, no loop is endless. Raises UserError where the folder
+    itself cannot be read.
     """
     files, others, hidden, repeated, troubles = [], Counter(), 0, 0, []
     seen, folders, links = set(), [""], []  # real paths; paths below the folder
@@ -105,13 +131,16 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
                 seen.add(f"{real}/{entry.name}")
                 add(below)
     kinds = sorted((-n, kind) for kind, n in others.items())[:5]
-    skipped = [(others.total(), f"other files ({', '.join(f'{-n:,} {kind}' for n, kind in kinds)})"),
-               (hidden, "hidden names"), (repeated, "links to what is there already")]
+    skipped = [
+        (others.total(), f"other files ({', '.join(f'{-n:,} {kind}' for n, kind in kinds)})"),
+        (hidden, "hidden names"),
+        (repeated, "links to what is there already"),
+    ]
     skipped = ", ".join(f"{n:,} {what}" for n, what in skipped if n)
     return sorted(files), [f"skipped {skipped}"] * bool(skipped) + troubles
 
 
-# ---- the index -------------------------------------------------------------------------------------------------------
+# ---- the index -----------------------------------------------------------------------------------
 
 
 class Record(NamedTuple):
@@ -119,17 +148,22 @@ class Record(NamedTuple):
 
     reason: str
     spans: np.ndarray  # [W, 2] float32: seconds from, to
-    emb: np.ndarray    # [W, E] float32, unit norm
+    emb: np.ndarray  # [W, E] float32, unit norm
 
 
 class Index:
-    """The shards in a folder, as far as they concern `files`; see the top of this file. No errors but UserError."""
+    """The shards in a folder, as far as they concern `files`; see the top of this file.
+
+    No errors but UserError.
+    """
 
     HEADER = struct.Struct("<4sIQ")  # magic, crc32 of all that follows, bytes of JSON
     MAGIC = b"IDX1"
 
     def __init__(self, folder: Path, recipe: dict, files: list[File], embed_dim: int):
-        """`recipe`: what the vectors depend on besides the files; shards of another are not looked at."""
+        """`recipe`: what the vectors depend on besides the files; shards of another are not looked
+        at.
+        """
         self.folder, self.recipe, self.embed_dim = folder, recipe, embed_dim
         self.files = {file.path: file for file in files}
         with self._one_line():
@@ -145,8 +179,10 @@ class Index:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot hold the index ({error.strerror}); make room or choose another "
-                            "--index") from error
+            raise UserError(
+                f"{self.folder}: cannot hold the index ({error.strerror}); make room or choose another "
+                "--index"
+            ) from error
 
     def _read_all(self) -> dict[Path, dict[File, Record]]:
         while True:
@@ -159,21 +195,29 @@ class Index:
     def _read(self, path: Path) -> dict[File, Record] | None:
         data = path.read_bytes()
         if len(data) < self.HEADER.size or self.HEADER.unpack_from(data)[:2] != (
-                self.MAGIC, zlib.crc32(memoryview(data)[8:])):
+            self.MAGIC,
+            zlib.crc32(memoryview(data)[8:]),
+        ):
             print(f"{printable(str(path))}: damaged; its videos are embedded again")
             path.unlink(missing_ok=True)
             return None
         start = self.HEADER.size + self.HEADER.unpack_from(data)[2]
-        about = json.loads(data[self.HEADER.size:start])
+        about = json.loads(data[self.HEADER.size : start])
         if about["recipe"] != self.recipe:
             print(f"{printable(str(path))}: of another checkpoint or window; not used")
             return None
         ends = np.cumsum([windows for *_, windows, _ in about["videos"]]).tolist()
         total = ends[-1]
         spans = np.frombuffer(data, np.float32, 2 * total, start).reshape(total, 2)
-        emb = np.frombuffer(data, np.float32, offset=start + spans.nbytes).reshape(total, self.embed_dim)
-        return {File(name, mtime_ns, size): Record(reason, spans[end - windows:end], emb[end - windows:end])
-                for (name, mtime_ns, size, windows, reason), end in zip(about["videos"], ends)}
+        emb = np.frombuffer(data, np.float32, offset=start + spans.nbytes).reshape(
+            total, self.embed_dim
+        )
+        return {
+            File(name, mtime_ns, size): Record(
+                reason, spans[end - windows : end], emb[end - windows : end]
+            )
+            for (name, mtime_ns, size, windows, reason), end in zip(about["videos"], ends)
+        }
 
     def add(self, records: dict[File, Record]) -> None:
         """Put these on disk, for good."""
@@ -188,8 +232,14 @@ class Index:
         videos = [(*file, len(record.emb), record.reason) for file, record in records.items()]
         about = json.dumps(dict(recipe=self.recipe, videos=videos)).encode()
         about += b" " * (-len(about) % 8)  # the numbers behind it stand at multiples of 8 bytes
-        body = b"".join([len(about).to_bytes(8, "little"), about, *(record.spans for record in records.values()),
-                         *(record.emb for record in records.values())])
+        body = b"".join(
+            [
+                len(about).to_bytes(8, "little"),
+                about,
+                *(record.spans for record in records.values()),
+                *(record.emb for record in records.values()),
+            ]
+        )
         path = self.folder / f"{secrets.token_hex(8)}.shard"
         unfinished = path.with_suffix(".tmp")
         try:
@@ -204,7 +254,9 @@ class Index:
         self.shards[path] = records
 
     def _join(self) -> None:
-        """Make one shard of the small ones: of half of all, and further ones that are no larger than those together."""
+        """Make one shard of the small ones: of half of all, and further ones that are no larger
+        than those together.
+        """
         group, joined = [], {}
         for path in sorted(self.shards, key=lambda path: len(self.shards[path])):
             if len(group) > MOST_SHARDS // 2 and len(self.shards[path]) > len(joined):

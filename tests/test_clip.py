@@ -1,7 +1,9 @@
-"""clip.py: CLIP's weights give CLIP's embeddings, every tensor is accounted for, and fine-tuning treats them apart.
+"""clip.py: CLIP's weights give CLIP's embeddings, every tensor is accounted for, and fine-tuning
+treats them apart.
 
-The references are the libraries themselves, randomly initialised: nothing is downloaded. open_clip imports torchvision
-for its pictures' transforms only, which are not used here, so an empty stand-in takes its place.
+The references are the libraries themselves, randomly initialised: nothing is downloaded. open_clip
+imports torchvision for its pictures' transforms only, which are not used here, so an empty stand-in
+takes its place.
 """
 
 import importlib.util
@@ -14,21 +16,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training import clip
 import train
-from training.checkpoint import load_checkpoint
-from training.clip import OPENAI_SIZES, interpolate_places, is_new, layer_of, read_clip
 from cli import UserError
 from model import CLOP, MAX_LOGIT_SCALE, build_config
 from train import TrainConfig
+from training import clip
+from training.checkpoint import load_checkpoint
+from training.clip import OPENAI_SIZES, interpolate_places, is_new, read_clip
 
 ROOT = Path(__file__).parent.parent
-NO_TRANSFORMERS = "transformers, the reference, is not installed (pip install -r requirements-test.txt)"
+NO_TRANSFORMERS = (
+    "transformers, the reference, is not installed (pip install -r requirements-test.txt)"
+)
 EXACT = dict(atol=1e-5, rtol=0)  # of unit vectors
-VISION = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-              patch_size=8)
-TEXT = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=518,
-            max_position_embeddings=20, bos_token_id=516, eos_token_id=517)
+VISION = dict(
+    hidden_size=48,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=8,
+)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=518,
+    max_position_embeddings=20,
+    bos_token_id=516,
+    eos_token_id=517,
+)
 MERGES = ["d o", "do g</w>", "a n", "t h"]  # with 512 bytes, start and end: 518 tokens
 
 
@@ -44,35 +62,59 @@ def shaken(model):
 def hugging_face(act="quick_gelu", vision=VISION, text=TEXT, embed_dim=24):
     transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
     torch.manual_seed(0)
-    return shaken(transformers.CLIPModel(transformers.CLIPConfig(
-        vision_config=vision | dict(hidden_act=act), text_config=text | dict(hidden_act=act),
-        projection_dim=embed_dim)))
+    return shaken(
+        transformers.CLIPModel(
+            transformers.CLIPConfig(
+                vision_config=vision | dict(hidden_act=act),
+                text_config=text | dict(hidden_act=act),
+                projection_dim=embed_dim,
+            )
+        )
+    )
 
 
 @pytest.fixture(scope="session")
 def open_clip():
-    pytest.importorskip("transformers", reason=NO_TRANSFORMERS)  # before the stand-in: it looks for torchvision
+    pytest.importorskip(
+        "transformers", reason=NO_TRANSFORMERS
+    )  # before the stand-in: it looks for torchvision
     if importlib.util.find_spec("open_clip") is None:
-        pytest.skip("open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)")
+        pytest.skip(
+            "open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)"
+        )
     if importlib.util.find_spec("torchvision") is None:
-        for name, wanted in {"torchvision": "", "torchvision.ops": "", "torchvision.ops.misc": "FrozenBatchNorm2d",
-                             "torchvision.transforms.functional": "", "torchvision.transforms":
-                             "Normalize Compose RandomResizedCrop InterpolationMode ToTensor Resize CenterCrop "
-                             "ColorJitter Grayscale functional"}.items():
+        for name, wanted in {
+            "torchvision": "",
+            "torchvision.ops": "",
+            "torchvision.ops.misc": "FrozenBatchNorm2d",
+            "torchvision.transforms.functional": "",
+            "torchvision.transforms": "Normalize Compose RandomResizedCrop InterpolationMode ToTensor Resize CenterCrop "
+            "ColorJitter Grayscale functional",
+        }.items():
             sys.modules[name] = types.ModuleType(name)
             for thing in wanted.split():
                 setattr(sys.modules[name], thing, type(thing, (), dict(BICUBIC=0, BILINEAR=0)))
     import open_clip
+
     yield open_clip
-    for name in [name for name in sys.modules if name.startswith("torchvision") and sys.modules[name].__spec__ is None]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith("torchvision") and sys.modules[name].__spec__ is None
+    ]:
         del sys.modules[name]
 
 
 def small_open_clip(open_clip, quick_gelu):
     torch.manual_seed(0)
-    return shaken(open_clip.CLIP(
-        24, open_clip.CLIPVisionCfg(layers=3, width=128, patch_size=8, image_size=32),
-        open_clip.CLIPTextCfg(context_length=20, vocab_size=518, width=64, heads=1, layers=2), quick_gelu=quick_gelu))
+    return shaken(
+        open_clip.CLIP(
+            24,
+            open_clip.CLIPVisionCfg(layers=3, width=128, patch_size=8, image_size=32),
+            open_clip.CLIPTextCfg(context_length=20, vocab_size=518, width=64, heads=1, layers=2),
+            quick_gelu=quick_gelu,
+        )
+    )
 
 
 def ours_from(path, **other):
@@ -83,7 +125,9 @@ def ours_from(path, **other):
 
 
 def texts_of_all_lengths(length, vocab_size):
-    """tokens, text_mask [length - 1, length]: one text of each length from 2 (only start and end) on."""
+    """tokens, text_mask [length - 1, length]: one text of each length from 2 (only start and end)
+    on.
+    """
     tokens = torch.randint(1, vocab_size - 2, (length - 1, length))
     tokens[:, 0] = vocab_size - 2
     ends = torch.arange(1, length)
@@ -97,36 +141,65 @@ def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
-# ---- parity ----------------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 B32 = dict(
-    vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12, image_size=224,
-                patch_size=32),
-    text=dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8, vocab_size=1000,
-              max_position_embeddings=77, bos_token_id=998, eos_token_id=999), embed_dim=512)
+    vision=dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=32,
+    ),
+    text=dict(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        vocab_size=1000,
+        max_position_embeddings=77,
+        bos_token_id=998,
+        eos_token_id=999,
+    ),
+    embed_dim=512,
+)
 
 
-@pytest.mark.parametrize("sizes", [dict(act="quick_gelu"), dict(act="gelu"), dict(act="quick_gelu", **B32)],
-                         ids=["QuickGELU", "GELU", "two layers of ViT-B/32"])
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(act="quick_gelu"), dict(act="gelu"), dict(act="quick_gelu", **B32)],
+    ids=["QuickGELU", "GELU", "two layers of ViT-B/32"],
+)
 @torch.inference_mode()
 def test_embeddings_equal_transformers(tmp_path, sizes):
     theirs = hugging_face(**sizes)
     theirs.save_pretrained(tmp_path)
     ours = ours_from(tmp_path)
     pixels, side = 3, theirs.config.vision_config.image_size
-    frames = torch.randn(2, 3, pixels, side, side)                                                  # [B, T, C, H, W]
-    features = torch.stack([getattr(x, "pooler_output", x) for x in (theirs.get_image_features(f) for f in frames)])
+    frames = torch.randn(2, 3, pixels, side, side)  # [B, T, C, H, W]
+    features = torch.stack(
+        [getattr(x, "pooler_output", x) for x in (theirs.get_image_features(f) for f in frames)]
+    )
     for t in range(3):
-        torch.testing.assert_close(ours.encode_video(frames[:, t:t + 1]), unit(features[:, t]), **EXACT)
-    torch.testing.assert_close(ours.encode_video(frames), unit(features.mean(1)), **EXACT)          # not yet unit: mean
+        torch.testing.assert_close(
+            ours.encode_video(frames[:, t : t + 1]), unit(features[:, t]), **EXACT
+        )
+    torch.testing.assert_close(
+        ours.encode_video(frames), unit(features.mean(1)), **EXACT
+    )  # not yet unit: mean
     text = theirs.config.text_config
     tokens, text_mask = texts_of_all_lengths(text.max_position_embeddings, text.vocab_size)
     expected = unit(theirs.get_text_features(tokens))
     torch.testing.assert_close(ours.encode_text(tokens, text_mask), expected, **EXACT)
-    torch.testing.assert_close(unit(theirs.get_text_features(tokens, text_mask.long())), expected, **EXACT)
+    torch.testing.assert_close(
+        unit(theirs.get_text_features(tokens, text_mask.long())), expected, **EXACT
+    )
     short = text_mask.sum(1).max() // 2
-    torch.testing.assert_close(ours.encode_text(tokens[:3, :short], text_mask[:3, :short]), expected[:3], **EXACT)
+    torch.testing.assert_close(
+        ours.encode_text(tokens[:3, :short], text_mask[:3, :short]), expected[:3], **EXACT
+    )
     assert ours.logit_scale == theirs.logit_scale.clamp(max=MAX_LOGIT_SCALE)
 
 
@@ -134,17 +207,31 @@ def test_embeddings_equal_transformers(tmp_path, sizes):
 @torch.inference_mode()
 def test_embeddings_equal_open_clip(tmp_path, open_clip, quick_gelu):
     theirs = small_open_clip(open_clip, quick_gelu)
-    torch.save(dict(epoch=3, state_dict={f"module.{name}": t for name, t in theirs.state_dict().items()}),
-               tmp_path / "epoch_3.pt")                                                             # as its runs save
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(
-        quick_gelu=quick_gelu, vision_cfg=dict(width=128), text_cfg=dict(heads=1)))))
+    torch.save(
+        dict(epoch=3, state_dict={f"module.{name}": t for name, t in theirs.state_dict().items()}),
+        tmp_path / "epoch_3.pt",
+    )  # as its runs save
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps(
+            dict(
+                model_cfg=dict(
+                    quick_gelu=quick_gelu, vision_cfg=dict(width=128), text_cfg=dict(heads=1)
+                )
+            )
+        )
+    )
     ours, frames = ours_from(tmp_path / "epoch_3.pt"), torch.randn(2, 3, 3, 32, 32)
-    assert ours.config.quick_gelu == quick_gelu and (ours.config.video_heads, ours.config.text_heads) == (2, 1)
+    assert ours.config.quick_gelu == quick_gelu and (
+        ours.config.video_heads,
+        ours.config.text_heads,
+    ) == (2, 1)
     features = torch.stack([theirs.encode_image(clip_frames) for clip_frames in frames])
     torch.testing.assert_close(ours.encode_video(frames[:, :1]), unit(features[:, 0]), **EXACT)
     torch.testing.assert_close(ours.encode_video(frames), unit(features.mean(1)), **EXACT)
     tokens, text_mask = texts_of_all_lengths(20, 518)
-    torch.testing.assert_close(ours.encode_text(tokens, text_mask), unit(theirs.encode_text(tokens)), **EXACT)
+    torch.testing.assert_close(
+        ours.encode_text(tokens, text_mask), unit(theirs.encode_text(tokens)), **EXACT
+    )
 
 
 @torch.inference_mode()
@@ -154,48 +241,94 @@ def test_places_are_stretched_as_in_transformers(tmp_path):
     for side in (16, 48):
         frames = torch.randn(2, 1, 3, side, side)
         expected = theirs.get_image_features(frames[:, 0], interpolate_pos_encoding=True)
-        torch.testing.assert_close(ours_from(tmp_path, image_size=side).encode_video(frames), unit(expected), **EXACT)
+        torch.testing.assert_close(
+            ours_from(tmp_path, image_size=side).encode_video(frames), unit(expected), **EXACT
+        )
     places = torch.randn(17, 5)
-    assert interpolate_places(places, 4).equal(places) and interpolate_places(places, 7).shape == (50, 5)
+    assert interpolate_places(places, 4).equal(places) and interpolate_places(places, 7).shape == (
+        50,
+        5,
+    )
 
 
-# ---- layouts and sizes -----------------------------------------------------------------------------------------------
+# ---- layouts and sizes ---------------------------------------------------------------------------
 
 REAL = {  # preset of CLIP's paper: vision, text, embed_dim, parameters in all
     "base-patch32": (dict(patch_size=32), {}, 512, 151_277_313),
     "base-patch16": (dict(patch_size=16), {}, 512, 149_620_737),
-    "large-patch14": (dict(patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                           num_attention_heads=16),
-                      dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12), 768, 427_616_513)}
+    "large-patch14": (
+        dict(
+            patch_size=14,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+        ),
+        dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+        768,
+        427_616_513,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_published_models_fit(tmp_path, monkeypatch, name):
     transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
     vision, text, embed_dim, parameters = REAL[name]
-    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=embed_dim)
+    config = transformers.CLIPConfig(
+        vision_config=vision, text_config=text, projection_dim=embed_dim
+    )
     with torch.device("meta"):
         tensors = transformers.CLIPModel(config).state_dict()
-    tensors |= {f"{tower}_model.embeddings.position_ids": torch.zeros(1, 50) for tower in ("text", "vision")}
+    tensors |= {
+        f"{tower}_model.embeddings.position_ids": torch.zeros(1, 50) for tower in ("text", "vision")
+    }
     config.save_pretrained(tmp_path)
     monkeypatch.setattr(clip, "read_tensors", lambda path: (path / "model.safetensors", tensors))
     found = read_clip(tmp_path)
     sizes = found.sizes
     assert sum(t.numel() for t in found.weights.values()) == parameters
-    assert (sizes.image_size, sizes.text_length, sizes.vocab_size, sizes.embed_dim) == (224, 77, 49408, embed_dim)
-    assert (sizes.video_heads, sizes.text_heads) == (sizes.video_width // 64, sizes.text_width // 64)
+    assert (sizes.image_size, sizes.text_length, sizes.vocab_size, sizes.embed_dim) == (
+        224,
+        77,
+        49408,
+        embed_dim,
+    )
+    assert (sizes.video_heads, sizes.text_heads) == (
+        sizes.video_width // 64,
+        sizes.text_width // 64,
+    )
     assert sizes.quick_gelu
     if name == "base-patch16":
         assert sizes == build_config("base", quick_gelu=True)
 
 
 def openai_file(path, dtype=torch.float16, **changes):
-    """The demo's small model under OpenAI's names, with the numbers that OpenAI's own files carry; the tensors."""
+    """The demo's small model under OpenAI's names, with the numbers that OpenAI's own files carry;
+    the tensors.
+    """
     torch.manual_seed(0)
-    model = shaken(CLOP(build_config("toy", conv_stem=False, frames_per_patch=1, video_heads=2, text_heads=2,
-                                     video_layers=2, text_layers=2, vocab_size=518, text_length=20)))
+    model = shaken(
+        CLOP(
+            build_config(
+                "toy",
+                conv_stem=False,
+                frames_per_patch=1,
+                video_heads=2,
+                text_heads=2,
+                video_layers=2,
+                text_layers=2,
+                vocab_size=518,
+                text_length=20,
+            )
+        )
+    )
     names = {ours: theirs for theirs, ours in clip.OPENAI.items()}
-    tensors = {clip._rename(name, names): t.to(dtype) for name, t in model.state_dict().items() if not is_new(name)}
+    tensors = {
+        clip._rename(name, names): t.to(dtype)
+        for name, t in model.state_dict().items()
+        if not is_new(name)
+    }
     tensors["visual.conv1.weight"] = tensors["visual.conv1.weight"].view(-1, 3, 8, 8)
     for name in ("visual.proj", "text_projection"):
         tensors[name] = tensors[name].T.contiguous()
@@ -209,24 +342,51 @@ def test_openais_own_file_in_half_precision(tmp_path):
     path = tmp_path / "ViT.safetensors"
     model = openai_file(path, logit_scale=torch.tensor(4.6055, dtype=torch.float16))
     found = read_clip(path, num_frames=5)
-    assert found.sizes.quick_gelu and found.known_from == "OpenAI's own file" and "QuickGELU" in found.describe()
-    assert found.weights["logit_scale"] == torch.tensor(MAX_LOGIT_SCALE)     # above it no gradient would come back
+    assert (
+        found.sizes.quick_gelu
+        and found.known_from == "OpenAI's own file"
+        and "QuickGELU" in found.describe()
+    )
+    assert found.weights["logit_scale"] == torch.tensor(
+        MAX_LOGIT_SCALE
+    )  # above it no gradient would come back
     assert len(found.weights["video.place_embed"]) == 17 and found.sizes.num_frames == 5
     for name, t in found.weights.items():
         if name != "logit_scale":
-            assert t.dtype == torch.float32 and t.equal(model.state_dict()[name].half().float()), name
+            assert t.dtype == torch.float32 and t.equal(model.state_dict()[name].half().float()), (
+                name
+            )
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"visual.extra.weight": torch.zeros(2, 3)}, r"unknown tensors visual.extra.weight \[2, 3\]"),
-    ({"ln_final.bias": None}, r"no tensor for text.norm_out.bias \[128\]"),
-    ({"ln_final.bias": torch.zeros(5)}, r"do not fit ln_final.bias \[5\], but text.norm_out.bias is \[128\]"),
-    ({"transformer.resblocks.1.mlp.c_fc.weight": torch.zeros(7, 128)}, r"do not fit transf.*c_fc.weight \[7, 128\]"),
-    ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, "with a vision transformer: unknown tensors visual.layer1"),
-    ({"token_embedding.weight": None}, "text.token_embed.weight"),
-    ({"visual.conv1.weight": None}, "not a CLIP with a vision transformer .it holds"),
-    ({"vocab_size": None}, "nothing tells its heads and which GELU.*config.json"),
-    ({"visual.conv1.weight": torch.zeros(100, 3, 8, 8)}, "width of 100 cannot have 1 heads|do not fit")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {"visual.extra.weight": torch.zeros(2, 3)},
+            r"unknown tensors visual.extra.weight \[2, 3\]",
+        ),
+        ({"ln_final.bias": None}, r"no tensor for text.norm_out.bias \[128\]"),
+        (
+            {"ln_final.bias": torch.zeros(5)},
+            r"do not fit ln_final.bias \[5\], but text.norm_out.bias is \[128\]",
+        ),
+        (
+            {"transformer.resblocks.1.mlp.c_fc.weight": torch.zeros(7, 128)},
+            r"do not fit transf.*c_fc.weight \[7, 128\]",
+        ),
+        (
+            {"visual.layer1.0.conv1.weight": torch.zeros(1)},
+            "with a vision transformer: unknown tensors visual.layer1",
+        ),
+        ({"token_embedding.weight": None}, "text.token_embed.weight"),
+        ({"visual.conv1.weight": None}, "not a CLIP with a vision transformer .it holds"),
+        ({"vocab_size": None}, "nothing tells its heads and which GELU.*config.json"),
+        (
+            {"visual.conv1.weight": torch.zeros(100, 3, 8, 8)},
+            "width of 100 cannot have 1 heads|do not fit",
+        ),
+    ],
+)
 def test_every_tensor_is_accounted_for(tmp_path, changes, said):
     openai_file(tmp_path / "x.safetensors", **changes)
     with pytest.raises(UserError, match=said) as error:
@@ -239,20 +399,38 @@ def test_a_lost_part_of_queries_keys_values_is_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["text_model.encoder.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"unknown tensors .*layers.1.self_attn.q_proj.weight \[32, 32\]"):
+    with pytest.raises(
+        UserError, match=r"unknown tensors .*layers.1.self_attn.q_proj.weight \[32, 32\]"
+    ):
         read_clip(tmp_path)
 
 
-@pytest.mark.parametrize("config, said", [
-    ("{", "config.json: not the configuration"),
-    ("[]", "config.json: not the configuration"),
-    ('{"model_type": "bert"}', "config.json: not the configuration"),
-    ('{"vision_config": {"hidden_act": "relu"}, "text_config": {}}', "hidden_act quick_gelu and relu"),
-    ('{"vision_config": {"hidden_act": "gelu"}, "text_config": {}}', "hidden_act gelu and quick_gelu"),
-    ('{"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {}}', "layer_norm_eps 1e-06"),
-    ('{"vision_config": {"num_attention_heads": 5}, "text_config": {}}', "width of 128 cannot have 5 heads"),
-    ('{"model_cfg": {"quick_gelu": true}}', None),
-    ('{"vision_config": {}, "text_config": {"num_attention_heads": 2}}', "width of 128 cannot have 12 heads")])
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ("{", "config.json: not the configuration"),
+        ("[]", "config.json: not the configuration"),
+        ('{"model_type": "bert"}', "config.json: not the configuration"),
+        (
+            '{"vision_config": {"hidden_act": "relu"}, "text_config": {}}',
+            "hidden_act quick_gelu and relu",
+        ),
+        (
+            '{"vision_config": {"hidden_act": "gelu"}, "text_config": {}}',
+            "hidden_act gelu and quick_gelu",
+        ),
+        ('{"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {}}', "layer_norm_eps 1e-06"),
+        (
+            '{"vision_config": {"num_attention_heads": 5}, "text_config": {}}',
+            "width of 128 cannot have 5 heads",
+        ),
+        ('{"model_cfg": {"quick_gelu": true}}', None),
+        (
+            '{"vision_config": {}, "text_config": {"num_attention_heads": 2}}',
+            "width of 128 cannot have 12 heads",
+        ),
+    ],
+)
 def test_configurations(tmp_path, config, said):
     openai_file(tmp_path / "x.safetensors", vocab_size=None)
     (tmp_path / "config.json").write_text(config)
@@ -297,11 +475,13 @@ def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
 
 def test_image_size_must_fit_the_patches(tmp_path):
     openai_file(tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="--image-size 20: not a multiple of the weights' patches of 8 pixels"):
+    with pytest.raises(
+        UserError, match="--image-size 20: not a multiple of the weights' patches of 8 pixels"
+    ):
         read_clip(tmp_path / "x.safetensors", image_size=20)
 
 
-# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+# ---- fine-tuning ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -314,10 +494,26 @@ def weights(tmp_path_factory):
 
 
 def settings(world, out, weights, **other):
-    return TrainConfig(**dict(
-        dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"), out=str(out),
-        cache=str(out.parent / "cache"), init=str(weights / "clip.safetensors"), steps=4, batch_size=16, num_frames="2",
-        warmup=1, log_every=1, eval_every=2, workers=1, lr=1e-3, encoder_lr=1e-4) | other)
+    return TrainConfig(
+        **dict(
+            dataset="csv",
+            data=str(world / "train.csv"),
+            val_data=str(world / "val.csv"),
+            out=str(out),
+            cache=str(out.parent / "cache"),
+            init=str(weights / "clip.safetensors"),
+            steps=4,
+            batch_size=16,
+            num_frames="2",
+            warmup=1,
+            log_every=1,
+            eval_every=2,
+            workers=1,
+            lr=1e-3,
+            encoder_lr=1e-4,
+        )
+        | other
+    )
 
 
 def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights, capsys):
@@ -325,18 +521,24 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
     train.train(config)
     said = capsys.readouterr().out
     assert "OpenAI layout" in said and "newly made: 15 tensors" in said
-    start, end = read_clip(config.init, num_frames=2, image_size=24), load_checkpoint(config.out, training=True)
-    assert end.model.config.image_size == 24 and end.model.config.vocab_size == 518 == end.tokenizer.vocab_size
+    start, end = (
+        read_clip(config.init, num_frames=2, image_size=24),
+        load_checkpoint(config.out, training=True),
+    )
+    assert (
+        end.model.config.image_size == 24
+        and end.model.config.vocab_size == 518 == end.tokenizer.vocab_size
+    )
     assert end.tokenizer.encode("dog than", 9) == [516, 513, *end.tokenizer.encode("than", 9)[1:]]
     for name, t in end.model.state_dict().items():
         if not is_new(name):
-            layer, _ = layer_of(name, end.model.config)
-            assert t.equal(start.weights[name]) == (layer <= 1), name          # embeddings and block 0 stay put
-            assert (f"exp_avg.{name}" in end.training) == (layer > 1), name
+            assert 0 < (t - start.weights[name]).abs().max() < 2e-3, (
+                name
+            )  # CLIP's weights learn, slowly
         elif "weight" in name and "time_norm" not in name:
-            assert t.abs().max() > 0, name                                     # what is new learns, beside frozen too
+            assert t.abs().max() > 0, name  # so does what is new
     whole = end.sha256
-    (tmp_path / "run" / "step-000004.safetensors").unlink()                    # as if killed in step 3
+    (tmp_path / "run" / "step-000004.safetensors").unlink()  # as if killed in step 3
     moved = weights.rename(weights.parent / "moved")
     try:
         train.train(config)
@@ -348,7 +550,9 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
 def groups_of(model, config):
     """{name: (scale, weight decay)} of the optimizer's groups."""
     groups = train.build_optimizer(model, config).param_groups
-    found = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = {
+        id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
     assert sum(len(group["params"]) for group in groups) == len(found)
     return {name: found[id(p)] for name, p in model.named_parameters()}
 
@@ -357,10 +561,16 @@ def test_groups_have_their_own_learning_rates():
     model = CLOP(build_config("toy", conv_stem=False, num_concepts=3))
     found = groups_of(model, TrainConfig(init="x", lr=1e-3, encoder_lr=1e-4, weight_decay=0.2))
     expected = {
-        "video.blocks.3.mlp.0.weight": (0.1, 0.2), "text.blocks.2.mlp.0.bias": (0.1, 0.0),
-        "video.norm_out.weight": (0.1, 0.0), "text.project.weight": (0.1, 0.2), "logit_scale": (0.1, 0.0),
-        "video.blocks.0.time_attn.out.weight": (1.0, 0.2), "video.time_embed": (1.0, 0.2),
-        "concept_head.weight": (1.0, 0.2), "concept_head.bias": (1.0, 0.0)}
+        "video.blocks.3.mlp.0.weight": (0.1, 0.2),
+        "text.blocks.2.mlp.0.bias": (0.1, 0.0),
+        "video.norm_out.weight": (0.1, 0.0),
+        "text.project.weight": (0.1, 0.2),
+        "logit_scale": (0.1, 0.0),
+        "video.blocks.0.time_attn.out.weight": (1.0, 0.2),
+        "video.time_embed": (1.0, 0.2),
+        "concept_head.weight": (1.0, 0.2),
+        "concept_head.bias": (1.0, 0.0),
+    }
     for name, (scale, decay) in expected.items():
         assert found[name] == (pytest.approx(scale), decay), name
 
@@ -370,10 +580,14 @@ def test_without_init_all_parameters_are_alike():
     assert set(found.values()) == {(1.0, 0.0), (1.0, 0.1)}
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(init=None, encoder_lr=None, image_size=20), "--image-size 20.*preset's"),
-    (dict(init="nowhere"), "nowhere: no such file"),
-    (dict(image_size=20), "--image-size 20.*weights' patches of 8")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(init=None, encoder_lr=None, image_size=20), "--image-size 20.*preset's"),
+        (dict(init="nowhere"), "nowhere: no such file"),
+        (dict(image_size=20), "--image-size 20.*weights' patches of 8"),
+    ],
+)
 def test_mistakes_end_before_the_work(tiny_world, tmp_path, weights, changes, said):
     with pytest.raises(UserError, match=said):
         train.train(settings(tiny_world, tmp_path / "run", weights, **changes))
@@ -387,6 +601,17 @@ def test_without_its_vocabulary_a_run_does_not_start(tiny_world, tmp_path, weigh
 
 
 def test_a_preset_takes_another_image_size(tiny_world, tmp_path):
-    train.train(TrainConfig(dataset="csv", data=str(tiny_world / "train.csv"), out=str(tmp_path / "run"), image_size=24,
-                            cache=str(tmp_path / "cache"), steps=1, batch_size=16, num_frames="2", workers=1))
+    train.train(
+        TrainConfig(
+            dataset="csv",
+            data=str(tiny_world / "train.csv"),
+            out=str(tmp_path / "run"),
+            image_size=24,
+            cache=str(tmp_path / "cache"),
+            steps=1,
+            batch_size=16,
+            num_frames="2",
+            workers=1,
+        )
+    )
     assert load_checkpoint(tmp_path / "run").model.config.image_size == 24

@@ -1,6 +1,8 @@
-"""distributed.py and train.py on 2, 4 and 8 processes (gloo): the gradients, losses and batches of one process.
+"""distributed.py and train.py on 2, 4 and 8 processes (gloo): the gradients, losses and batches of
+one process.
 
-The ranks of a world size are forked from a server that has PyTorch loaded, form one group, and run all checks in it.
+The ranks of a world size are forked from a server that has PyTorch loaded, form one group, and run
+all checks in it.
 """
 
 import json
@@ -20,24 +22,47 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from training.checkpoint import load_checkpoint
 from cli import UserError
 from knowledge import concept_vectors
-from training.processes import LostRank, Ranks, StopSignals, exchange, gather, share_sizes, world_size
 from losses import LossConfig, clop_loss
 from model import CLOP, PRESETS, build_config
 from train import TrainConfig, backward
+from training.checkpoint import load_checkpoint
+from training.processes import (
+    LostRank,
+    Ranks,
+    StopSignals,
+    exchange,
+    gather,
+    share_sizes,
+    world_size,
+)
 
 ROOT = Path(__file__).parent.parent
 ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_false_negatives=True)
-TINY = dict(image_size=16, num_frames=2, video_width=32, video_layers=1, video_heads=2, text_width=32, text_layers=1,
-            text_heads=2, text_length=8, vocab_size=64, embed_dim=16, num_concepts=9)
+TINY = dict(
+    image_size=16,
+    num_frames=2,
+    video_width=32,
+    video_layers=1,
+    video_heads=2,
+    text_width=32,
+    text_layers=1,
+    text_heads=2,
+    text_length=8,
+    vocab_size=64,
+    embed_dim=16,
+    num_concepts=9,
+)
 CASES = {  # pairs in the batch, pairs encoded at a time, activations recomputed
-    "equal shares": (16, 0, False), "unequal shares": (13, 0, False), "chunks": (13, 1, False),
-    "everything": (13, 3, True)}
+    "equal shares": (16, 0, False),
+    "unequal shares": (13, 0, False),
+    "chunks": (13, 1, False),
+    "everything": (13, 3, True),
+}
 
 
-# ---- what ranks compute ----------------------------------------------------------------------------------------------
+# ---- what ranks compute --------------------------------------------------------------------------
 
 
 def embeddings(B):
@@ -47,9 +72,12 @@ def embeddings(B):
     concepts[2] = 0
     rows = dict(
         video_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1),
-        text_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1), concepts=concepts,
-        knowledge=F.normalize(concepts, dim=1), concept_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
-        signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]))
+        text_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1),
+        concepts=concepts,
+        knowledge=F.normalize(concepts, dim=1),
+        concept_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
+        signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]),
+    )
     return rows, torch.tensor(math.log(10.0), dtype=torch.float64)
 
 
@@ -60,36 +88,65 @@ def loss_gradients(B, rank=0, parts=1):
     mine = {name: x.split(sizes)[rank].clone() for name, x in rows.items()}
     wanted = [mine[name].requires_grad_() for name in ("video_emb", "text_emb", "concept_logits")]
     wanted.append(scale.requires_grad_())
-    loss, _ = clop_loss(mine.pop("video_emb"), mine.pop("text_emb"), scale, ALL_ON, batch_size=B, **mine)
+    loss, _ = clop_loss(
+        mine.pop("video_emb"), mine.pop("text_emb"), scale, ALL_ON, batch_size=B, **mine
+    )
     return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, wanted)]
 
 
 def step_gradients(case, ranks=Ranks(0, 1, torch.device("cpu"))):
-    """{parameter: gradient} of one optimizer step of the tiny model on this rank's shares of the case's batches."""
+    """{parameter: gradient} of one optimizer step of the tiny model on this rank's shares of the
+    case's batches.
+    """
     B, chunk, checkpointing = CASES[case]
     torch.manual_seed(0)
     model = CLOP(build_config("toy", **TINY))
-    torch.nn.init.normal_(model.video.blocks[0].time_attn.out.weight, std=0.1)     # it starts at zero
+    torch.nn.init.normal_(model.video.blocks[0].time_attn.out.weight, std=0.1)  # it starts at zero
     model.use_checkpointing(checkpointing)
     towers = torch.nn.parallel.DistributedDataParallel(model) if ranks.world_size > 1 else model
 
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 9, (B,), generator=g)
-    batch = dict(video=torch.randint(256, (B, 2, 16, 16, 3), generator=g).byte(),
-                 tokens=torch.randint(64, (B, 8), generator=g), text_mask=torch.arange(8) < lengths[:, None],
-                 concepts=(torch.rand(B, 9, generator=g) < 0.3).float(), signature=torch.randint(9, (B, 2), generator=g))
+    batch = dict(
+        video=torch.randint(256, (B, 2, 16, 16, 3), generator=g).byte(),
+        tokens=torch.randint(64, (B, 8), generator=g),
+        text_mask=torch.arange(8) < lengths[:, None],
+        concepts=(torch.rand(B, 9, generator=g) < 0.3).float(),
+        signature=torch.randint(9, (B, 2), generator=g),
+    )
     batch["knowledge"] = concept_vectors(batch["concepts"], torch.ones(9))
-    batch = {name: x.split(share_sizes(B, ranks.world_size))[ranks.rank] for name, x in batch.items()}
-    backward(towers, model.logit_scale, batch, TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk))
+    batch = {
+        name: x.split(share_sizes(B, ranks.world_size))[ranks.rank] for name, x in batch.items()
+    }
+    backward(
+        towers, model.logit_scale, batch, TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk)
+    )
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
 
 
 def settings(world, folder, name, **other):
     """A short run with all losses on, unequal shares, chunks, checkpointing."""
-    return TrainConfig(**dict(
-        dataset="csv", data=str(world / "train.csv"), out=str(folder / name), cache=str(folder / "cache"), steps=4,
-        batch_size=83, chunk=24, checkpointing=True, num_frames="2", warmup=2, log_every=1,
-        eval_every=3, workers=1, guided_from=0.0, hard_k=2, hard_weight=0.5) | other)
+    return TrainConfig(
+        **dict(
+            dataset="csv",
+            data=str(world / "train.csv"),
+            out=str(folder / name),
+            cache=str(folder / "cache"),
+            steps=4,
+            batch_size=83,
+            chunk=24,
+            checkpointing=True,
+            num_frames="2",
+            warmup=2,
+            log_every=1,
+            eval_every=3,
+            workers=1,
+            guided_from=0.0,
+            hard_k=2,
+            hard_weight=0.5,
+        )
+        | other
+    )
 
 
 def poison(rank, at_calls):
@@ -107,17 +164,30 @@ def poison(rank, at_calls):
 
 def rank_main(rank, count, port, folder, world, answers):
     """All that one rank does; answers.put((rank, {name: result}))."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     ranks, found = Ranks.join(cpu=True), {}
-    assert (ranks.rank, ranks.world_size, world_size(), ranks.is_first) == (rank, count, count, rank == 0)
+    assert (ranks.rank, ranks.world_size, world_size(), ranks.is_first) == (
+        rank,
+        count,
+        count,
+        rank == 0,
+    )
     sizes = share_sizes(count + 1, count)
     found["gather"] = gather(torch.full((sizes[rank], 2), rank), sizes).tolist()
     found["exchange"] = exchange(100 * rank + torch.arange(count + 1), sizes).tolist()
-    found["mean"] = list(ranks.mean_of(dict(
-        a=torch.tensor(float(rank)), b=torch.tensor(math.nan if rank == 1 else 0.0))).values())
+    found["mean"] = list(
+        ranks.mean_of(
+            dict(a=torch.tensor(float(rank)), b=torch.tensor(math.nan if rank == 1 else 0.0))
+        ).values()
+    )
     found |= {f"loss of {B}": loss_gradients(B, rank, count) for B in (16, 13)}
     found |= {case: step_gradients(case, ranks) for case in CASES}
     train.train(settings(world, folder, f"of-{count}"), ranks)
@@ -146,11 +216,11 @@ class StopAfter(StopSignals):
 
     @property
     def received(self):
-        self.reads += 1                                                    # two a step: SIGINT? SIGTERM?
-        return signal.SIGINT if self.reads > 2 * (self.step - 1) else 0
+        self.reads += 1  # one a step
+        return signal.SIGINT if self.reads >= self.step else 0
 
 
-# ---- groups of ranks -------------------------------------------------------------------------------------------------
+# ---- groups of ranks -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +232,9 @@ def folder(tmp_path_factory):
 def alone(tiny_world, folder):
     """The same by one process."""
     train.train(settings(tiny_world, folder, "of-1"))
-    return {f"loss of {B}": loss_gradients(B) for B in (16, 13)} | {case: step_gradients(case) for case in CASES}
+    return {f"loss of {B}": loss_gradients(B) for B in (16, 13)} | {
+        case: step_gradients(case) for case in CASES
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 4, 8])
@@ -174,13 +246,19 @@ def group(request, alone, tiny_world, folder):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [context.Process(target=rank_main, args=(rank, request.param, port, folder, tiny_world, answers))
-             for rank in range(request.param)]
+    ranks = [
+        context.Process(
+            target=rank_main, args=(rank, request.param, port, folder, tiny_world, answers)
+        )
+        for rank in range(request.param)
+    ]
     for process in ranks:
         process.start()
     found = []
     while len(found) < len(ranks):
-        assert all(process.exitcode in (None, 0) for process in ranks), "a rank failed, see its traceback"
+        assert all(process.exitcode in (None, 0) for process in ranks), (
+            "a rank failed, see its traceback"
+        )
         if answers.empty():
             time.sleep(0.02)
         else:
@@ -192,12 +270,16 @@ def group(request, alone, tiny_world, folder):
 
 def test_rows_reach_who_needs_them(group):
     count = len(group)
-    rows = [[rank] * 2 for rank, size in enumerate(share_sizes(count + 1, count)) for _ in range(size)]
+    rows = [
+        [rank] * 2 for rank, size in enumerate(share_sizes(count + 1, count)) for _ in range(size)
+    ]
     assert all(found["gather"] == rows for found in group)
     starts = np.cumsum([0, *share_sizes(count + 1, count)])
     for rank, found in enumerate(group):
         columns = range(starts[rank], starts[rank + 1])
-        assert found["exchange"] == [[100 * other + column for column in columns] for other in range(count)]
+        assert found["exchange"] == [
+            [100 * other + column for column in columns] for other in range(count)
+        ]
         assert found["mean"][0] == (count - 1) / 2 and math.isnan(found["mean"][1])
 
 
@@ -206,9 +288,12 @@ def test_loss_and_its_gradient_are_those_of_the_whole_batch(group, alone, B):
     loss, gradients = alone[f"loss of {B}"]
     losses, parts = zip(*(found[f"loss of {B}"] for found in group))
     assert np.mean(losses) == pytest.approx(loss, rel=1e-12)
-    for i, expected in enumerate(gradients):                           # DDP averages: rows scatter, the scale is shared
-        merged = (np.mean([p[i] for p in parts], axis=0) if expected.ndim == 0
-                  else np.concatenate([p[i] for p in parts]) / len(group))
+    for i, expected in enumerate(gradients):  # DDP averages: rows scatter, the scale is shared
+        merged = (
+            np.mean([p[i] for p in parts], axis=0)
+            if expected.ndim == 0
+            else np.concatenate([p[i] for p in parts]) / len(group)
+        )
         np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -217,8 +302,13 @@ def test_parameters_get_the_gradient_of_one_process(group, alone, case):
     for found in group:
         assert found[case].keys() == alone[case].keys()
         for name, expected in alone[case].items():
-            assert np.linalg.norm(found[case][name] - expected) <= 3e-6 * np.linalg.norm(expected) + 1e-9, name
-            assert np.array_equal(found[case][name], group[0][case][name]), f"{name} differs between ranks"
+            assert (
+                np.linalg.norm(found[case][name] - expected)
+                <= 3e-6 * np.linalg.norm(expected) + 1e-9
+            ), name
+            assert np.array_equal(found[case][name], group[0][case][name]), (
+                f"{name} differs between ranks"
+            )
 
 
 def log_of(folder, name) -> list[dict]:
@@ -241,18 +331,24 @@ def test_a_run_goes_on_with_another_number_of_processes(group, tiny_world, folde
     out = folder / f"was-{len(group)}"
     out.mkdir()
     (out / "step-000003.safetensors").write_bytes(
-        (folder / f"of-{len(group)}" / "step-000003.safetensors").read_bytes())
+        (folder / f"of-{len(group)}" / "step-000003.safetensors").read_bytes()
+    )
     train.train(settings(tiny_world, folder, out.name))
     assert losses_of(folder, out.name) == pytest.approx(
-        {step: loss for step, loss in losses_of(folder, "of-1").items() if step > 3}, rel=2e-5)
+        {step: loss for step, loss in losses_of(folder, "of-1").items() if step > 3}, rel=2e-5
+    )
 
 
 def test_a_gradient_of_nan_on_one_rank_is_skipped_by_all(group, folder):
     lines = [line for line in log_of(folder, f"skipped-{len(group)}") if "grad_norm" in line]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2]
     assert [line["grad_norm"] is None for line in lines] == [False, True, False, True]
-    assert "step 4: loss nan" in group[0]["ended"] and "step-000002.safetensors" in group[0]["ended"]
-    assert {found["ended"] for found in group[1:]} == {"2"}            # end too, and leave the words to the first
+    assert (
+        "step 6: loss nan" in group[0]["ended"] and "step-000004.safetensors" in group[0]["ended"]
+    )
+    assert {found["ended"] for found in group[1:]} == {
+        "2"
+    }  # end too, and leave the words to the first
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, folder):
@@ -261,18 +357,25 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, folder):
     assert steps[-1] == 2 == load_checkpoint(folder / f"stopped-{len(group)}").step
 
 
-# ---- alone -----------------------------------------------------------------------------------------------------------
+# ---- alone ---------------------------------------------------------------------------------------
 
 
 def test_chunks_give_the_gradient_of_the_whole(alone):
-    for name, expected in alone["unequal shares"].items():             # 13 chunks of one pair, against one of 13
-        assert np.linalg.norm(alone["chunks"][name] - expected) <= 3e-6 * np.linalg.norm(expected) + 1e-9, name
+    for name, expected in alone[
+        "unequal shares"
+    ].items():  # 13 chunks of one pair, against one of 13
+        assert (
+            np.linalg.norm(alone["chunks"][name] - expected)
+            <= 3e-6 * np.linalg.norm(expected) + 1e-9
+        ), name
 
 
 def test_shares_are_those_of_the_sampler():
     for total in range(40):
         for parts in range(1, 9):
-            assert share_sizes(total, parts) == [len(x) for x in np.array_split(np.arange(total), parts)]
+            assert share_sizes(total, parts) == [
+                len(x) for x in np.array_split(np.arange(total), parts)
+            ]
 
 
 def test_no_module_sees_its_share_only_or_draws_at_random():
@@ -286,17 +389,20 @@ def test_no_module_sees_its_share_only_or_draws_at_random():
 def test_only_errors_of_lost_connections_are_explained():
     ranks = Ranks(1, 2, torch.device("cpu"))
     with pytest.raises(LostRank, match="rank 1: another rank went away"), ranks.explain_lost_rank():
-        raise RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:49152")
+        raise RuntimeError(
+            "[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:49152"
+        )
     with pytest.raises(RuntimeError, match="shapes"), ranks.explain_lost_rank():
         raise RuntimeError("shapes do not match")
 
 
-# ---- docs/scaling.md -------------------------------------------------------------------------------------------------
+# ---- docs/scaling.md -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def scaling():
     from bench import scaling
+
     return scaling
 
 
@@ -309,12 +415,18 @@ def test_counted_flops_are_those_that_pytorch_counts(scaling):
     sizes = build_config("toy", image_size=64)
     model, L = CLOP(sizes), sizes.text_length
     counted = []
-    for call in (lambda: model.encode_video(torch.randn(1, 8, 3, 64, 64)),
-                 lambda: model.encode_text(torch.zeros(1, L, dtype=torch.long), torch.ones(1, L, dtype=torch.bool))):
+    for call in (
+        lambda: model.encode_video(torch.randn(1, 8, 3, 64, 64)),
+        lambda: model.encode_text(
+            torch.zeros(1, L, dtype=torch.long), torch.ones(1, L, dtype=torch.bool)
+        ),
+    ):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
         counted.append(counter.get_total_flops())
-    for ours, theirs in zip(scaling.encoder_flops(sizes), counted):        # theirs leaves attention's products out
+    for ours, theirs in zip(
+        scaling.encoder_flops(sizes), counted
+    ):  # theirs leaves attention's products out
         assert 1 <= ours / theirs < 1.1
 
 
@@ -325,18 +437,40 @@ def test_bytes_of_a_step_are_those_that_are_sent(scaling, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "all_gather", lambda out, x: (
-        sent.append(x.nbytes), [y.copy_(x) for y in out]))
-    monkeypatch.setattr(torch.distributed, "reduce_scatter", lambda out, x: (
-        sent.append(x[1].nbytes), out.copy_(x[0])))
-    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda out, x, *_: (
-        sent.append(x.nbytes // 2), out.copy_(x)))
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather",
+        lambda out, x: (sent.append(x.nbytes), [y.copy_(x) for y in out]),
+    )
+    monkeypatch.setattr(
+        torch.distributed,
+        "reduce_scatter",
+        lambda out, x: (sent.append(x[1].nbytes), out.copy_(x[0])),
+    )
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_to_all_single",
+        lambda out, x, *_: (sent.append(x.nbytes // 2), out.copy_(x)),
+    )
     rows, scale = embeddings(B)
-    mine = {name: x[:B // 2].float() if x.is_floating_point() else x[:B // 2] for name, x in rows.items()}
+    mine = {
+        name: x[: B // 2].float() if x.is_floating_point() else x[: B // 2]
+        for name, x in rows.items()
+    }
     video_emb, text_emb = (mine.pop(name).requires_grad_() for name in ("video_emb", "text_emb"))
-    loss, _ = clop_loss(video_emb, text_emb, scale.float(), LossConfig(beta=1.0, mask_false_negatives=True),
-                        knowledge=mine["knowledge"], signature=mine["signature"], batch_size=B)
+    loss, _ = clop_loss(
+        video_emb,
+        text_emb,
+        scale.float(),
+        LossConfig(beta=1.0, mask_false_negatives=True),
+        knowledge=mine["knowledge"],
+        signature=mine["signature"],
+        batch_size=B,
+    )
     loss.backward()
     monkeypatch.setitem(scaling.PRESETS, "tiny", dict(embed_dim=E))
     expected = scaling.cost("tiny", B, 2, K)
-    assert sum(sent) == expected["text"] + expected["knowledge"] + expected["ids"] + expected["columns"]
+    assert (
+        sum(sent)
+        == expected["text"] + expected["knowledge"] + expected["ids"] + expected["columns"]
+    )

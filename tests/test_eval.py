@@ -9,34 +9,56 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from datasets import toyworld
-from training.checkpoint import load_checkpoint, save_checkpoint
-from cli import UserError
-from knowledge import ConceptVocab, extract_many
-from data import load_videos, prepare_video
-from eval import (SHIPPED, EvalConfig, embed_split, embed_texts, evaluate, evaluate_retrieval, retrieval_metrics,
-                  similarity)
-from videos.cache import FrameCache
-from model import CLOP, build_config
-from datasets.split import Split
 from test_metrics import KEYS, brute_force_metrics
+
 from captions.tokenizer import Tokenizer
+from cli import UserError
+from data import load_videos, prepare_video
+from datasets import toyworld
+from datasets.split import Split
+from eval import (
+    SHIPPED,
+    EvalConfig,
+    embed_split,
+    embed_texts,
+    evaluate,
+    evaluate_retrieval,
+    retrieval_metrics,
+    similarity,
+)
+from knowledge import ConceptVocab, extract_many
+from model import CLOP, build_config
+from training.checkpoint import load_checkpoint, save_checkpoint
+from videos.cache import FrameCache
 from videos.decode import write_video
 
-# ---- whole evaluations: five tiny videos, an untrained model --------------------------------------------------------
+# ---- whole evaluations: five tiny videos, an untrained model -------------------------------------
 
-CAPTIONS = [(0, "a red ball falls"), (0, "the ball drops down"), (1, "two dogs run"), (2, "a red ball falls"),
-            (3, "Ünïcode 猫 🐈"), (4, "")]
+CAPTIONS = [
+    (0, "a red ball falls"),
+    (0, "the ball drops down"),
+    (1, "two dogs run"),
+    (2, "a red ball falls"),
+    (3, "Ünïcode 猫 🐈"),
+    (4, ""),
+]
 
 
 def tiny_model(folder):
     """A checkpoint file of a model of one layer, which has learned nothing."""
     tokenizer = Tokenizer.train([caption for _, caption in CAPTIONS], 300)
-    vocab = ConceptVocab.build(extract_many([caption for _, caption in CAPTIONS], progress=False), min_count=1)
+    vocab = ConceptVocab.build(
+        extract_many([caption for _, caption in CAPTIONS], progress=False), min_count=1
+    )
     torch.manual_seed(0)
-    model = CLOP(build_config("toy", video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size))
-    save_checkpoint(folder / "step-000007.safetensors", model, tokenizer, vocab, config={"seed": 3}, step=7)
+    model = CLOP(
+        build_config(
+            "toy", video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size
+        )
+    )
+    save_checkpoint(
+        folder / "step-000007.safetensors", model, tokenizer, vocab, config={"seed": 3}, step=7
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,30 +79,56 @@ def write_csv(path, rows):
 
 
 def config(world, out, **changes):
-    paths = dict(checkpoint=world / "step-000007.safetensors", data=world / "data.csv", out=out, cache=world / "cache")
-    return EvalConfig(**{name: str(path) for name, path in paths.items()} | dict(task="csv", device="cpu") | changes)
+    paths = dict(
+        checkpoint=world / "step-000007.safetensors",
+        data=world / "data.csv",
+        out=out,
+        cache=world / "cache",
+    )
+    return EvalConfig(
+        **{name: str(path) for name, path in paths.items()}
+        | dict(task="csv", device="cpu")
+        | changes
+    )
 
 
 def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
     record = evaluate(config(world, tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert written == record and KEYS <= set(written)
-    assert (written["videos"], written["captions"], written["missing"], written["broken"]) == (5, 6, 0, 0)
+    assert (written["videos"], written["captions"], written["missing"], written["broken"]) == (
+        5,
+        6,
+        0,
+        0,
+    )
     checkpoint = load_checkpoint(world)
-    assert written["checkpoint_sha256"] == checkpoint.sha256 and written["step"] == 7 and written["training_seed"] == 3
-    assert (written["frames"], written["image_size"], written["note"]) == (4, 32, "") and "mc_accuracy" not in written
+    assert (
+        written["checkpoint_sha256"] == checkpoint.sha256
+        and written["step"] == 7
+        and written["training_seed"] == 3
+    )
+    assert (written["frames"], written["image_size"], written["note"]) == (
+        4,
+        32,
+        "",
+    ) and "mc_accuracy" not in written
     assert {"versions", "commit", "hardware", "date", "protocol", "split", "seed"} <= set(written)
     assert "<!DOCTYPE html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "text to video" in capsys.readouterr().out
 
     # the same number, by hand: every frame and caption through the model, ranks by the definition
     model, video_of_text = checkpoint.model, [i for i, _ in CAPTIONS]
-    cache = FrameCache(tmp_path / "frames", size=32, num_frames=4)
+    cache = FrameCache(tmp_path / "frames", size=32, num_frames=8)
     with torch.inference_mode():
         frames = load_videos(cache, [str(world / f"{i}.mp4") for i in range(5)], 4)
         video_emb = model.encode_video(prepare_video(frames))
-        text_emb = model.encode_text(*checkpoint.tokenizer.encode_batch([caption for _, caption in CAPTIONS], 32))
-    expected = brute_force_metrics((text_emb @ video_emb.T).double().numpy().round(6).tolist(), video_of_text)
+        text_emb = model.encode_text(
+            *checkpoint.tokenizer.encode_batch([caption for _, caption in CAPTIONS], 32)
+        )
+    expected = brute_force_metrics(
+        (text_emb @ video_emb.T).double().numpy().round(6).tolist(), video_of_text
+    )
     assert {key: written[key] for key in KEYS} == pytest.approx(expected)
 
 
@@ -89,8 +137,13 @@ def test_embeddings_keep_their_order_and_equal_captions_are_equal(world):
     captions = ["two dogs run", "a", "a red ball falls down and down", "two dogs run", ""] * 60
     text_emb = embed_texts(checkpoint.model, checkpoint.tokenizer, captions)
     with torch.inference_mode():
-        alone = [checkpoint.model.encode_text(*checkpoint.tokenizer.encode_batch([c], 32))[0] for c in captions[:5]]
-    assert text_emb.dtype == torch.float32 and torch.allclose(text_emb[:5], torch.stack(alone), atol=1e-5)
+        alone = [
+            checkpoint.model.encode_text(*checkpoint.tokenizer.encode_batch([c], 32))[0]
+            for c in captions[:5]
+        ]
+    assert text_emb.dtype == torch.float32 and torch.allclose(
+        text_emb[:5], torch.stack(alone), atol=1e-5
+    )
     assert torch.equal(text_emb[0], text_emb[3]) and torch.equal(text_emb[:5], text_emb[-5:])
 
 
@@ -108,9 +161,15 @@ def test_an_incomplete_set_says_so(world, tmp_path, capsys):
     pairs = [(f"{i}.mp4", caption) for i, caption in CAPTIONS]
     write_csv(world / "holes.csv", [*pairs, ("gone.mp4", "b"), ("text.mp4", "c")])
     record = evaluate(config(world, tmp_path, data=str(world / "holes.csv"), max_broken=0.5))
-    assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (5, 6, 1, 1)
-    assert record["note"] == "5 of 7 videos: not comparable (1 missing, 1 broken)" and set(record["unusable"]) == {
-        str(world / "gone.mp4"), str(world / "text.mp4")}
+    assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (
+        5,
+        6,
+        1,
+        1,
+    )
+    assert record["note"] == "5 of 7 videos: not comparable (1 missing, 1 broken)" and set(
+        record["unusable"]
+    ) == {str(world / "gone.mp4"), str(world / "text.mp4")}
     assert "5 of 7 videos: not comparable" in capsys.readouterr().out
     assert "5 of 7 videos: not comparable" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="2 of 7 videos"):
@@ -130,26 +189,42 @@ def test_dual_softmax_only_under_its_own_name(world, tmp_path, capsys):
 def test_saved_similarities_give_the_reported_numbers(world, tmp_path, monkeypatch, capsys):
     record = evaluate(config(world, tmp_path, sim_out=str(tmp_path / "saved")))
     saved = np.load(tmp_path / "saved", allow_pickle=False)
-    assert saved["sim"].shape == (6, 5) and saved["text_emb"].shape == (6, 128) and saved["video_emb"].shape == (5, 128)
+    assert (
+        saved["sim"].shape == (6, 5)
+        and saved["text_emb"].shape == (6, 128)
+        and saved["video_emb"].shape == (5, 128)
+    )
     metrics = retrieval_metrics(saved["sim"], saved["video_of_text"])
     assert metrics == {key: record[key] for key in KEYS}
     assert json.loads(str(saved["captions"])) == [caption for _, caption in CAPTIONS]
     assert json.loads(str(saved["videos"])) == [str(world / f"{i}.mp4") for i in range(5)]
     i, j = 2, 3  # row = caption, column = video
-    assert saved["sim"][i, j] == pytest.approx(float(saved["text_emb"][i] @ saved["video_emb"][j]), abs=1e-6)
+    assert saved["sim"][i, j] == pytest.approx(
+        float(saved["text_emb"][i] @ saved["video_emb"][j]), abs=1e-6
+    )
 
     monkeypatch.setattr("eval.MATRIX_LIMIT", 29)
     evaluate(config(world, tmp_path, sim_out=str(tmp_path / "large")))
-    assert "sim" not in np.load(tmp_path / "large") and "without sim, whose 30 entries" in capsys.readouterr().out
+    assert (
+        "sim" not in np.load(tmp_path / "large")
+        and "without sim, whose 30 entries" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="--dsl: 6 captions × 5 videos"):
         evaluate(config(world, tmp_path, dsl=True))
-    with pytest.raises(UserError, match="nowhere.*cannot be written.*--sim-out"):
-        evaluate(config(world, tmp_path, sim_out=str(tmp_path / "nowhere" / "x.npz")))
+    with pytest.raises(UserError, match="saved/x.npz: cannot be written"):
+        evaluate(config(world, tmp_path, sim_out=str(tmp_path / "saved" / "x.npz")))
 
 
 def test_csv_within_a_data_root(world, tmp_path):
-    (tmp_path / "own.csv").write_bytes((world / "data.csv").read_bytes())  # elsewhere than the videos
-    assert evaluate(config(world, tmp_path, data=str(tmp_path / "own.csv"), data_root=str(world)))["videos"] == 5
+    (tmp_path / "own.csv").write_bytes(
+        (world / "data.csv").read_bytes()
+    )  # elsewhere than the videos
+    assert (
+        evaluate(config(world, tmp_path, data=str(tmp_path / "own.csv"), data_root=str(world)))[
+            "videos"
+        ]
+        == 5
+    )
     write_csv(tmp_path / "own.csv", [("../world/0.mp4", "a")])
     with pytest.raises(UserError, match="own.csv, line 2: the video .* outside of the data root"):
         evaluate(config(world, tmp_path, data=str(tmp_path / "own.csv"), data_root=str(world)))
@@ -158,23 +233,30 @@ def test_csv_within_a_data_root(world, tmp_path):
 def test_toy_gallery_and_questions(world, tmp_path):
     folder = toyworld.generate(tmp_path / "toy", train=0, val=8, test=0, workers=1, progress=False)
     record = evaluate(config(world, tmp_path / "out", task="toy", data=str(folder), split="val"))
-    assert (record["videos"], record["captions"], record["questions"]) == (8, 8, 8) and record["split"] == "val"
+    assert (record["videos"], record["captions"], record["questions"]) == (8, 8, 8) and record[
+        "split"
+    ] == "val"
     kinds = {name for name in record if name.startswith("mc_accuracy_")}
     assert kinds <= {"mc_accuracy_noun", "mc_accuracy_verb", "mc_accuracy_direction"} and kinds
     assert 0 <= record["mc_accuracy"] <= 100
-    (folder / "videos").rename(folder / "elsewhere")  # cached frames do not hide that the videos are gone
+    (folder / "videos").rename(
+        folder / "elsewhere"
+    )  # cached frames do not hide that the videos are gone
     with pytest.raises(UserError, match="8 of 8 videos"):
         evaluate(config(world, tmp_path / "out", task="toy", data=str(folder), split="val"))
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(checkpoint="nowhere.safetensors"), "nowhere.safetensors: no such checkpoint"),
-    (dict(data=None), "--task csv: needs --data"),
-    (dict(data="absent.csv"), "absent.csv"),
-    (dict(device="cuda"), "--device cuda"),
-    (dict(task="msvd"), "--task msvd: needs --data-root"),
-    (dict(task="msrvtt", split="val", data_root="."), "msrvtt: has no val split"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(checkpoint="nowhere.safetensors"), "nowhere.safetensors: no such checkpoint"),
+        (dict(data=None), "--task csv: needs --data"),
+        (dict(data="absent.csv"), "absent.csv"),
+        (dict(device="cuda"), "--device cuda"),
+        (dict(task="msvd"), "--task msvd: needs --data-root"),
+        (dict(task="msrvtt", split="val", data_root="."), "msrvtt: has no val split"),
+    ],
+)
 def test_mistakes_end_in_one_line(world, tmp_path, changes, message):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so that --device cuda is no mistake")
@@ -192,29 +274,57 @@ def test_results_that_cannot_be_written(world, tmp_path):
 def test_a_model_that_diverged_is_no_result(world, tmp_path):
     checkpoint = load_checkpoint(world)
     checkpoint.model.video.project.weight.data.fill_(torch.nan)
-    save_checkpoint(tmp_path / "bad.safetensors", checkpoint.model, checkpoint.tokenizer, checkpoint.concept_vocab,
-                    config={}, step=1)
+    save_checkpoint(
+        tmp_path / "bad.safetensors",
+        checkpoint.model,
+        checkpoint.tokenizer,
+        checkpoint.concept_vocab,
+        config={},
+        step=1,
+    )
     with pytest.raises(UserError, match="video embeddings: NaN"):
         evaluate(config(world, tmp_path, checkpoint=str(tmp_path / "bad.safetensors")))
 
 
 def test_command_line(world, tmp_path):
-    command = [sys.executable, "eval.py", "--checkpoint", str(world), "--task", "csv",
-               "--data", str(world / "data.csv"), "--out", str(tmp_path), "--cache", str(world / "cache")]
+    command = [
+        sys.executable,
+        "eval.py",
+        "--checkpoint",
+        str(world),
+        "--task",
+        "csv",
+        "--data",
+        str(world / "data.csv"),
+        "--out",
+        str(tmp_path),
+        "--cache",
+        str(world / "cache"),
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "5 videos" in done.stdout and (tmp_path / "metrics.json").exists()
 
 
 def test_no_checkpoint_no_result(tmp_path):
-    """Never random weights: without its checkpoint the command ends with one line that says what to do."""
+    """Never random weights: without its checkpoint the command ends with one line that says what to
+    do.
+    """
     command = [sys.executable, Path(__file__).parent.parent / "eval.py", "--checkpoint", "missing"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "python train.py" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and "python train.py" in done.stderr and done.stderr.count("\n") == 1
+    )
 
 
 def test_without_a_checkpoint_the_shipped_one_answers(world, tmp_path, capsys):
     record = evaluate(config(world, tmp_path, checkpoint=None))
-    assert f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}" in capsys.readouterr().out
-    assert record["checkpoint_sha256"] == load_checkpoint(SHIPPED).sha256 and record["trained_on"] == "toy"
+    assert (
+        f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}"
+        in capsys.readouterr().out
+    )
+    assert (
+        record["checkpoint_sha256"] == load_checkpoint(SHIPPED).sha256
+        and record["trained_on"] == "toy"
+    )
     assert SHIPPED.stat().st_size <= 8e6

@@ -1,4 +1,6 @@
-"""What goes wrong on real machines, injected: each fault ends in one clear line, or in none, and loses nothing."""
+"""What goes wrong on real machines, injected: each fault ends in one clear line, or in none, and
+loses nothing.
+"""
 
 import collections
 import json
@@ -19,19 +21,20 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import knowledge
-from datasets import toyworld
 import train
+from cli import UserError
+from datasets import toyworld
+from train import TrainConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.log import Log
-from cli import UserError
 from training.processes import launch
 from videos.cache import FrameCache
-from train import TrainConfig
 
 torch.set_num_threads(1)  # as in the processes that the tests start: the same sums, to the last bit
 
 ROOT = Path(__file__).parent.parent
-ENDS_WITHIN = 60  # seconds after which no rank is left when one has died: hangs fail, a loaded machine does not
+# seconds after which no rank is left when one has died: hangs fail, a loaded machine does not
+ENDS_WITHIN = 60
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +52,55 @@ def whole(tiny_world, tmp_path_factory, cache):
 
 def settings(world, out, cache, **other):
     """A run of seconds on the tiny world."""
-    return TrainConfig(**dict(
-        dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"), out=str(out), cache=cache,
-        steps=12, batch_size=16, num_frames="2", warmup=2, log_every=1, eval_every=4, workers=1, guided_from=0.0,
-        hard_k=2, hard_weight=0.5) | other)
+    return TrainConfig(
+        **dict(
+            dataset="csv",
+            data=str(world / "train.csv"),
+            val_data=str(world / "val.csv"),
+            out=str(out),
+            cache=cache,
+            steps=12,
+            batch_size=16,
+            num_frames="2",
+            warmup=2,
+            log_every=1,
+            eval_every=4,
+            workers=1,
+            guided_from=0.0,
+            hard_k=2,
+            hard_weight=0.5,
+        )
+        | other
+    )
 
 
 def flags(config: TrainConfig, *more) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items()
-            if value != getattr(TrainConfig, name)] + list(more)
+    return [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(config).items()
+        if value != getattr(TrainConfig, name)
+    ] + list(more)
 
 
 def start(config, *more, script="train.py", env=()) -> subprocess.Popen:
     """The command line as a process, in a group of its own."""
-    return subprocess.Popen([sys.executable, script, *flags(config, *more)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **dict(env)))
+    return subprocess.Popen(
+        [sys.executable, script, *flags(config, *more)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **dict(env)),
+    )
 
 
 def log_of(out) -> list[dict]:
     path = Path(out) / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]      # the last may be half written
+    return [
+        json.loads(line) for line in lines if line.endswith("}")
+    ]  # the last may be half written
 
 
 def losses_of(out) -> dict[int, str]:
@@ -107,10 +137,12 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tiny_world, tmp_path, cache,
     config = settings(tiny_world, tmp_path / "out", cache)
     script = tmp_path / "dies_writing.py"
     script.write_text(DIES_WRITING)
-    killed = start(config, script=str(script))                             # 1. in the middle of a checkpoint
+    killed = start(config, script=str(script))  # 1. in the middle of a checkpoint
     assert killed.wait(600) == -signal.SIGKILL, killed.communicate()[1]
-    assert load_checkpoint(config.out).step == 4 and list(Path(config.out).glob(".step-000008*.tmp"))
-    random.seed(int.from_bytes(os.urandom(4)))                             # 2., 3. at a random moment
+    assert load_checkpoint(config.out).step == 4 and list(
+        Path(config.out).glob(".step-000008*.tmp")
+    )
+    random.seed(int.from_bytes(os.urandom(4)))  # 2., 3. at a random moment
     for _ in range(2):
         process = start(config)
         wait_for_step(process, config.out, random.randint(5, 10))
@@ -118,7 +150,7 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tiny_world, tmp_path, cache,
         process.send_signal(signal.SIGKILL)
         process.wait()
     train.train(config)
-    assert losses_of(config.out) == whole                                  # every step once, to the last bit
+    assert losses_of(config.out) == whole  # every step once, to the last bit
     assert not list(Path(config.out).glob(".*.tmp"))
 
 
@@ -136,11 +168,13 @@ def test_the_loop_draws_nothing_from_a_global_generator(tiny_world, tmp_path, ca
     assert len(states) == 3 and all(state.equal(states[0]) for state in states)
 
 
-# ---- signals ---------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_means_checkpoint_then_end(number, tiny_world, tmp_path, cache, whole, monkeypatch, capfd):
+def test_a_signal_means_checkpoint_then_end(
+    number, tiny_world, tmp_path, cache, whole, monkeypatch, capfd
+):
     calls = []
 
     def signal_in_third_step(*args, **kwargs):
@@ -159,7 +193,10 @@ def test_a_signal_means_checkpoint_then_end(number, tiny_world, tmp_path, cache,
     assert load_checkpoint(tmp_path).step == 3 and list(losses_of(tmp_path)) == [1, 2, 3]
     assert signal.getsignal(number) is before
     said = capfd.readouterr()
-    assert said.err.count("stops after this step\n") == 1 and "the same command goes on from" in said.out
+    assert (
+        said.err.count("stops after this step\n") == 1
+        and "the same command goes on from" in said.out
+    )
     train.train(config)
     assert losses_of(tmp_path) == whole
 
@@ -180,10 +217,12 @@ def test_ranks_stop_together_and_one_that_dies_ends_all(tiny_world, tmp_path, ca
     config = settings(tiny_world, tmp_path, cache, steps=100_000, eval_every=50_000, val_data=None)
     process = start(config, "--procs=2")
     wait_for_step(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)                                    # to the launcher, as a scheduler does
+    process.send_signal(signal.SIGTERM)  # to the launcher, as a scheduler does
     said, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert error.splitlines().count("SIGTERM: stops after this step") == 1 and "Traceback" not in error
+    assert (
+        error.splitlines().count("SIGTERM: stops after this step") == 1 and "Traceback" not in error
+    )
     step = load_checkpoint(tmp_path).step
     assert step == log_of(tmp_path)[-1]["step"] and f"step-{step:06d}.safetensors" in said
 
@@ -197,7 +236,11 @@ def test_ranks_stop_together_and_one_that_dies_ends_all(tiny_world, tmp_path, ca
     *_, last = lines = error.strip().splitlines()
     assert process.returncode == 1 and "Traceback" not in error and len(lines) == 2, error
     assert lines[0].startswith("error: rank 0: another rank went away")
-    assert last.startswith("error: rank 1 (process ") and "SIGKILL" in last and "the same command goes on" in last
+    assert (
+        last.startswith("error: rank 1 (process ")
+        and "SIGKILL" in last
+        and "the same command goes on" in last
+    )
     assert load_checkpoint(tmp_path).step == step
 
 
@@ -224,40 +267,61 @@ def test_the_rank_that_failed_speaks_first(tiny_world, tmp_path, cache, whole):
     assert process.returncode == 1 and lines[0].endswith("Traceback (most recent call last):"), said
     assert said.count("Traceback") == 1
     assert said.index("ValueError: a bug") < said.index("rank 0: another rank went away")
-    assert lines[-1].startswith("error: rank 1 ") and "failed with status 1, its message is above" in lines[-1]
+    assert (
+        lines[-1].startswith("error: rank 1 ")
+        and "failed with status 1, its message is above" in lines[-1]
+    )
 
 
-@pytest.mark.parametrize("statuses, status, said", [
-    ({0: 3, 1: -9}, 1, "rank 1 (process 11) was ended by SIGKILL"),
-    ({0: -15, 1: 1, 2: 3}, 1, "rank 1 (process 11) failed with status 1"),
-    ({0: 3, 1: 2}, 2, ""), ({0: 130, 1: 130}, 130, ""), (signal.SIGTERM, 0, ""), (signal.SIGINT, 130, ""), ({}, 0, "")])
+@pytest.mark.parametrize(
+    "statuses, status, said",
+    [
+        ({0: 3, 1: -9}, 1, "rank 1 (process 11) was ended by SIGKILL"),
+        ({0: -15, 1: 1, 2: 3}, 1, "rank 1 (process 11) failed with status 1"),
+        ({0: 3, 1: 2}, 2, ""),
+        ({0: 130, 1: 130}, 130, ""),
+        (signal.SIGTERM, 0, ""),
+        (signal.SIGINT, 130, ""),
+        ({}, 0, ""),
+    ],
+)
 def test_the_launcher_blames_the_right_rank(statuses, status, said, monkeypatch, capsys):
-    """statuses: exit status by rank, all seen in the same second; or the signal that the launcher gets."""
+    """statuses: exit status by rank, all seen in the same second; or the signal that the launcher
+    gets.
+    """
+
     def run(_):
         if isinstance(statuses, signal.Signals):
             raise SignalException("", statuses)
         if statuses:
-            raise ChildFailedError("train.py", {rank: Failure(status, 10 + rank) for rank, status in statuses.items()})
+            raise ChildFailedError(
+                "train.py", {rank: Failure(status, 10 + rank) for rank, status in statuses.items()}
+            )
 
     Failure = collections.namedtuple("Failure", "exitcode pid timestamp", defaults=[1])
     monkeypatch.setattr(ChildFailedError, "format_msg", lambda self: "")
     monkeypatch.setattr(torchrun, "run", run)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS"):    # launch sets them where they are missing
+    for name in (
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        "OMP_NUM_THREADS",
+    ):  # launch sets them where they are missing
         monkeypatch.setenv(name, "1")
     assert launch(2) == status
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == bool(said)
 
 
-@pytest.mark.parametrize("what, said", [(["--gpus=99"], "this machine has"), (["--gpus=1", "--procs=1"], "not both")])
+@pytest.mark.parametrize(
+    "what, said", [(["--gpus=99"], "this machine has"), (["--gpus=1", "--procs=1"], "not both")]
+)
 def test_processes_that_cannot_be_started_are_one_line(what, said, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *what, f"--out={tmp_path}"])
     with pytest.raises(UserError, match=said):
         train.main()
 
 
-# ---- workers, disks, numbers -----------------------------------------------------------------------------------------
+# ---- workers, disks, numbers ---------------------------------------------------------------------
 
 
 def die(*_, **__):
@@ -273,7 +337,7 @@ def test_a_killed_decoding_worker_costs_its_video_only(tiny_world, tmp_path, mon
 
     real = FrameCache._try_store
     with monkeypatch.context() as patch:
-        patch.setattr(FrameCache, "_try_store", store)                     # in the workers, which are forked
+        patch.setattr(FrameCache, "_try_store", store)  # in the workers, which are forked
         broken = cache.fill(videos, workers=2, progress=False)
     assert list(broken) == videos[1:2] and "the decoder died twice" in broken[videos[1]]
     assert cache.fill(videos, workers=2, progress=False) == {}
@@ -288,6 +352,7 @@ def test_a_killed_tagging_worker_is_one_line(monkeypatch):
 
 def test_killed_rendering_workers_are_replaced(tmp_path):
     """Three workers are killed while they render; the world is whole all the same."""
+
     def kill_three():
         for _ in range(3):
             while not (workers := set(children.read_text().split()) - before):
@@ -303,7 +368,9 @@ def test_killed_rendering_workers_are_replaced(tmp_path):
     killer = threading.Thread(target=kill_three)
     killer.start()
     try:
-        world = toyworld.generate(tmp_path / "world", train=200, val=8, test=8, workers=2, progress=False)
+        world = toyworld.generate(
+            tmp_path / "world", train=200, val=8, test=8, workers=2, progress=False
+        )
     finally:
         done.set()
         killer.join()
@@ -323,12 +390,22 @@ def on_a_full_disk(function, *args, room=10_000, **kwargs):
 def test_a_full_disk_keeps_the_checkpoint_before(tiny_world, tmp_path, cache, whole, monkeypatch):
     config, real = settings(tiny_world, tmp_path, cache, val_data=None), save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr("training.run.save_checkpoint", lambda *parts, **contents: on_a_full_disk(
-            real, *parts, **contents) if contents["step"] == 8 else real(*parts, **contents))
-        with pytest.raises(UserError, match=r"step-000008.safetensors: checkpoint not written.*free the disk") as error:
+        patch.setattr(
+            "training.run.save_checkpoint",
+            lambda *parts, **contents: (
+                on_a_full_disk(real, *parts, **contents)
+                if contents["step"] == 8
+                else real(*parts, **contents)
+            ),
+        )
+        with pytest.raises(
+            UserError, match=r"step-000008.safetensors: checkpoint not written.*free the disk"
+        ) as error:
             train.train(config)
     assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir() if "safetensors" in path.name] == ["step-000004.safetensors"]
+    assert [path.name for path in tmp_path.iterdir() if "safetensors" in path.name] == [
+        "step-000004.safetensors"
+    ]
     train.train(config)
     assert losses_of(tmp_path) == whole
 
@@ -349,7 +426,11 @@ def test_a_damaged_checkpoint_falls_back_saying_so(tiny_world, tmp_path, cache, 
     capsys.readouterr()
     train.train(config)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "step-000012.safetensors: damaged" in error and "going back" in error
+    assert (
+        error.count("\n") == 1
+        and "step-000012.safetensors: damaged" in error
+        and "going back" in error
+    )
     assert losses_of(tmp_path) == whole and (tmp_path / "step-000012.damaged").exists()
     assert load_checkpoint(newest).step == 12
 
@@ -371,7 +452,9 @@ def test_best_and_last_checkpoints_are_kept(tiny_world, tmp_path, cache, monkeyp
     monkeypatch.setattr(Log, "validation", lambda *args: (real(*args), next(scores))[1])
     train.train(settings(tiny_world, tmp_path, cache, keep=1))
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
-        "best.safetensors", "step-000012.safetensors"]
+        "best.safetensors",
+        "step-000012.safetensors",
+    ]
     best = load_checkpoint(tmp_path / "best.safetensors", training=True)
     assert (best.step, best.progress["best"], best.training) == (8, 30.0, {})  # the first of equals
     assert load_checkpoint(tmp_path).step == 12
@@ -382,13 +465,17 @@ def test_non_finite_steps_are_skipped_then_end_the_run(tiny_world, tmp_path, cac
 
     def explode(video_emb, text_emb, *args, **kwargs):
         calls.append(1)
-        if len(calls) in bad:                                              # in the embeddings, as bf16 would
-            video_emb = video_emb * torch.where(torch.arange(len(video_emb)) == 3, torch.nan, 1.0)[:, None]
+        if len(calls) in bad:  # in the embeddings, as bf16 would
+            video_emb = (
+                video_emb * torch.where(torch.arange(len(video_emb)) == 3, torch.nan, 1.0)[:, None]
+            )
         return real(video_emb, text_emb, *args, **kwargs)
 
     real, bad = train.clop_loss, {2, 3, 5, 6, 7, 8}
     monkeypatch.setattr(train, "clop_loss", explode)
-    with pytest.raises(UserError, match=r"step 8: loss nan .* after 3 skipped steps; .*step-000004.safetensors"):
+    with pytest.raises(
+        UserError, match=r"step 8: loss nan .* after 3 skipped steps; .*step-000004.safetensors"
+    ):
         train.train(settings(tiny_world, tmp_path, cache))
     lines = [line for line in log_of(tmp_path) if "grad_norm" in line]
     assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3, 4, 5]
@@ -397,7 +484,7 @@ def test_non_finite_steps_are_skipped_then_end_the_run(tiny_world, tmp_path, cac
     assert found.progress["skipped"] == 2
 
 
-# ---- clock and locale ------------------------------------------------------------------------------------------------
+# ---- clock and locale ----------------------------------------------------------------------------
 
 
 def test_a_clock_that_runs_backwards(tiny_world, tmp_path, cache, whole, monkeypatch):
@@ -405,11 +492,15 @@ def test_a_clock_that_runs_backwards(tiny_world, tmp_path, cache, whole, monkeyp
     monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
     train.train(settings(tiny_world, tmp_path, cache))
     assert losses_of(tmp_path) == whole
-    assert all(0 <= line["data_s"] <= line["step_s"] for line in log_of(tmp_path) if "step_s" in line)
+    assert all(
+        0 <= line["data_s"] <= line["step_s"] for line in log_of(tmp_path) if "step_s" in line
+    )
 
 
-ODD = [dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TZ="Antarctica/Troll"),
-       dict(LC_ALL="tr_TR.UTF-8", LANGUAGE="tr", TZ="XXX-99:59")]
+ODD = [
+    dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TZ="Antarctica/Troll"),
+    dict(LC_ALL="tr_TR.UTF-8", LANGUAGE="tr", TZ="XXX-99:59"),
+]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd["LC_ALL"])
@@ -421,6 +512,8 @@ def test_odd_locales_change_nothing(odd, tiny_world, tmp_path, cache, whole):
     assert losses_of(tmp_path) == whole
     if odd is ODD[1]:
         return
-    refused = start(settings(tiny_world, tmp_path, cache, lr=0.5), env=odd)  # its message has an arrow
+    refused = start(
+        settings(tiny_world, tmp_path, cache, lr=0.5), env=odd
+    )  # its message has an arrow
     _, error = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "--lr 0.001" in error and "Traceback" not in error, error

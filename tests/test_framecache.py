@@ -1,4 +1,6 @@
-"""framecache.py: a cache that survives what happens to disks, and files that hang or kill the decoder."""
+"""framecache.py: a cache that survives what happens to disks, and files that hang or kill the
+decoder.
+"""
 
 import concurrent.futures
 import errno
@@ -13,18 +15,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
 
+from cli import UserError
 from videos import cache as framecache
 from videos import workers as guarded
-from cli import UserError
 from videos.cache import FrameCache
-from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
 from videos.decode import VideoError, frame_indices, read_frames, write_video
 
 ROOT = Path(__file__).parent.parent
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def the_entry(cache):
@@ -36,18 +38,26 @@ def test_cache_decodes_once(tmp_path, clip, monkeypatch):
     cache = FrameCache(tmp_path / "cache", size=64, num_frames=10)
     first = cache.get(clip)
     assert numbers(first) == frame_indices(100, 10).tolist()
-    monkeypatch.setattr(framecache, "read_frames", lambda *args, **kwargs: pytest.fail("decoded again"))
-    np.testing.assert_array_equal(FrameCache(tmp_path / "cache", size=64, num_frames=10).get(clip), first)
+    monkeypatch.setattr(
+        framecache, "read_frames", lambda *args, **kwargs: pytest.fail("decoded again")
+    )
+    np.testing.assert_array_equal(
+        FrameCache(tmp_path / "cache", size=64, num_frames=10).get(clip), first
+    )
 
 
 def test_cache_entry_depends_on_all_that_the_pixels_do(tmp_path, clip):
     source = tmp_path / "copy.mp4"
     source.write_bytes(clip.read_bytes())
     cache = FrameCache(tmp_path / "cache", size=64, num_frames=10)
-    entries = {cache._entry(source, 0.0, None), cache._entry(source, 1.0, None), cache._entry(source, 0.0, 2.0),
-               cache._entry(clip, 0.0, None),
-               FrameCache(cache.folder, size=32, num_frames=10)._entry(source, 0.0, None),
-               FrameCache(cache.folder, size=64, num_frames=12)._entry(source, 0.0, None)}
+    entries = {
+        cache._entry(source, 0.0, None),
+        cache._entry(source, 1.0, None),
+        cache._entry(source, 0.0, 2.0),
+        cache._entry(clip, 0.0, None),
+        FrameCache(cache.folder, size=32, num_frames=10)._entry(source, 0.0, None),
+        FrameCache(cache.folder, size=64, num_frames=12)._entry(source, 0.0, None),
+    }
     os.utime(source, ns=(1, 1))  # edited
     entries.add(cache._entry(source, 0.0, None))
     assert len(entries) == 7
@@ -56,9 +66,17 @@ def test_cache_entry_depends_on_all_that_the_pixels_do(tmp_path, clip):
     assert numbers(cache.get(source)) == frame_indices(20, 10).tolist()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:100], lambda data: b"",
-    lambda data: b"XXXX" + data[4:], lambda data: data + b"0"], ids=["bit", "cut", "empty", "magic", "longer"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: b"XXXX" + data[4:],
+        lambda data: data + b"0",
+    ],
+    ids=["bit", "cut", "empty", "magic", "longer"],
+)
 def test_damaged_entries_are_decoded_again_and_said_once(tmp_path, clip, capsys, damage):
     cache = FrameCache(tmp_path, size=64, num_frames=4)
     whole = cache.get(clip)
@@ -83,9 +101,14 @@ def test_fill_reports_broken_videos_and_resumes(tmp_path, clip, capfd, monkeypat
     broken = cache.fill(good[:10] + bad + good[10:], workers=workers)
     assert list(broken) == bad and "no such video" in broken[bad[1]]
     megabytes = 20 * (20 + 4 * 16 * 16 * 3) / 1e6
-    assert f"20 videos × 4 frames of 16 px, {megabytes:.1f} MB (20 new), 2 broken" in capfd.readouterr().out
+    assert (
+        f"20 videos × 4 frames of 16 px, {megabytes:.1f} MB (20 new), 2 broken"
+        in capfd.readouterr().out
+    )
     assert len(list(cache.folder.glob("*/*"))) == 20
-    monkeypatch.setattr(framecache, "read_frames", lambda *args, **kwargs: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        framecache, "read_frames", lambda *args, **kwargs: pytest.fail("decoded again")
+    )
     assert cache.fill(good, workers=workers, progress=False) == {}
 
 
@@ -94,10 +117,12 @@ def test_interrupted_writes_leave_nothing_half(tmp_path, clip, monkeypatch):
     entry = cache._entry(clip, 0.0, None)
     disk_full = OSError(errno.ENOSPC, "No space left on device")
     for error, raised in [(KeyboardInterrupt(), KeyboardInterrupt), (disk_full, UserError)]:
+
         def write_half(path, data, error=error):
             with open(path, "wb") as file:
                 file.write(data[:100])
             raise error
+
         monkeypatch.setattr(Path, "write_bytes", write_half)
         with pytest.raises(raised):
             cache._store(clip, entry, 0.0, None)
@@ -119,7 +144,10 @@ def test_many_writers_at_once(tmp_path, clip):
     cache = FrameCache(tmp_path, size=64, num_frames=8)
     with concurrent.futures.ProcessPoolExecutor(4) as pool:
         results = list(pool.map(cache.get, [clip] * 16))
-    assert all((result == results[0]).all() for result in results) and len(list(tmp_path.glob("*/*"))) == 1
+    assert (
+        all((result == results[0]).all() for result in results)
+        and len(list(tmp_path.glob("*/*"))) == 1
+    )
     np.testing.assert_array_equal(cache.get(clip), results[0])
     assert cache.damaged == 0
 
@@ -127,19 +155,24 @@ def test_many_writers_at_once(tmp_path, clip):
 def test_still_pictures_are_kept_once(tmp_path, capsys):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "picture.png"), picture)
-    (tmp_path / "4027").write_bytes(cv2.imencode(".jpg", picture)[1])  # data sets of pictures name them by a hash
+    (tmp_path / "4027").write_bytes(
+        cv2.imencode(".jpg", picture)[1]
+    )  # data sets of pictures name them by a hash
     write_video(tmp_path / "still.mp4", np.full((9, 20, 30, 3), 60, np.uint8))
     paths = [str(tmp_path / name) for name in ("picture.png", "4027", "still.mp4")]
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=5)
     for new in (3, 0):
         assert cache.fill(paths) == {}
-        assert f"3 videos × 5 frames of 16 px, {3 * 788 / 1e6:.1f} MB ({new} new)" in capsys.readouterr().out
+        assert (
+            f"3 videos × 5 frames of 16 px, {3 * 788 / 1e6:.1f} MB ({new} new)"
+            in capsys.readouterr().out
+        )
     for path in paths:
         assert cache._entry(path, 0.0, None).stat().st_size == 20 + 16 * 16 * 3 == 788
         np.testing.assert_array_equal(cache.get(path), read_frames(path, 5, size=16))
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -168,8 +201,14 @@ def test_a_video_that_hangs_the_decoder(clips, tmp_path, monkeypatch, workers):
     make_trouble(monkeypatch, lambda: time.sleep(3600))
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=4)
     broken = cache.fill(clips, workers=workers, progress=False)
-    assert list(broken) == [clips[2]] and "gave no frames within 2 s and was stopped" in broken[clips[2]]
-    assert len(list(cache.folder.glob("*/*"))) == 5 and set(multiprocessing.active_children()) <= others
+    assert (
+        list(broken) == [clips[2]]
+        and "gave no frames within 2 s and was stopped" in broken[clips[2]]
+    )
+    assert (
+        len(list(cache.folder.glob("*/*"))) == 5
+        and set(multiprocessing.active_children()) <= others
+    )
     with pytest.raises(VideoError, match="trouble.mp4: the decoder gave no frames"):
         cache.get(clips[2])
     assert cache.get(clips[3]).shape == (4, 16, 16, 3)
@@ -192,6 +231,7 @@ def test_a_fifo_is_no_video(tmp_path):
 def test_a_worker_that_is_killed(clips, tmp_path, monkeypatch, deaths):
     """Once may be bad luck, and nothing is lost; twice at the same video is the video."""
     others = set(multiprocessing.active_children())  # of other tests
+
     def die():
         died = len(list(tmp_path.glob("death-*")))
         if died < deaths:
@@ -203,17 +243,21 @@ def test_a_worker_that_is_killed(clips, tmp_path, monkeypatch, deaths):
     broken = cache.fill(clips, workers=2, progress=False)
     assert len(list(cache.folder.glob("*/*"))) == 7 - deaths
     assert set(multiprocessing.active_children()) <= others
-    assert list(broken) == clips[2:3][:deaths - 1]
-    assert all("trouble.mp4: the decoder died twice (exit code -9" in reason for reason in broken.values())
+    assert list(broken) == clips[2:3][: deaths - 1]
+    assert all(
+        "trouble.mp4: the decoder died twice (exit code -9" in reason for reason in broken.values()
+    )
 
 
 def test_workers_end_with_a_killed_parent(clips, tmp_path):
-    code = (f"import os, time\nfrom videos import cache as framecache\n"
-            f"def slow(*args, **kwargs):\n"
-            f"    open({str(tmp_path)!r} + '/pid-%d' % os.getpid(), 'w')\n"
-            f"    time.sleep(1)\n"
-            f"framecache.read_frames = slow\n"
-            f"framecache.FrameCache({str(tmp_path / 'cache')!r}, size=16, num_frames=4).fill({clips!r}, workers=3)")
+    code = (
+        f"import os, time\nfrom videos import cache as framecache\n"
+        f"def slow(*args, **kwargs):\n"
+        f"    open({str(tmp_path)!r} + '/pid-%d' % os.getpid(), 'w')\n"
+        f"    time.sleep(1)\n"
+        f"framecache.read_frames = slow\n"
+        f"framecache.FrameCache({str(tmp_path / 'cache')!r}, size=16, num_frames=4).fill({clips!r}, workers=3)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     pids = []
     while len(pids) < 3 and parent.poll() is None:
@@ -221,21 +265,32 @@ def test_workers_end_with_a_killed_parent(clips, tmp_path):
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
+    while any(
+        Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in pids
+    ):
         assert time.monotonic() < deadline, f"of {pids} some still run"
         time.sleep(0.05)
     assert len(pids) == 3
 
 
 def test_two_runs_fill_one_cache_at_once(clips, tmp_path):
-    code = (f"from videos.cache import FrameCache\n"
-            f"print(FrameCache({str(tmp_path / 'cache')!r}, size=64, num_frames=8).fill({clips!r}, workers=2))")
+    code = (
+        f"from videos.cache import FrameCache\n"
+        f"print(FrameCache({str(tmp_path / 'cache')!r}, size=64, num_frames=8).fill({clips!r}, workers=2))"
+    )
     command = [sys.executable, "-c", code]
-    for one in [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]:
+    for one in [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]:
         said = one.communicate()[0]
-        assert one.returncode == 0 and "6 videos × 8 frames of 64 px" in said and said.endswith("{}\n")
+        assert (
+            one.returncode == 0 and "6 videos × 8 frames of 64 px" in said and said.endswith("{}\n")
+        )
     cache = FrameCache(tmp_path / "cache", size=64, num_frames=8)
-    assert sorted(path.suffix for path in cache.folder.glob("*/*")) == [".frames"] * 6  # whole ones, nothing temporary
+    assert (
+        sorted(path.suffix for path in cache.folder.glob("*/*")) == [".frames"] * 6
+    )  # whole ones, nothing temporary
     for path in clips:
         assert numbers(cache.get(path)) == frame_indices(100, 8).tolist()
     assert cache.damaged == 0

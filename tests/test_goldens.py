@@ -1,6 +1,8 @@
-"""What must not change while the code is rearranged: numbers, files and batches of a known good version.
+"""What must not change while the code is rearranged: numbers, files and batches of a known good
+version.
 
-goldens.json was written by `python tests/test_goldens.py`. A value in it changes only with a reason in docs/LOG.md.
+goldens.json was written by `python tests/test_goldens.py`. A value in it changes only with a reason
+in docs/LOG.md.
 """
 
 import hashlib
@@ -14,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import toyworld
 from data import KnowledgeBatchSampler
+from datasets import toyworld
 from eval import EvalConfig, evaluate
 from knowledge import ConceptVocab, extract_many, meaning_ids
 from train import TrainConfig, train

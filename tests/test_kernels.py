@@ -1,8 +1,9 @@
-"""The contrastive op against its definition in float64, and against loops that share no code with it.
+"""The contrastive op against its definition in float64, and against loops that share no code with
+it.
 
-The same tests run twice: here on `reference` and `tiled` (and `triton` where there is a GPU), and, through
-`test_in_the_interpreter`, in a process of their own with TRITON_INTERPRET=1, which must be set before triton is
-imported, on `triton`.
+The same tests run twice: here on `reference` and `tiled` (and `triton` where there is a GPU), and,
+through `test_in_the_interpreter`, in a process of their own with TRITON_INTERPRET=1, which must be
+set before triton is imported, on `triton`.
 """
 
 import math
@@ -28,7 +29,9 @@ torch.set_num_threads(1)  # several test processes share few cores
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """torch.empty gives NaN or the largest integer, so nothing unwritten passes; small problems get several tiles."""
+    """torch.empty gives NaN or the largest integer, so nothing unwritten passes; small problems get
+    several tiles.
+    """
     torch.use_deterministic_algorithms(True)
     monkeypatch.setattr(tiled, "TILE", 1000)
     yield
@@ -36,21 +39,35 @@ def poison(monkeypatch):
 
 
 def problem(n, dim=24, dtype=torch.float32, seed=0, m=None, noise=0.5, concepts=12):
-    """Unit embeddings [n, dim], [m, dim] with some signal, concept vectors [m, K], ids [m, 2] with false negatives."""
+    """Unit embeddings [n, dim], [m, dim] with some signal, concept vectors [m, K], ids [m, 2] with
+    false negatives.
+    """
     g = torch.Generator().manual_seed(seed)
     m = m or n
     text = F.normalize(torch.randn(m, dim, generator=g), dim=1)
-    video = F.normalize(torch.randn(n, dim, generator=g) * noise + text[:n] * dim ** 0.5 * 0.5, dim=1)
+    video = F.normalize(torch.randn(n, dim, generator=g) * noise + text[:n] * dim**0.5 * 0.5, dim=1)
     known = (torch.rand(m, concepts, generator=g) < 0.3).float()
-    ids = torch.stack([torch.randint(0, 2 * m, (m,), generator=g), torch.randint(0, 3 * m, (m,), generator=g)], 1)
-    return video.to(DEVICE, dtype), text.to(DEVICE, dtype), F.normalize(known, dim=1).to(DEVICE), ids.to(DEVICE)
+    ids = torch.stack(
+        [torch.randint(0, 2 * m, (m,), generator=g), torch.randint(0, 3 * m, (m,), generator=g)], 1
+    )
+    return (
+        video.to(DEVICE, dtype),
+        text.to(DEVICE, dtype),
+        F.normalize(known, dim=1).to(DEVICE),
+        ids.to(DEVICE),
+    )
 
 
 def run(impl, video, text, concepts=None, ids=None, scale=20.0, beta=0.0, k=4, dtype=torch.float32):
     """(loss, mined, [d_video, d_text, d_logit_scale, d_beta]) as float64 on the CPU."""
     leaves = [video.clone().requires_grad_(), text.clone().requires_grad_()]
-    leaves += [torch.tensor(x, dtype=dtype, device=DEVICE, requires_grad=True) for x in (math.log(scale), beta)]
-    loss, mined = knowledge_nce(*leaves[:3], concepts=concepts, beta=leaves[3], signature=ids, k=k, impl=impl)
+    leaves += [
+        torch.tensor(x, dtype=dtype, device=DEVICE, requires_grad=True)
+        for x in (math.log(scale), beta)
+    ]
+    loss, mined = knowledge_nce(
+        *leaves[:3], concepts=concepts, beta=leaves[3], signature=ids, k=k, impl=impl
+    )
     loss.backward()
     grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves]
     return loss.detach().double().cpu(), mined, [g.double().cpu() for g in grads]
@@ -59,17 +76,23 @@ def run(impl, video, text, concepts=None, ids=None, scale=20.0, beta=0.0, k=4, d
 def truth(video, text, concepts=None, ids=None, **options):
     """The definition in float64."""
     concepts = None if concepts is None else concepts.double()
-    return run("reference", video.double(), text.double(), concepts, ids, dtype=torch.float64, **options)
+    return run(
+        "reference", video.double(), text.double(), concepts, ids, dtype=torch.float64, **options
+    )
 
 
 def plain_pytorch(video, text, concepts, ids, scale, beta):
-    """(loss, grads) as anybody would write it, in the dtype of the embeddings: the yardstick of rounding errors."""
+    """(loss, grads) as anybody would write it, in the dtype of the embeddings: the yardstick of
+    rounding errors.
+    """
     dtype = video.dtype
     leaves = [video.clone().requires_grad_(), text.clone().requires_grad_()]
     leaves += [torch.tensor(x, device=DEVICE, requires_grad=True) for x in (math.log(scale), beta)]
     logits = leaves[2].exp().to(dtype) * (leaves[0] @ leaves[1].T)
     eye = torch.eye(len(video), dtype=torch.bool, device=DEVICE)
-    logits = logits + leaves[3].to(dtype) * (concepts.to(dtype) @ concepts.to(dtype).T).masked_fill(eye, 0)
+    logits = logits + leaves[3].to(dtype) * (concepts.to(dtype) @ concepts.to(dtype).T).masked_fill(
+        eye, 0
+    )
     same = (ids[:, None] == ids[None, :]).any(2) & ~eye
     logits = logits.masked_fill(same, -torch.inf)
     target = torch.arange(len(video), device=DEVICE)
@@ -79,23 +102,27 @@ def plain_pytorch(video, text, concepts, ids, scale, beta):
 
 
 @impls
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] + [torch.float16] * (not INTERPRETED))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16] + [torch.float16] * (not INTERPRETED)
+)
 @pytest.mark.parametrize("n, scale", [(1, 20.0), (2, 99.9), (17, 3.0), (64, 99.9), (129, 14.3)])
 def test_error_at_most_twice_plain_pytorchs(impl, dtype, n, scale):
     video, text, concepts, ids = problem(n, dtype=dtype, seed=n)
     loss, _, grads = run(impl, video, text, concepts, ids, scale=scale, beta=1.5)
     true_loss, _, true_grads = truth(video, text, concepts, ids, scale=scale, beta=1.5)
     plain_loss, plain_grads = plain_pytorch(video, text, concepts, ids, scale, 1.5)
-    # plain PyTorch may be exact by luck: allow what the float32 rounding of one logit of size `scale` does to its
-    # exponential
+    # plain PyTorch may be exact by luck: allow what the float32 rounding of one logit of size
+    # `scale` does to its exponential
     ulp = torch.finfo(torch.float32).eps * max(4, scale / 2)
     assert abs(loss - true_loss) <= 2 * abs(plain_loss - true_loss) + ulp * (1 + abs(true_loss))
-    for name, grad, true, plain in zip(("video", "text", "logit_scale", "beta"), grads, true_grads, plain_grads):
+    for name, grad, true, plain in zip(
+        ("video", "text", "logit_scale", "beta"), grads, true_grads, plain_grads
+    ):
         assert torch.isfinite(grad).all(), name
         if grad.ndim:  # the result itself is rounded to the dtype of the embeddings
             slack = max(ulp, torch.finfo(dtype).eps) * true.norm()
-        else:          # a scalar's gradient is a sum over the batch that cancels: Σ v·dV
-            slack = ulp * (true.norm() + true_grads[0].norm() * n ** 0.5)
+        else:  # a scalar's gradient is a sum over the batch that cancels: Σ v·dV
+            slack = ulp * (true.norm() + true_grads[0].norm() * n**0.5)
         assert (grad - true).norm() <= 2 * (plain - true).norm() + slack, name
 
 
@@ -106,9 +133,18 @@ def test_against_loops(impl):
     video, text, concepts, ids = problem(n, m=m, seed=3)
     video = video.roll(1, 0)
     ids[offset + 1, 0] = ids[7, 0]  # at least these share an id: row 1 and column 7
-    kappa = (concepts[offset:offset + n] @ concepts.T).tolist()
-    stats = knowledge_nce_stats(video, text, math.log(s), concepts=(concepts[offset:offset + n], concepts), beta=b,
-                                offset=offset, signature=(ids[offset:offset + n], ids), k=k, impl=impl)
+    kappa = (concepts[offset : offset + n] @ concepts.T).tolist()
+    stats = knowledge_nce_stats(
+        video,
+        text,
+        math.log(s),
+        concepts=(concepts[offset : offset + n], concepts),
+        beta=b,
+        offset=offset,
+        signature=(ids[offset : offset + n], ids),
+        k=k,
+        impl=impl,
+    )
     sim, ids = (video @ text.T).tolist(), ids.tolist()
     a = {}
     for i in range(n):
@@ -116,16 +152,24 @@ def test_against_loops(impl):
             if j != offset + i and not any(x == y for x, y in zip(ids[offset + i], ids[j])):
                 a[i, j] = s * sim[i][j] + b * kappa[i][j]
     assert (1, 7) not in a
-    for rows, lse, index, score in ((True, stats.row_negatives, stats.mined.v2t_index, stats.mined.v2t_score),
-                                    (False, stats.col_negatives, stats.mined.t2v_index, stats.mined.t2v_score)):
+    for rows, lse, index, score in (
+        (True, stats.row_negatives, stats.mined.v2t_index, stats.mined.v2t_score),
+        (False, stats.col_negatives, stats.mined.t2v_index, stats.mined.t2v_score),
+    ):
         for x in range(n if rows else m):
-            line = [(-z, (j if rows else i), z) for (i, j), z in a.items() if (i if rows else j) == x]
+            line = [
+                (-z, (j if rows else i), z) for (i, j), z in a.items() if (i if rows else j) == x
+            ]
             hardest = sorted(line)[:k]
-            assert lse[x].item() == pytest.approx(math.log(sum(math.exp(z) for *_, z in line)), abs=1e-5)
+            assert lse[x].item() == pytest.approx(
+                math.log(sum(math.exp(z) for *_, z in line)), abs=1e-5
+            )
             assert index[x].tolist() == [y for _, y, _ in hardest] + [-1] * (k - len(hardest))
             scores = [z for *_, z in hardest] + [-math.inf] * (k - len(hardest))
             assert score[x].tolist() == pytest.approx(scores, abs=1e-5)
-    assert stats.positive.tolist() == pytest.approx([s * sim[i][offset + i] for i in range(n)], abs=1e-5)
+    assert stats.positive.tolist() == pytest.approx(
+        [s * sim[i][offset + i] for i in range(n)], abs=1e-5
+    )
 
 
 @impls
@@ -147,9 +191,18 @@ def test_each_output_has_its_own_gradient(impl):
     upstream = [torch.randn(size, generator=g).to(DEVICE) for size in (20, 50, 20)]
     grads = {}
     for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (video, text, torch.tensor(2.5), torch.tensor(1.5))]
-        stats = knowledge_nce_stats(*leaves[:3], concepts=(concepts[30:], concepts), beta=leaves[3], offset=30,
-                                    signature=(ids[30:], ids), impl=name)
+        leaves = [
+            x.to(DEVICE, dtype).requires_grad_()
+            for x in (video, text, torch.tensor(2.5), torch.tensor(1.5))
+        ]
+        stats = knowledge_nce_stats(
+            *leaves[:3],
+            concepts=(concepts[30:], concepts),
+            beta=leaves[3],
+            offset=30,
+            signature=(ids[30:], ids),
+            impl=name,
+        )
         total = sum((x.masked_fill(x == -torch.inf, 0) * u).sum() for x, u in zip(stats, upstream))
         grads[name, dtype] = torch.autograd.grad(total, leaves)
     for fast, true in zip(grads[impl, torch.float32], grads["reference", torch.float64]):
@@ -163,11 +216,23 @@ def test_gradcheck(impl, monkeypatch):
     video, text, concepts, ids = problem(9, dim=5, dtype=torch.float64)
 
     def outputs(v, t, s, b):
-        stats = knowledge_nce_stats(v, t, s, concepts=(concepts[:6].double(), concepts.double()), beta=b, impl=impl,
-                                    signature=(ids[:6], ids))
+        stats = knowledge_nce_stats(
+            v,
+            t,
+            s,
+            concepts=(concepts[:6].double(), concepts.double()),
+            beta=b,
+            impl=impl,
+            signature=(ids[:6], ids),
+        )
         return stats[:3]
-    scalars = [torch.tensor(x, dtype=torch.float64, device=DEVICE, requires_grad=True) for x in (1.5, 0.7)]
-    assert torch.autograd.gradcheck(outputs, (video[:6].clone().requires_grad_(), text.requires_grad_(), *scalars))
+
+    scalars = [
+        torch.tensor(x, dtype=torch.float64, device=DEVICE, requires_grad=True) for x in (1.5, 0.7)
+    ]
+    assert torch.autograd.gradcheck(
+        outputs, (video[:6].clone().requires_grad_(), text.requires_grad_(), *scalars)
+    )
 
 
 @impls
@@ -178,7 +243,9 @@ def test_scale_is_clamped_with_its_gradient(impl):
         loss, _ = knowledge_nce(video, text, leaf, impl=impl)
         loss.backward()
         assert (leaf.grad != 0).item() == moves
-    assert loss.item() == pytest.approx(knowledge_nce(video, text, math.log(100.0), impl=impl)[0].item(), rel=1e-6)
+    assert loss.item() == pytest.approx(
+        knowledge_nce(video, text, math.log(100.0), impl=impl)[0].item(), rel=1e-6
+    )
 
 
 @impls
@@ -195,7 +262,9 @@ def test_constant_similarity_takes_the_lowest_indices(impl):
 
 @impls
 def test_duplicates_tie_by_lowest_index(impl):
-    """Entries are small integers over a power of two: every sum is exact, and equal rows are equal to the last bit."""
+    """Entries are small integers over a power of two: every sum is exact, and equal rows are equal
+    to the last bit.
+    """
     g = torch.Generator().manual_seed(1)
     base = torch.randint(-1, 2, (12, 16), generator=g).float() / 4  # |row| ≤ 1
     video, text = (base[torch.randint(0, 12, (70,), generator=g)].to(DEVICE) for _ in range(2))
@@ -209,10 +278,15 @@ def test_duplicates_tie_by_lowest_index(impl):
 @impls
 def test_all_false_negatives_and_none(impl):
     video, text, concepts, ids = problem(19)
-    loss, mined, grads = run(impl, video, text, concepts, torch.full((19,), 7, device=DEVICE), beta=1.0)
+    loss, mined, grads = run(
+        impl, video, text, concepts, torch.full((19,), 7, device=DEVICE), beta=1.0
+    )
     assert loss == 0 and all((g == 0).all() for g in grads)
     assert (mined.v2t_index == -1).all() and (mined.t2v_score == -torch.inf).all()
-    masked, free = run(impl, video, text, ids=torch.arange(19, device=DEVICE)), run(impl, video, text)
+    masked, free = (
+        run(impl, video, text, ids=torch.arange(19, device=DEVICE)),
+        run(impl, video, text),
+    )
     assert masked[0] == free[0] and torch.equal(masked[1].v2t_index, free[1].v2t_index)
 
 
@@ -224,7 +298,11 @@ def test_more_places_than_negatives(impl):
     assert [(row >= 0).sum().item() for row in mined.v2t_index] == [2, 2, 2, 4, 4]
     assert (torch.isinf(mined.v2t_score) == (mined.v2t_index < 0)).all()
     loss, mined, grads = run(impl, video[:1], text[:1], k=3)
-    assert loss == 0 and mined.t2v_index.tolist() == [[-1, -1, -1]] and all((g == 0).all() for g in grads)
+    assert (
+        loss == 0
+        and mined.t2v_index.tolist() == [[-1, -1, -1]]
+        and all((g == 0).all() for g in grads)
+    )
 
 
 @impls
@@ -251,7 +329,9 @@ def test_order_of_the_batch_does_not_matter(impl):
     video, text, concepts, ids = problem(45)
     order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     loss, mined, grads = run(impl, video, text, concepts, ids, beta=1.0)
-    loss2, mined2, grads2 = run(impl, video[order], text[order], concepts[order], ids[order], beta=1.0)
+    loss2, mined2, grads2 = run(
+        impl, video[order], text[order], concepts[order], ids[order], beta=1.0
+    )
     assert loss2.item() == pytest.approx(loss.item(), rel=1e-6)
     back = torch.where(mined2.v2t_index < 0, -1, order[mined2.v2t_index])
     assert torch.equal(back, mined.v2t_index[order])
@@ -268,16 +348,37 @@ def test_the_same_bits_every_time(impl):
 
 @impls
 def test_ranks_add_up_to_the_whole(impl):
-    """Two ranks with half of the videos each and all texts give the statistics and the mining of one."""
+    """Two ranks with half of the videos each and all texts give the statistics and the mining of
+    one.
+    """
     video, text, concepts, ids = problem(37)
     options = dict(beta=1.0, k=6, impl=impl)
-    whole = knowledge_nce_stats(video, text, 3.0, concepts=(concepts, concepts), signature=(ids, ids), **options)
-    parts = [knowledge_nce_stats(video[a:b], text, 3.0, concepts=(concepts[a:b], concepts), signature=(ids[a:b], ids),
-                                 offset=a, **options) for a, b in ((0, 20), (20, 37))]
+    whole = knowledge_nce_stats(
+        video, text, 3.0, concepts=(concepts, concepts), signature=(ids, ids), **options
+    )
+    parts = [
+        knowledge_nce_stats(
+            video[a:b],
+            text,
+            3.0,
+            concepts=(concepts[a:b], concepts),
+            signature=(ids[a:b], ids),
+            offset=a,
+            **options,
+        )
+        for a, b in ((0, 20), (20, 37))
+    ]
     torch.testing.assert_close(torch.cat([p.row_negatives for p in parts]), whole.row_negatives)
-    torch.testing.assert_close(torch.logsumexp(torch.stack([p.col_negatives for p in parts]), 0), whole.col_negatives)
-    index = [torch.where(p.mined.t2v_index < 0, -1, p.mined.t2v_index + first) for p, first in zip(parts, (0, 20))]
-    index, _ = merge_hardest(torch.cat(index, 1), torch.cat([p.mined.t2v_score for p in parts], 1), 6)
+    torch.testing.assert_close(
+        torch.logsumexp(torch.stack([p.col_negatives for p in parts]), 0), whole.col_negatives
+    )
+    index = [
+        torch.where(p.mined.t2v_index < 0, -1, p.mined.t2v_index + first)
+        for p, first in zip(parts, (0, 20))
+    ]
+    index, _ = merge_hardest(
+        torch.cat(index, 1), torch.cat([p.mined.t2v_score for p in parts], 1), 6
+    )
     assert torch.equal(index, whole.mined.t2v_index)
     assert torch.equal(torch.cat([p.mined.v2t_index for p in parts]), whole.mined.v2t_index)
 
@@ -288,12 +389,16 @@ def test_ranks_add_up_to_the_whole(impl):
 def test_nan_is_an_error_with_a_name(impl, broken, value):
     video, text, concepts, _ = problem(8)
     scale, beta = torch.tensor(2.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
-    dict(video=video, text=text, concepts=concepts, scale=scale, beta=beta)[broken].view(-1)[-1] = value
+    dict(video=video, text=text, concepts=concepts, scale=scale, beta=beta)[broken].view(-1)[-1] = (
+        value
+    )
     if broken == "scale" and value == math.inf:
         return  # clamped to 100: a value like any other
     with pytest.raises(FloatingPointError, match=broken):
         knowledge_nce(video, text, scale, concepts=concepts, beta=beta, impl=impl, check=True)
-    loss, mined = knowledge_nce(video, text, scale, concepts=concepts, beta=beta, impl=impl, check=False, k=3)
+    loss, mined = knowledge_nce(
+        video, text, scale, concepts=concepts, beta=beta, impl=impl, check=False, k=3
+    )
     assert not torch.isfinite(loss)
     assert (mined.v2t_index < 8).all()
 
@@ -316,7 +421,10 @@ def test_the_choice_is_printed_once(capsys):
     video, text, *_ = problem(4)
     for _ in range(2):
         knowledge_nce(video, text, 1.0)
-    assert capsys.readouterr().out == f"contrastive op: {'triton on cuda' if CUDA else 'tiled on cpu'}\n"
+    assert (
+        capsys.readouterr().out
+        == f"contrastive op: {'triton on cuda' if CUDA else 'tiled on cpu'}\n"
+    )
 
 
 @impls
@@ -332,13 +440,18 @@ def test_autocast_decides_the_dtype_of_the_products_only(impl):
 @pytest.mark.skipif(INTERPRETED, reason="the compiler sees the same opaque operator as with tiled")
 @impls
 def test_under_torch_compile(impl):
-    """One graph without a break around the op, forward and backward (the reference breaks it: its ties are data)."""
+    """One graph without a break around the op, forward and backward (the reference breaks it: its
+    ties are data).
+    """
     video, text, concepts, ids = problem(21)
 
     def step(v, t, s, b):
         v = F.normalize(v, dim=1)
-        loss, mined = knowledge_nce(v, t, s, concepts=concepts, beta=b, signature=ids, k=3, impl=impl)
+        loss, mined = knowledge_nce(
+            v, t, s, concepts=concepts, beta=b, signature=ids, k=3, impl=impl
+        )
         return loss * 2 + mined.v2t_score.sum() * 0
+
     results = []
     for function in (step, torch.compile(step, backend="aot_eager", fullgraph=impl != "reference")):
         leaves = [video.clone().requires_grad_(), text.clone().requires_grad_()]
@@ -350,6 +463,7 @@ def test_under_torch_compile(impl):
 
 class _Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made."""
+
     numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -368,7 +482,11 @@ def test_tiled_never_makes_the_matrix():
         row_negatives, col_negatives, g, *_ = tiled.tiled_forward(*inputs, **pair, offset=0, k=4)
         saved = dict(row_negatives=row_negatives, col_negatives=col_negatives)
         tiled.tiled_backward(g, g, g, *inputs, **pair, offset=0, **saved)
-    assert 900 <= mode.numel <= 300 * (8 + 3), "tiles of 1000 elements, embeddings with concepts, but no 300 x 300"
+    assert 900 <= mode.numel <= 300 * (8 + 3), (
+        "tiles of 1000 elements, embeddings with concepts, but no 300 x 300"
+    )
+
+
 @pytest.mark.skipif(INTERPRETED, reason="about the tiled version")
 @pytest.mark.parametrize("order", ["random", "harder and harder", "ties", "hardly a negative"])
 def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
@@ -382,8 +500,10 @@ def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
     elif order == "hardly a negative":
         ids = torch.where(torch.arange(413)[:, None] % 149 == 3, ids, torch.zeros_like(ids))
     pairs = dict(signature=(ids[70:203], ids), offset=70, k=5)
-    mined, expected = (knowledge_nce_stats(video, text, 0.0, impl=impl, **pairs).mined
-                       for impl in ("tiled", "reference"))
+    mined, expected = (
+        knowledge_nce_stats(video, text, 0.0, impl=impl, **pairs).mined
+        for impl in ("tiled", "reference")
+    )
     for name, value, right in zip(mined._fields, mined, expected):
         if name.endswith("index"):
             assert value.equal(right), name
@@ -395,17 +515,29 @@ def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
 @pytest.mark.parametrize("family", ["large", "small"])
 @pytest.mark.parametrize("k", [0, 5])
 def test_shipped_tiles(family, k, monkeypatch):
-    """Tile shapes, tensor descriptors, splits and slabs, of which small problems reach the smallest and fewest."""
+    """Tile shapes, tensor descriptors, splits and slabs, of which small problems reach the smallest
+    and fewest.
+    """
     from kernels import triton_backward, triton_layout
+
     monkeypatch.setitem(triton_layout.TILES, "fp32", triton_layout.TILES[family])
     monkeypatch.setattr(triton_backward, "SLAB", 512 * 256)  # two slabs
     video, text, concepts, ids = problem(300, m=515, dim=70)
     upstream = [torch.linspace(-1, 1, size) for size in (300, 515, 300)]
     results = []
     for impl in ("triton", "reference"):
-        leaves = [x.clone().requires_grad_() for x in (video, text, torch.tensor(3.5), torch.tensor(1.5))]
-        stats = knowledge_nce_stats(*leaves[:3], concepts=(concepts[200:500], concepts), beta=leaves[3], offset=200,
-                                    signature=(ids[200:500], ids), k=k, impl=impl)
+        leaves = [
+            x.clone().requires_grad_() for x in (video, text, torch.tensor(3.5), torch.tensor(1.5))
+        ]
+        stats = knowledge_nce_stats(
+            *leaves[:3],
+            concepts=(concepts[200:500], concepts),
+            beta=leaves[3],
+            offset=200,
+            signature=(ids[200:500], ids),
+            k=k,
+            impl=impl,
+        )
         total = sum((x * u).sum() for x, u in zip(stats, upstream))
         results.append((stats, torch.autograd.grad(total, leaves)))
     (fast, fast_grads), (true, true_grads) = results
@@ -418,21 +550,30 @@ def test_shipped_tiles(family, k, monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's fixed shift")
 def test_out_of_range_is_nan_not_wrong():
     video, text, concepts, _ = problem(8)
-    loss, _ = knowledge_nce(video, text, math.log(100.0), concepts=concepts, beta=100.0, impl="triton")
+    loss, _ = knowledge_nce(
+        video, text, math.log(100.0), concepts=concepts, beta=100.0, impl="triton"
+    )
     assert loss.isnan()
-    loss, _ = knowledge_nce(video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="triton")
-    expected, _ = knowledge_nce(video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="reference")
+    loss, _ = knowledge_nce(
+        video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="triton"
+    )
+    expected, _ = knowledge_nce(
+        video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="reference"
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's lanes")
 def test_lanes_are_repaired():
-    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64, in the order given."""
+    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64, in the
+    order given.
+    """
     from kernels import triton_layout
+
     n, k = 512, 6
     order = torch.arange(n)
     first = torch.where(order % 64 == 0, 0.75, 0.25) - order / 4096
-    text = torch.stack([first, (1 - first ** 2).sqrt()] + [torch.zeros(n)] * 6, 1)
+    text = torch.stack([first, (1 - first**2).sqrt()] + [torch.zeros(n)] * 6, 1)
     video = torch.zeros(n, 8)
     video[:, 0] = 1 - order / 1024  # no ties in the other direction
     with pytest.MonkeyPatch.context() as patch:
@@ -445,7 +586,9 @@ def test_lanes_are_repaired():
 
 @pytest.mark.skipif(INTERPRETED, reason="about the CPU's versions")
 def test_demo():
-    done = subprocess.run([sys.executable, "-m", "kernels"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels"], capture_output=True, text=True, check=True
+    )
     hardest = [line.split(": ")[-1] for line in done.stdout.splitlines() if "loss" in line]
     assert len(hardest) == 2 and hardest[0] == hardest[1], done.stdout
 
@@ -454,5 +597,7 @@ def test_demo():
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""Every shipped kernel compiled for GPUs that are not there: registers, shared memory and the matrix unit."""
+"""Every shipped kernel compiled for GPUs that are not there: registers, shared memory and the
+matrix unit.
+"""
 
 import pytest
 
@@ -6,7 +8,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from kernels import aot  # noqa: E402: needs triton
 
-# Triton 3.6 spills 12 registers of the mining pass around the rare masked branch; the pinned version none at all.
+# Triton 3.6 spills 12 registers of the mining pass around the rare masked branch; the pinned
+# version none at all.
 SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
 
 

@@ -1,6 +1,5 @@
 """Ranks by hand, ties, several captions, tiles, dual softmax, multiple choice."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -8,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from eval import (dual_softmax_metrics, multiple_choice_accuracy, retrieval_metrics, retrieval_ranks, similarity,
-                  summarize_ranks)
+from eval import (
+    dual_softmax_metrics,
+    multiple_choice_accuracy,
+    retrieval_metrics,
+    retrieval_ranks,
+    similarity,
+    summarize_ranks,
+)
 
 
 def ranked(text_emb, video_emb, video_of_text):
@@ -26,8 +31,10 @@ def brute_force_ranks(sim, video_of_text):
     def rank(right, wrong):
         return 1 + sum(1.0 if s > right else 0.5 if s == right else 0.0 for s in wrong)
 
-    t2v = [rank(sim[i][video_of_text[i]], [sim[i][j] for j in range(n_video) if j != video_of_text[i]])
-           for i in range(n_text)]
+    t2v = [
+        rank(sim[i][video_of_text[i]], [sim[i][j] for j in range(n_video) if j != video_of_text[i]])
+        for i in range(n_text)
+    ]
     v2t = []
     for j in range(n_video):
         mine = [i for i in range(n_text) if video_of_text[i] == j]
@@ -49,32 +56,52 @@ def brute_force_metrics(sim, video_of_text):
 
 
 def unit_rows(n, width, seed):
-    return torch.nn.functional.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return torch.nn.functional.normalize(
+        torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
 
 
-# ---- by hand ---------------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 
 def test_one_caption_a_video_by_hand():
-    sim = np.array([[.9, .1, .2],     # right video first:            rank 1
-                    [.8, .3, .3],     # one better, one tie:          rank 2.5
-                    [.4, .5, .6]])    # first:                        rank 1
+    sim = np.array(
+        [
+            [0.9, 0.1, 0.2],  # right video first:            rank 1
+            [0.8, 0.3, 0.3],  # one better, one tie:          rank 2.5
+            [0.4, 0.5, 0.6],
+        ]
+    )  # first:                        rank 1
     metrics = retrieval_metrics(sim, [0, 1, 2])
     assert set(metrics) == KEYS and all(type(value) is float for value in metrics.values())
     assert metrics["t2v_R@1"] == pytest.approx(200 / 3)
-    assert metrics["t2v_R@5"] == 100 and metrics["t2v_MdR"] == 1 and metrics["t2v_MnR"] == pytest.approx(1.5)
+    assert (
+        metrics["t2v_R@5"] == 100
+        and metrics["t2v_MdR"] == 1
+        and metrics["t2v_MnR"] == pytest.approx(1.5)
+    )
     # columns: .9 leads; .3 loses to .5; .6 leads
-    assert metrics["v2t_R@1"] == pytest.approx(200 / 3) and metrics["v2t_MnR"] == pytest.approx(4 / 3)
+    assert metrics["v2t_R@1"] == pytest.approx(200 / 3) and metrics["v2t_MnR"] == pytest.approx(
+        4 / 3
+    )
 
 
 def test_several_captions_by_hand():
     """Video 0 has captions 0, 1, 2; video 1 has caption 3; video 2 has none."""
-    sim = np.array([[.2, .9, .1],     # video 0 loses to video 1:         2
-                    [.7, .1, .8],     # video 0 loses to video 2:         2
-                    [.7, .0, .0],     # first:                            1
-                    [.5, .4, .4]])    # one better, one tie:              2.5
+    sim = np.array(
+        [
+            [0.2, 0.9, 0.1],  # video 0 loses to video 1:         2
+            [0.7, 0.1, 0.8],  # video 0 loses to video 2:         2
+            [0.7, 0.0, 0.0],  # first:                            1
+            [0.5, 0.4, 0.4],
+        ]
+    )  # one better, one tie:              2.5
     metrics = retrieval_metrics(sim, [0, 0, 0, 1])
-    assert metrics["t2v_MnR"] == pytest.approx(7.5 / 4) and metrics["t2v_MdR"] == 2 and metrics["t2v_R@1"] == 25
+    assert (
+        metrics["t2v_MnR"] == pytest.approx(7.5 / 4)
+        and metrics["t2v_MdR"] == 2
+        and metrics["t2v_R@1"] == 25
+    )
     # video 0: its best caption (.7, twice: they do not compete) against .5 -> 1
     # video 1: .4 against .9 -> 2;  video 2 asks nothing
     assert metrics["v2t_R@1"] == 50 and metrics["v2t_MnR"] == 1.5
@@ -88,7 +115,9 @@ def test_perfect_scores_top_everything():
 def test_constant_scores_as_chance():
     metrics = retrieval_metrics(np.full((1000, 1000), 0.3, dtype=np.float32), np.arange(1000))
     for way in ("t2v", "v2t"):
-        assert metrics[f"{way}_R@10"] == 0 and metrics[f"{way}_MdR"] == metrics[f"{way}_MnR"] == 500.5
+        assert (
+            metrics[f"{way}_R@10"] == 0 and metrics[f"{way}_MdR"] == metrics[f"{way}_MnR"] == 500.5
+        )
     embedded = ranked(np.ones((50, 7)) / 3, np.ones((50, 7)) / 3, np.arange(50))
     assert embedded == retrieval_metrics(np.zeros((50, 50)), np.arange(50))
 
@@ -97,7 +126,8 @@ def test_random_scores_as_chance():
     n = 1500
     metrics = retrieval_metrics(np.random.default_rng(0).standard_normal((n, n)), np.arange(n))
     for way in ("t2v", "v2t"):
-        # mean of n uniform ranks: standard error n / √(12 n) = 11; hits within 10: Poisson of mean 10
+        # mean of n uniform ranks: standard error n / √(12 n) = 11; hits within 10: Poisson of mean
+        # 10
         assert abs(metrics[f"{way}_MnR"] - (n + 1) / 2) < 4 * np.sqrt(n / 12)
         assert 0 <= metrics[f"{way}_R@10"] * n / 100 <= 10 + 4 * np.sqrt(10)
 
@@ -113,7 +143,7 @@ def test_v2t_is_t2v_of_the_transpose():
         assert forward[key] == pytest.approx(backward[other])
 
 
-# ---- against the definition ------------------------------------------------------------------------------------------
+# ---- against the definition ----------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,7 +178,10 @@ def test_tiles_do_not_change_a_single_rank(tile, monkeypatch):
 
 def test_scores_are_exact_whatever_the_order():
     text, video = 3 * unit_rows(64, 768, 0), unit_rows(64, 768, 1) / 5
-    sim, order = similarity(text, video), torch.randperm(768, generator=torch.Generator().manual_seed(0))
+    sim, order = (
+        similarity(text, video),
+        torch.randperm(768, generator=torch.Generator().manual_seed(0)),
+    )
     assert torch.equal(sim, similarity(text[:, order], video[:, order]))
     assert torch.equal(sim[3:4, 7:8], similarity(text, video[:8])[3:4, 7:8])
     exact = text.double() @ video.double().T
@@ -172,7 +205,7 @@ def test_arrays_tensors_lists_and_types_agree():
         assert retrieval_metrics(other, torch.from_numpy(video_of_text)) == expected
 
 
-# ---- the dual softmax ------------------------------------------------------------------------------------------------
+# ---- the dual softmax ----------------------------------------------------------------------------
 
 
 def test_dual_softmax_by_hand():
@@ -180,9 +213,12 @@ def test_dual_softmax_by_hand():
     sim = torch.tensor([[0.9, 0.2], [0.7, 0.6]], dtype=torch.float64)
     assert retrieval_metrics(sim, [0, 1])["t2v_R@1"] == 50
     share = lambda a, b: np.exp(10 * a) / (np.exp(10 * a) + np.exp(10 * b))  # noqa: E731
-    assert 0.7 * share(0.7, 0.9) < 0.6 * share(0.6, 0.2)   # 0.08 < 0.59: row 1 turns around
+    assert 0.7 * share(0.7, 0.9) < 0.6 * share(0.6, 0.2)  # 0.08 < 0.59: row 1 turns around
     metrics = dual_softmax_metrics(sim, [0, 1], scale=10.0)
-    assert set(metrics) == {f"dsl_{key}" for key in KEYS} and metrics["dsl_t2v_R@1"] == metrics["dsl_v2t_R@1"] == 100
+    assert (
+        set(metrics) == {f"dsl_{key}" for key in KEYS}
+        and metrics["dsl_t2v_R@1"] == metrics["dsl_v2t_R@1"] == 100
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 5.0, 100.0])
@@ -201,10 +237,12 @@ def test_dual_softmax_agrees_with_its_definition(scale):
         rounded = [[float(f"{score:.11e}") for score in row] for row in scores.tolist()]
         found = brute_force_metrics(rounded, video_of_text.tolist())
         expected |= {f"dsl_{key}": value for key, value in found.items() if key.startswith(way)}
-    assert dual_softmax_metrics(torch.from_numpy(sim), video_of_text, scale) == pytest.approx(expected)
+    assert dual_softmax_metrics(torch.from_numpy(sim), video_of_text, scale) == pytest.approx(
+        expected
+    )
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -223,13 +261,17 @@ def test_impossible_pairs_are_refused(video_of_text):
         retrieval_metrics(np.eye(3), video_of_text)
 
 
-# ---- multiple choice ------------------------------------------------------------------------------------------------
+# ---- multiple choice -----------------------------------------------------------------------------
 
 
 def test_multiple_choice_by_hand():
-    scores = np.array([[.9, .1, .2], [.5, .6, .4], [.3, .3, .1], [.1, .2, .3]])
+    scores = np.array([[0.9, 0.1, 0.2], [0.5, 0.6, 0.4], [0.3, 0.3, 0.1], [0.1, 0.2, 0.3]])
     metrics = multiple_choice_accuracy(scores, [0, 0, 1, 2], ["noun", "verb", "verb", "noun"])
-    assert metrics == {"mc_accuracy": 62.5, "mc_accuracy_noun": 100, "mc_accuracy_verb": 25}  # a tie of two: half
+    assert metrics == {
+        "mc_accuracy": 62.5,
+        "mc_accuracy_noun": 100,
+        "mc_accuracy_verb": 25,
+    }  # a tie of two: half
 
 
 def test_multiple_choice_of_a_constant_model_is_chance():

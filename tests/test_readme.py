@@ -1,8 +1,9 @@
-"""README.md and docs/: every command that a reader may type is run here as it is written, on tiny data.
+"""README.md and docs/: every command that a reader may type is run here as it is written, on tiny
+data.
 
-A command is what stands after `python` in an indented line or between backquotes. `STORIES` holds each of them, with
-the words that make it small; a command that is missing there, or that no page has any more, fails a test. The few that
-cannot run in seconds say where they do run.
+A command is what stands after `python` in an indented line or between backquotes. `STORIES` holds
+each of them, with the words that make it small; a command that is missing there, or that no page
+has any more, fails a test. The few that cannot run in seconds say where they do run.
 """
 
 import os
@@ -21,69 +22,105 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 SMALL = "--steps 2 --eval-every 1 --batch-size 8 --workers 1"
 
-# {what is told: [(command, words added here, what it must leave or print)]}; a story's commands need each other
+# {what is told: [(command, words added here, what it must leave or print)]}; a story's commands
+# need each other
 STORIES = {
-    "quick start": [
+    "one minute": [
+        ('knowledge.py "two dogs chase a ball"', "", "chase ball"),
         ("eval.py --task toy", "--data . --out results/toy", "results/toy/report.html"),
-        ('eval.py --task search --videos FOLDER --query "a red ball bounces"', "", "train"),
     ],
     "own videos": [
-        ("train.py --dataset csv --data train.csv --val-data val.csv --out runs/mine", SMALL, "runs/mine/curves.png"),
-        ("eval.py --task csv --data val.csv --checkpoint runs/mine", "--out results/mine", "results/mine/metrics.json"),
-        ("concepts.py train.csv", "", "noun"),
-        ('eval.py --task search --videos FOLDER --query "a dog runs on the beach" --checkpoint runs/mine', "", "train"),
-        ("bench/latent.py", "base=runs/mine all=runs/mine --data . --out pictures --batch-size 16",
-         "pictures/latent-map.png"),
+        (
+            "train.py --dataset csv --data train.csv --val-data val.csv --out runs/mine",
+            SMALL,
+            "runs/mine/curves.png",
+        ),
+        (
+            "eval.py --task csv --data val.csv --checkpoint runs/mine",
+            "--out results/mine",
+            "results/mine/metrics.json",
+        ),
+        (
+            "eval.py --task search --videos FOLDER --query "
+            '"a dog runs on the beach" --checkpoint runs/mine',
+            "",
+            "train",
+        ),
+        (
+            "-m bench.latent",
+            "base=runs/mine all=runs/mine --data . --out pictures --batch-size 16",
+            "pictures/latent-map.png",
+        ),
     ],
     "benchmarks": [
-        ("data.py --check msrvtt --root MSRVTT --out problems.csv", "", "problems.csv"),
-        ("train.py --dataset msrvtt --data-root MSRVTT --preset small --out runs/9k", SMALL + " --num-frames 2",
-         "runs/9k/curves.png"),
-        ("eval.py --task msrvtt --data-root MSRVTT --checkpoint runs/9k --out results", "", "not comparable"),
+        ("-m datasets.check msrvtt --root MSRVTT --out problems.csv", "", "problems.csv"),
+        (
+            "train.py --dataset msrvtt --data-root MSRVTT --preset small --out runs/9k",
+            SMALL + " --num-frames 2",
+            "runs/9k/curves.png",
+        ),
+        (
+            "eval.py --task msrvtt --data-root MSRVTT --checkpoint runs/9k",
+            "--out results",
+            "not comparable",
+        ),
     ],
     "from CLIP": [
-        ("clip.py FOLDER", "", "OpenAI layout"),
-        ("train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr 1e-4 --out runs/clip",
-         SMALL + " --num-frames 2", "runs/clip/curves.png"),
+        ("-m training.clip FOLDER", "", "OpenAI layout"),
+        (
+            "train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr 1e-4",
+            SMALL + " --num-frames 2 --out runs/clip",
+            "runs/clip/curves.png",
+        ),
     ],
-    "the method": [('knowledge.py "two dogs chase a ball"', "", "chase ball"), ("-m kernels", "", "tiled")],
     "benches": [
-        ("bench/knowledge.py", "--million 0.001", "ms CPU"),
+        ("-m bench.knowledge", "--million 0.001", "ms CPU"),
         ("-m bench.toyworld", "--train 20", "videos/s"),
-        ("bench/data.py", "--captions 0.01 --repeats 1", "cache"),
-        ("bench/memory.py", "--millions 0.01 --workers 1", "MB"),
-        ("bench/search.py", "--videos 200 --queries 2 --presets toy", "128"),
-        ("bench/gradcache.py --batch 256 --chunks 0,64,16 --rounds 1", "--batch 8 --chunks 0,4 --frames 4", "4"),
-        ("bench/eval.py --sizes 100000 --matrix-up-to 0 --rounds 1", "--sizes 300", "300"),
-        ("bench/contrastive.py --device cpu", "--sizes 256 --dim 32", "256"),
+        ("-m bench.data", "--captions 0.01 --repeats 1", "cache"),
+        ("-m bench.search", "--videos 200 --queries 2 --presets toy", "128"),
+        (
+            "-m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1",
+            "--batch 8 --chunks 0,4 --frames 4",
+            "4",
+        ),
+        ("-m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1", "--sizes 300", "300"),
+        ("-m bench.contrastive --device cpu", "--sizes 256 --dim 32", "256"),
+        ("-m bench.scaling", "", "GFLOP"),
     ],
     "against transformers": [
-        ("bench/clip.py --layers L --batch 1", "--frames 1 --rounds 1 --captions 50", "transformers"),
-        ("bench/clip.py", "--layers 1 --batch 1 --frames 1 --rounds 1 --captions 50", "transformers"),
+        (
+            "-m bench.clip --layers L --batch 1",
+            "--frames 1 --rounds 1 --captions 50",
+            "transformers",
+        ),
     ],
 }
 ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "train.py": (".ci/run", "train, shortened"),
     "-m pytest": (".ci/run", "pytest"),
     "-m pytest tests/test_kernels.py": (".ci/run", "pytest"),
-    "bench/contrastive.py": ("docs/kernel.md", "GPU: not run"),
+    "-m bench.contrastive": ("docs/kernel.md", "GPU: not run"),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
-    "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 --gpus 8 --batch-size 128 "
-    "--steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6 --weight-decay 0.2 --precision bf16 --eval-every 1406 "
-    "--out runs/msrvtt": ("docs/finetune.md", "**Not run**"),
-    "bench/ablation.py --seeds 5 --split test -- --num-frames 4 --steps 400 --eval-every 100":
-        ("tests/test_ablation.py", "def test_a_real_run_leaves_its_line("),
-    'bench/ablation.py --variants "base skp kcl all" --seeds 3 --eval '
-    '"--task csv --data ../shared/msrvtt_mini/val.csv" '
-    "--runs runs/msrvtt --results bench/results/msrvtt.jsonl -- --dataset csv --data ../shared/msrvtt_mini/train.csv "
-    "--num-frames 4 --steps 300 --eval-every 100":
-        ("tests/test_ablation.py", "def test_a_real_run_leaves_its_line("),
-    "bench/ablation.py --table": ("tests/test_ablation.py", "def test_the_page_says_what_the_records_say("),
-    "bench/ablation.py --results bench/results/msrvtt.jsonl --table":
-        ("tests/test_ablation.py", "def test_the_page_says_what_the_records_say("),
-    "bench/real_features.py": ("tests/test_real_features.py", "run_all("),
-    "bench/real_features.py --table": ("tests/test_ablation.py", "def test_the_page_says_what_the_records_say("),
-    "docs/scaling.py --measure": ("docs/scaling.md", "one run"),
+    "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 "
+    "--gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6 "
+    "--weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt": (
+        "docs/finetune.md",
+        "**Not run**",
+    ),
+    "-m bench.ablation --seeds 5 --split test -- --num-frames 4 --steps 400 --eval-every 100": (
+        "tests/test_ablation.py",
+        "def test_a_real_run_leaves_its_line(",
+    ),
+    "-m bench.ablation --table": (
+        "tests/test_ablation.py",
+        "def test_the_page_says_what_the_records_say(",
+    ),
+    "-m bench.real_features": ("tests/test_real_features.py", "run_all("),
+    "-m bench.real_features --table": (
+        "tests/test_ablation.py",
+        "def test_the_page_says_what_the_records_say(",
+    ),
+    "-m bench.scaling --measure": ("docs/scaling.md", "one run"),
     "docs/tile_walk.py": ("docs/kernel.md", "tile_walk.svg"),
     "-m kernels.aot": ("tests/test_kernels_aot.py", "aot"),
 }
@@ -99,8 +136,11 @@ def commands_of(page: Path) -> set[str]:
 
 
 def test_every_command_of_the_pages_is_known_here():
-    told = set.union(*(commands_of(page) for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))))
-    assert told == {command for story in STORIES.values() for command, _, _ in story} | set(ELSEWHERE)
+    pages = {ROOT / "README.md", *ROOT.glob("docs/*.md")} - {ROOT / "docs" / "LOG.md"}  # history
+    told = set.union(*map(commands_of, pages))
+    assert told == {command for story in STORIES.values() for command, _, _ in story} | set(
+        ELSEWHERE
+    )
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)
@@ -111,7 +151,9 @@ def test_what_cannot_run_here_runs_elsewhere(command):
 
 @pytest.fixture(scope="module")
 def place(tiny_world, tmp_path_factory):
-    """A folder in which the names that the pages use exist: train.csv, val.csv, videos, MSRVTT, weights."""
+    """A folder in which the names that the pages use exist: train.csv, val.csv, videos, MSRVTT,
+    weights.
+    """
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(tiny_world, folder, dirs_exist_ok=True)
     build_msrvtt(folder / "MSRVTT")
@@ -124,16 +166,29 @@ def place(tiny_world, tmp_path_factory):
 @pytest.mark.parametrize("story", STORIES)
 def test_the_commands_do_what_the_page_says(story, place):
     if story == "against transformers":
-        pytest.importorskip("transformers", reason="transformers, which is compared with, is not installed")
+        pytest.importorskip(
+            "transformers", reason="transformers, which is compared with, is not installed"
+        )
     folder = place / ("weights" if story == "from CLIP" else "videos")  # what FOLDER is
     for command, small, left in STORIES[story]:
-        if command == "bench/knowledge.py" and not SHARED.is_dir():
+        if command == "-m bench.knowledge" and not SHARED.is_dir():
             continue  # the captions that it scores are in ../shared
-        words = [str(folder) if word == "FOLDER" else "1" if word == "L" else word
-                 for word in shlex.split(f"{command} {small}")]
+        words = [
+            str(folder) if word == "FOLDER" else "1" if word == "L" else word
+            for word in shlex.split(f"{command} {small}")
+        ]
         script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
-        done = subprocess.run([sys.executable, *script], cwd=place, capture_output=True, text=True,
-                              env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
-        incomplete = command.startswith("data.py --check")  # MSRVTT has 11 videos, and the status says so
-        assert done.returncode == incomplete, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        done = subprocess.run(
+            [sys.executable, *script],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        )
+        incomplete = command.startswith(
+            "-m datasets.check"
+        )  # MSRVTT has 11 videos, and the status says so
+        assert done.returncode == incomplete, (
+            f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
         assert left in done.stdout or (place / left).is_file(), f"{command}: {done.stdout[-2000:]}"

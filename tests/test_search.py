@@ -1,4 +1,6 @@
-"""search.py, videoindex.py: the right moment is first, the index follows the folder, faults cost seconds."""
+"""search.py, videoindex.py: the right moment is first, the index follows the folder, faults cost
+seconds.
+"""
 
 import collections
 import io
@@ -15,22 +17,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from search import query as search
-from videos import decode as video
-from search import index as videoindex
-from training.checkpoint import load_checkpoint, save_checkpoint
-from cli import UserError
-from knowledge import ConceptVocab, extract_many
-from data import prepare_video
-from eval import EvalConfig, evaluate
-from model import CLOP, build_config
-from search.query import Library, Match, clock, search_folder
 from test_report import Page
 from test_video import numbered_frames, numbers, write_avi
+
 from captions.tokenizer import Tokenizer
-from videos.decode import VideoError, glimpse, read_frames, read_windows, write_video
+from cli import UserError
+from data import prepare_video
+from eval import EvalConfig, evaluate
+from knowledge import ConceptVocab, extract_many
+from model import CLOP, build_config
+from search import index as videoindex
+from search import query as search
 from search.index import File, Index, Record, find_videos
+from search.query import Library, Match, clock, search_folder
+from training.checkpoint import load_checkpoint, save_checkpoint
+from videos import decode as video
+from videos.decode import VideoError, glimpse, read_frames, read_windows, write_video
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J\u202eevil\nname.mp4"
@@ -41,21 +43,33 @@ def save_model(path: Path, seed: int) -> Path:
     captions = ["a red ball falls", "two dogs run"]
     tokenizer, knowledge = Tokenizer.train(captions, 300), extract_many(captions, progress=False)
     torch.manual_seed(seed)
-    model = CLOP(build_config("toy", video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size))
-    save_checkpoint(path, model, tokenizer, ConceptVocab.build(knowledge, min_count=1), config={}, step=7)
+    model = CLOP(
+        build_config(
+            "toy", video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size
+        )
+    )
+    save_checkpoint(
+        path, model, tokenizer, ConceptVocab.build(knowledge, min_count=1), config={}, step=7
+    )
     return path
 
 
 def noise(path: Path, seconds: float = 1.0, seed: int = 0):
     """A video of coarse coloured noise, 10 frames a second, another picture every 2 seconds."""
     rng = np.random.default_rng(seed)
-    pictures = rng.integers(0, 256, (int(np.ceil(seconds / 2)), 4, 4, 3), np.uint8).repeat(12, 1).repeat(12, 2)
-    write_video(path, pictures.repeat(20, axis=0)[:round(10 * seconds)], rate=10)
+    pictures = (
+        rng.integers(0, 256, (int(np.ceil(seconds / 2)), 4, 4, 3), np.uint8)
+        .repeat(12, 1)
+        .repeat(12, 2)
+    )
+    write_video(path, pictures.repeat(20, axis=0)[: round(10 * seconds)], rate=10)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return load_checkpoint(save_model(tmp_path_factory.mktemp("model") / "step-000007.safetensors", 0))
+    return load_checkpoint(
+        save_model(tmp_path_factory.mktemp("model") / "step-000007.safetensors", 0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +101,37 @@ def decoded(monkeypatch):
 
 
 def find(checkpoint, clips: Path, query="a red ball", **changes) -> dict:
-    options = dict(top=10, window=2.0, index=str(clips.parent / "index"), cache="unused", out=clips.parent / "out")
+    options = dict(
+        top=10,
+        window=2.0,
+        index=str(clips.parent / "index"),
+        cache="unused",
+        out=clips.parent / "out",
+    )
     return search_folder(checkpoint, str(clips), query, **options | changes)
 
 
 def ranking(record: dict) -> list[tuple]:
-    return [(match.path, round(match.score, 4), match.start, match.end) for match in record["answers"][0].matches]
+    return [
+        (match.path, round(match.score, 4), match.start, match.end)
+        for match in record["answers"][0].matches
+    ]
 
 
 def shards(clips: Path) -> list[Path]:
     return sorted((clips.parent / "index").rglob("*.shard"))
 
 
-# ---- ranks and times -------------------------------------------------------------------------------------------------
+# ---- ranks and times -----------------------------------------------------------------------------
 
 
 def test_ranking_is_what_brute_force_gives(checkpoint, clips):
     record = find(checkpoint, clips, "two dogs run")
     model, expected = checkpoint.model, []
     with torch.inference_mode():
-        text_emb = model.encode_text(*checkpoint.tokenizer.encode_batch(["two dogs run"], 32))[0].double()
+        text_emb = model.encode_text(*checkpoint.tokenizer.encode_batch(["two dogs run"], 32))[
+            0
+        ].double()
         for path in clips.iterdir():
             scored = []
             for start, end, frames in read_windows(path, 4, size=32, window=2.0):
@@ -115,7 +140,8 @@ def test_ranking_is_what_brute_force_gives(checkpoint, clips):
             expected.append(max(scored))
     expected.sort(reverse=True)
     assert [(path, start, end) for path, _, start, end in ranking(record)] == [
-        (path, start, end) for _, path, start, end in expected]
+        (path, start, end) for _, path, start, end in expected
+    ]
     scores = [match.score for match in record["answers"][0].matches]
     assert scores == pytest.approx([score for score, *_ in expected], abs=1e-5)
     assert (record["videos"], record["windows"], record["new"], record["broken"]) == (6, 9, 6, {})
@@ -123,10 +149,16 @@ def test_ranking_is_what_brute_force_gives(checkpoint, clips):
 
 
 def test_the_time_is_that_of_the_half_that_fits(checkpoint, tmp_path, capsys):
-    """Two halves, each also a clip of its own: the query that finds a clip first finds its half of the video."""
+    """Two halves, each also a clip of its own: the query that finds a clip first finds its half of
+    the video.
+    """
     (tmp_path / "clips").mkdir()
     black, white = np.zeros((40, 48, 48, 3), np.uint8), np.full((40, 48, 48, 3), 255, np.uint8)
-    for name, frames in (("black", black), ("white", white), ("both", np.concatenate([black, white]))):
+    for name, frames in (
+        ("black", black),
+        ("white", white),
+        ("both", np.concatenate([black, white])),
+    ):
         write_video(tmp_path / "clips" / f"{name}.mp4", frames, rate=10)
     halves = set()
     for query in ("a red ball", "two dogs run", "dogs fall", "run run"):
@@ -139,9 +171,13 @@ def test_the_time_is_that_of_the_half_that_fits(checkpoint, tmp_path, capsys):
         halves.add(best)
     shown = capsys.readouterr().out
     assert re.search(r"\d  +-?\d\.\d{3}  +0:0[04]–0:0[48]  both\.mp4\n", shown)
-    negated = Library({File("x", 0, 0): Record("", np.float32([[0, 4], [4, 8]]), np.float32([[1, 0], [0, 1]]))})
+    negated = Library(
+        {File("x", 0, 0): Record("", np.float32([[0, 4], [4, 8]]), np.float32([[1, 0], [0, 1]]))}
+    )
     assert negated.search(np.float32([0.1, 0.2]), 3) == [Match(pytest.approx(0.2), "x", 4.0, 8.0)]
-    assert negated.search(np.float32([-0.1, -0.2]), 3) == [Match(pytest.approx(-0.1), "x", 0.0, 4.0)]
+    assert negated.search(np.float32([-0.1, -0.2]), 3) == [
+        Match(pytest.approx(-0.1), "x", 0.0, 4.0)
+    ]
 
 
 def test_search_agrees_with_sorting_whatever_the_windows():
@@ -153,25 +189,42 @@ def test_search_agrees_with_sorting_whatever_the_windows():
         if i % 7 == 6:  # a copy of the one before: a tie, which the path decides
             emb = records[previous].emb.copy()
         previous = File(f"{i:03d}", 0, 0)
-        records[previous] = Record("", np.arange(2 * len(emb), dtype=np.float32).reshape(-1, 2), emb)
+        records[previous] = Record(
+            "", np.arange(2 * len(emb), dtype=np.float32).reshape(-1, 2), emb
+        )
         expected.append((-max((emb.astype(float) @ query).tolist()), f"{i:03d}"))
     expected.sort()
     library = Library(records)
     for top in (1, 10, 300, 1000):
         found = library.search(query, top)
-        assert [-match.score for match in found] == pytest.approx([score for score, _ in expected[:top]], abs=1e-5)
+        assert [-match.score for match in found] == pytest.approx(
+            [score for score, _ in expected[:top]], abs=1e-5
+        )
         assert len({match.path for match in found}) == min(top, 300)
-    same = Library({File(name, 0, 0): Record("", np.float32([[0, 1]]), np.float32([[1, 0]])) for name in "abcd"})
+    same = Library(
+        {
+            File(name, 0, 0): Record("", np.float32([[0, 1]]), np.float32([[1, 0]]))
+            for name in "abcd"
+        }
+    )
     assert [match.path for match in same.search(np.float32([1, 0]), 3)] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("start, end, shown", [(0, .24, "0:00–0:01"), (8, 16, "0:08–0:16"), (59.6, 67.4, "1:00–1:07"),
-                                               (3595, 3603, "0:59:55–1:00:03"), (36000, 36008, "10:00:00–10:00:08")])
+@pytest.mark.parametrize(
+    "start, end, shown",
+    [
+        (0, 0.24, "0:00–0:01"),
+        (8, 16, "0:08–0:16"),
+        (59.6, 67.4, "1:00–1:07"),
+        (3595, 3603, "0:59:55–1:00:03"),
+        (36000, 36008, "10:00:00–10:00:08"),
+    ],
+)
 def test_clock(start, end, shown):
     assert clock(start, end) == shown
 
 
-# ---- the index follows the folder ------------------------------------------------------------------------------------
+# ---- the index follows the folder ----------------------------------------------------------------
 
 
 def test_only_new_and_changed_files_are_decoded(checkpoint, clips, decoded):
@@ -187,7 +240,14 @@ def test_only_new_and_changed_files_are_decoded(checkpoint, clips, decoded):
     (clips / "c.mp4").rename(clips.parent / "c.mp4")  # gone
     record = find(checkpoint, clips)
     assert decoded == {"f.mp4": 1, "b.mp4": 1} and record["new"] == 2 and record["windows"] == 10
-    assert {path for path, *_ in ranking(record)} == {"a.mp4", "b.mp4", "d.mp4", "e.mp4", "long.mp4", "more/f.mp4"}
+    assert {path for path, *_ in ranking(record)} == {
+        "a.mp4",
+        "b.mp4",
+        "d.mp4",
+        "e.mp4",
+        "long.mp4",
+        "more/f.mp4",
+    }
     fresh = find(checkpoint, clips, index=str(clips.parent / "fresh"))
     assert ranking(record) == ranking(fresh)
 
@@ -213,22 +273,31 @@ def test_the_index_moves_with_the_folder(checkpoint, clips, decoded):
 
 
 def test_default_index_is_one_a_folder(checkpoint, clips, tmp_path, decoded):
-    other = Path(shutil.copytree(clips, tmp_path / "other"))  # copytree keeps the times: the same triples
+    other = Path(
+        shutil.copytree(clips, tmp_path / "other")
+    )  # copytree keeps the times: the same triples
     for folder in (clips, other, clips, other):
         find(checkpoint, folder, index=None, cache=str(tmp_path / "cache"))
     assert set(decoded.values()) == {2} and len(list((tmp_path / "cache" / "index").iterdir())) == 2
 
 
-def test_another_checkpoint_or_window_is_another_index(checkpoint, clips, tmp_path, decoded, capsys):
+def test_another_checkpoint_or_window_is_another_index(
+    checkpoint, clips, tmp_path, decoded, capsys
+):
     first = find(checkpoint, clips)
     other = load_checkpoint(save_model(tmp_path / "other.safetensors", 1))
     assert ranking(find(other, clips)) != ranking(first) and decoded["a.mp4"] == 2
     assert find(checkpoint, clips, window=4.0)["windows"] == 7 and decoded["a.mp4"] == 3
     assert find(checkpoint, clips, window=float("inf"))["windows"] == 6
     decoded.clear()
-    assert ranking(find(checkpoint, clips)) == ranking(first) and not decoded  # the first one is still there
+    assert (
+        ranking(find(checkpoint, clips)) == ranking(first) and not decoded
+    )  # the first one is still there
     # a shard that a person copied to the wrong place is not mixed in
-    mine, others = (next(iter((clips.parent / "index").glob(f"{c.sha256[:16]}-2s"))) for c in (checkpoint, other))
+    mine, others = (
+        next(iter((clips.parent / "index").glob(f"{c.sha256[:16]}-2s")))
+        for c in (checkpoint, other)
+    )
     for shard in mine.iterdir():
         shutil.move(shard, others / f"moved{shard.name}")
     assert ranking(find(checkpoint, clips)) == ranking(first) and decoded["a.mp4"] == 1
@@ -237,7 +306,7 @@ def test_another_checkpoint_or_window_is_another_index(checkpoint, clips, tmp_pa
     assert "of another checkpoint or window; not used" in capsys.readouterr().out
 
 
-# ---- interruption and damage -----------------------------------------------------------------------------------------
+# ---- interruption and damage ---------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -245,7 +314,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("interruption", [Killed, KeyboardInterrupt, MemoryError])
-def test_an_interruption_keeps_what_is_embedded(checkpoint, clips, monkeypatch, decoded, interruption):
+def test_an_interruption_keeps_what_is_embedded(
+    checkpoint, clips, monkeypatch, decoded, interruption
+):
     monkeypatch.setattr(search, "BATCH_PIXELS", 1)  # one window a batch
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     calls, embed = [], search.embed_windows
@@ -286,7 +357,15 @@ search.search_folder(load_checkpoint(sys.argv[1]), sys.argv[2], "x", top=3, wind
 def test_kill_9_costs_seconds(checkpoint, clips, decoded):
     """A process is killed while it decodes the fifth video; a half-written shard lies there, too."""
     index = clips.parent / "index"
-    command = [sys.executable, "-c", SLOW, str(checkpoint.path), str(clips), str(index), str(clips.parent)]
+    command = [
+        sys.executable,
+        "-c",
+        SLOW,
+        str(checkpoint.path),
+        str(clips),
+        str(index),
+        str(clips.parent),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert any(line == "decoding e.mp4\n" for line in process.stdout)
@@ -329,7 +408,7 @@ def test_a_damaged_shard_is_made_again(checkpoint, clips, decoded, capsys, posit
 def test_a_shard_that_was_cut_is_made_again(checkpoint, clips, decoded, keep):
     find(checkpoint, clips)
     decoded.clear()
-    shard, = shards(clips)
+    (shard,) = shards(clips)
     shard.write_bytes(shard.read_bytes()[:keep])
     assert find(checkpoint, clips)["videos"] == 6 and len(decoded) == 6
 
@@ -337,8 +416,13 @@ def test_a_shard_that_was_cut_is_made_again(checkpoint, clips, decoded, keep):
 def test_many_small_shards_are_joined(tmp_path, monkeypatch):
     monkeypatch.setattr(videoindex, "MOST_SHARDS", 8)
     rng, files = np.random.default_rng(0), [File(f"{i:03d}.mp4", i, 1) for i in range(100)]
-    records = {file: Record("broken" if i % 10 == 3 else "", *rng.random((2, int(i % 10 != 3), 2)).astype(np.float32))
-               for i, file in enumerate(files)}
+    records = {
+        file: Record(
+            "broken" if i % 10 == 3 else "",
+            *rng.random((2, int(i % 10 != 3), 2)).astype(np.float32),
+        )
+        for i, file in enumerate(files)
+    }
     index, most = Index(tmp_path, {"a": 1}, files, 2), 0
     written = collections.Counter()
     write = Index._write
@@ -346,25 +430,39 @@ def test_many_small_shards_are_joined(tmp_path, monkeypatch):
     for file in files:
         index.add({file: records[file]})
         most = max(most, len(index.shards))
-    assert most == 8 and len(list(tmp_path.glob("*"))) == len(index.shards) and max(written.values()) <= 8
+    assert (
+        most == 8
+        and len(list(tmp_path.glob("*"))) == len(index.shards)
+        and max(written.values()) <= 8
+    )
     for known in (index.known(), Index(tmp_path, {"a": 1}, files, 2).known()):
         assert list(known) == files
-        assert all(known[file].reason == records[file].reason and np.array_equal(known[file].emb, records[file].emb)
-                   and np.array_equal(known[file].spans, records[file].spans) for file in files)
+        assert all(
+            known[file].reason == records[file].reason
+            and np.array_equal(known[file].emb, records[file].emb)
+            and np.array_equal(known[file].spans, records[file].spans)
+            for file in files
+        )
     index.add({})
     assert Index(tmp_path, {"a": 1}, files[:3], 2).known().keys() == set(files[:3])
 
 
 def test_two_runs_at_once(tmp_path, monkeypatch):
-    """Each loads, then both write and join, in turn: nothing is lost, and what both wrote counts once."""
+    """Each loads, then both write and join, in turn: nothing is lost, and what both wrote counts
+    once.
+    """
     monkeypatch.setattr(videoindex, "MOST_SHARDS", 4)
     files = [File(f"{i:02d}.mp4", i, 1) for i in range(40)]
     one, two = Index(tmp_path, {}, files, 1), Index(tmp_path, {}, files, 1)
     for i, file in enumerate(files):
         for index in (one, two) if i % 4 == 0 else (one,) if i % 2 else (two,):
-            index.add({file: Record("", np.zeros((1, 2), np.float32), np.full((1, 1), i, np.float32))})
+            index.add(
+                {file: Record("", np.zeros((1, 2), np.float32), np.full((1, 1), i, np.float32))}
+            )
     known = Index(tmp_path, {}, files, 1).known()
-    assert list(known) == files and [record.emb.item() for record in known.values()] == list(range(40))
+    assert list(known) == files and [record.emb.item() for record in known.values()] == list(
+        range(40)
+    )
 
 
 def test_a_shard_that_another_run_joins_meanwhile(tmp_path, monkeypatch):
@@ -381,7 +479,9 @@ def test_a_shard_that_another_run_joins_meanwhile(tmp_path, monkeypatch):
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_late)
-    assert list(Index(tmp_path, {}, files, 1).known()) == files and len(list(tmp_path.iterdir())) == 1
+    assert (
+        list(Index(tmp_path, {}, files, 1).known()) == files and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_what_a_killed_run_left_is_removed_later(tmp_path):
@@ -397,12 +497,14 @@ def test_a_full_disk_is_one_line(checkpoint, clips, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot hold the index .No space left on device.; make room"):
+    with pytest.raises(
+        UserError, match="cannot hold the index .No space left on device.; make room"
+    ):
         find(checkpoint, clips)
     assert not [path for path in (clips.parent / "index").rglob("*") if path.is_file()]
 
 
-# ---- folders as they are ---------------------------------------------------------------------------------------------
+# ---- folders as they are -------------------------------------------------------------------------
 
 
 def test_broken_videos_are_listed_and_not_tried_again(checkpoint, clips, decoded, capsys):
@@ -412,16 +514,23 @@ def test_broken_videos_are_listed_and_not_tried_again(checkpoint, clips, decoded
     record = find(checkpoint, clips)
     shown = capsys.readouterr().out
     assert set(record["broken"]) == {"text.mp4", "empty.mov", "cut.mp4"} and record["videos"] == 6
-    assert shown.count("    broken: ") == 3 and "broken: text.mp4: not a video that OpenCV can open" in shown
+    assert (
+        shown.count("    broken: ") == 3
+        and "broken: text.mp4: not a video that OpenCV can open" in shown
+    )
     assert "3 broken videos are left out until they change" in shown
-    assert "3 videos, left out" in (clips.parent / "out" / "report.html").read_text(encoding="utf-8")
+    assert "3 videos, left out" in (clips.parent / "out" / "report.html").read_text(
+        encoding="utf-8"
+    )
     decoded.clear()
     assert set(find(checkpoint, clips)["broken"]) == set(record["broken"]) and not decoded
     shown = capsys.readouterr().out
     assert "    broken: " not in shown and "3 broken videos are left out until they change" in shown
     noise(clips / "text.mp4", seed=50)
     record = find(checkpoint, clips)
-    assert decoded == {"text.mp4": 1} and record["videos"] == 7 and "text.mp4" not in record["broken"]
+    assert (
+        decoded == {"text.mp4": 1} and record["videos"] == 7 and "text.mp4" not in record["broken"]
+    )
 
 
 def test_a_disk_that_vanishes_meanwhile_breaks_no_video(checkpoint, clips, monkeypatch):
@@ -449,7 +558,8 @@ def test_a_video_that_breaks_late_gives_no_window(checkpoint, clips, monkeypatch
     files, recipe = find_videos(clips)[0], dict(checkpoint=checkpoint.sha256, window=2.0)
     known = Index(shards(clips)[0].parent, recipe, files, 128).known()
     assert {file.path: len(kept.emb) for file, kept in known.items()} == dict.fromkeys(
-        ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"], 1) | {"long.mp4": 0}
+        ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"], 1
+    ) | {"long.mp4": 0}
 
 
 def test_folders_links_and_other_files(tmp_path, masters):
@@ -473,9 +583,17 @@ def test_folders_links_and_other_files(tmp_path, masters):
     files, notes = find_videos(tmp_path)
     assert {"a/A.MP4", "b/c/A.MP4", "b/café 猫  x/A.MP4"} < {file.path for file in files}
     assert len(files) == 4 and len({file.path for file in files} & {"far/b.mp4", "far.mp4"}) == 1
-    assert files == sorted(files) and all(file.size == (tmp_path / file.path).stat().st_size for file in files)
-    assert "skipped 3 other files (1 .mp4, 1 .txt, 1 without suffix), 2 hidden names, 4 links to what is" in notes[0]
-    assert [note.split(" (")[0] for note in sorted(notes[1:])] == ["a/self: cannot be read", "lost.mp4: cannot be read"]
+    assert files == sorted(files) and all(
+        file.size == (tmp_path / file.path).stat().st_size for file in files
+    )
+    assert (
+        "skipped 3 other files (1 .mp4, 1 .txt, 1 without suffix), 2 hidden names, 4 links to what is"
+        in notes[0]
+    )
+    assert [note.split(" (")[0] for note in sorted(notes[1:])] == [
+        "a/self: cannot be read",
+        "lost.mp4: cannot be read",
+    ]
 
 
 def test_a_folder_that_cannot_be_read_is_named(clips, monkeypatch):
@@ -499,7 +617,9 @@ def test_a_folder_that_cannot_be_read_is_named(clips, monkeypatch):
 def test_hostile_names_and_queries_stay_text(checkpoint, clips, capsys):
     try:
         (clips / "a.mp4").rename(clips / EVIL)
-        (clips / "b.mp4").rename(clips / os.fsdecode(b"latin-\xe9.mp4"))  # OpenCV takes no such name
+        (clips / "b.mp4").rename(
+            clips / os.fsdecode(b"latin-\xe9.mp4")
+        )  # OpenCV takes no such name
     except OSError:
         pytest.skip("this file system refuses the names")
     (clips / "<u>.mp4").write_text("no video")
@@ -512,16 +632,25 @@ def test_hostile_names_and_queries_stay_text(checkpoint, clips, capsys):
     page = (clips.parent / "out" / "report.html").read_text(encoding="utf-8")
     parsed = Page(page)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\ud800-\udfff]", page)
-    assert not {tag for tag, _ in parsed.elements} & {"script", "u"} and "onerror=alert(1)" in parsed.text
-    assert all(not name.startswith("on") for _, attributes in parsed.elements for name in attributes)
-    assert all(attributes["src"].startswith("data:") for tag, attributes in parsed.elements if tag == "img")
+    assert (
+        not {tag for tag, _ in parsed.elements} & {"script", "u"}
+        and "onerror=alert(1)" in parsed.text
+    )
+    assert all(
+        not name.startswith("on") for _, attributes in parsed.elements for name in attributes
+    )
+    assert all(
+        attributes["src"].startswith("data:") for tag, attributes in parsed.elements if tag == "img"
+    )
 
 
-# ---- windows of a video ----------------------------------------------------------------------------------------------
+# ---- windows of a video --------------------------------------------------------------------------
 
 
 def stretch(path: Path, first: int, factor: int):
-    """Make a video of variable rate out of an mp4: frames from number `first` on last `factor` times as long."""
+    """Make a video of variable rate out of an mp4: frames from number `first` on last `factor`
+    times as long.
+    """
     data = bytearray(path.read_bytes())
     at = data.index(b"stts")
     entries, count, ticks = struct.unpack_from(">3I", data, at + 8)
@@ -529,10 +658,19 @@ def stretch(path: Path, first: int, factor: int):
     longer = (first + (count - first) * factor) / count
     for tag, offset in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24), (b"elst", 12)):
         place = data.index(tag) + offset
-        struct.pack_into(">I", data, place, round(struct.unpack_from(">I", data, place)[0] * longer))
+        struct.pack_into(
+            ">I", data, place, round(struct.unpack_from(">I", data, place)[0] * longer)
+        )
     struct.pack_into(">3I", data, at + 8, 2, first, ticks)
-    data[at + 20:at + 20] = struct.pack(">2I", count - first, ticks * factor)
-    for tag in (b"stts", b"stbl", b"minf", b"mdia", b"trak", b"moov"):  # all that hold it are 8 bytes longer
+    data[at + 20 : at + 20] = struct.pack(">2I", count - first, ticks * factor)
+    for tag in (
+        b"stts",
+        b"stbl",
+        b"minf",
+        b"mdia",
+        b"trak",
+        b"moov",
+    ):  # all that hold it are 8 bytes longer
         place = data.index(tag) - 4
         struct.pack_into(">I", data, place, struct.unpack_from(">I", data, place)[0] + 8)
     path.write_bytes(data)
@@ -542,8 +680,12 @@ def stretch(path: Path, first: int, factor: int):
 def test_windows_are_what_read_frames_gives(tmp_path, suffix, codec):
     path = tmp_path / f"numbered.{suffix}"
     write_avi(path, numbered_frames(250), codec)  # 25 a second
-    for seconds, spans in ((2, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]), (4, [(0, 5), (5, 10)]), (7, [(0, 10)]),
-                           (float("inf"), [(0, 10)])):
+    for seconds, spans in (
+        (2, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]),
+        (4, [(0, 5), (5, 10)]),
+        (7, [(0, 10)]),
+        (float("inf"), [(0, 10)]),
+    ):
         parts = list(read_windows(path, 4, size=64, window=seconds))
         assert [(round(start, 6), round(end, 6)) for start, end, _ in parts] == spans
         for (start, end), (_, _, frames) in zip(spans, parts):
@@ -558,10 +700,15 @@ def test_times_of_a_variable_rate_are_the_time_stamps(tmp_path):
     write_video(tmp_path / "x.mp4", numbered_frames(100), rate=25)
     stretch(tmp_path / "x.mp4", 50, 3)  # 2 s at 25 a second, 6 s at 8⅓
     parts = list(read_windows(tmp_path / "x.mp4", 5, size=64, window=2))
-    assert [numbers(frames) for *_, frames in parts] == [[2, 7, 12, 17, 22], [27, 32, 37, 42, 47],
-                                                         [52, 57, 62, 67, 72], [77, 82, 87, 92, 97]]
+    assert [numbers(frames) for *_, frames in parts] == [
+        [2, 7, 12, 17, 22],
+        [27, 32, 37, 42, 47],
+        [52, 57, 62, 67, 72],
+        [77, 82, 87, 92, 97],
+    ]
     assert np.array([part[:2] for part in parts]) == pytest.approx(
-        np.array([(0, 1), (1, 2), (2, 5), (5, 8)]), abs=0.1)  # by the average rate: 0–2, 2–4, 4–6, 6–8
+        np.array([(0, 1), (1, 2), (2, 5), (5, 8)]), abs=0.1
+    )  # by the average rate: 0–2, 2–4, 4–6, 6–8
     seen = numbers(glimpse(tmp_path / "x.mp4", 3, size=64, start=5, end=8))
     assert seen == pytest.approx([79, 87, 96], abs=2)
 
@@ -586,16 +733,24 @@ def test_a_glimpse_of_the_end_does_not_decode_the_beginning(tmp_path, monkeypatc
 def test_frames_that_end_early(tmp_path):
     write_avi(tmp_path / "whole.avi", numbered_frames(100))
     data = (tmp_path / "whole.avi").read_bytes()
-    (tmp_path / "cut.avi").write_bytes(data[:int(len(data) * 0.8)])
+    (tmp_path / "cut.avi").write_bytes(data[: int(len(data) * 0.8)])
     parts = list(read_windows(tmp_path / "cut.avi", 4, size=64, window=1))
     there = numbers(parts[-1][2])
-    assert 3 <= len(parts) <= 4 and parts[-1][1] < 3.6 and max(there) < 90 and there == sorted(there)
-    assert [numbers(frames) for *_, frames in parts[:3]] == [[3, 9, 15, 21], [28, 34, 40, 46], [53, 59, 65, 71]]
-    (tmp_path / "stub.avi").write_bytes(data[:int(len(data) * 0.3)])
+    assert (
+        3 <= len(parts) <= 4 and parts[-1][1] < 3.6 and max(there) < 90 and there == sorted(there)
+    )
+    assert [numbers(frames) for *_, frames in parts[:3]] == [
+        [3, 9, 15, 21],
+        [28, 34, 40, 46],
+        [53, 59, 65, 71],
+    ]
+    (tmp_path / "stub.avi").write_bytes(data[: int(len(data) * 0.3)])
     with pytest.raises(VideoError, match="truncated or damaged: .* of 100 frames"):
         list(read_windows(tmp_path / "stub.avi", 4, size=64, window=1))
-    for read in (lambda path: list(read_windows(path, 4, size=64, window=1)),
-                 lambda path: glimpse(path, 4, size=64, start=0, end=1)):
+    for read in (
+        lambda path: list(read_windows(path, 4, size=64, window=1)),
+        lambda path: glimpse(path, 4, size=64, start=0, end=1),
+    ):
         for name, reason in (("none.mp4", "not a video"), ("\udcff.mp4", "only names in UTF-8")):
             with pytest.raises(VideoError, match=reason):
                 read(str(tmp_path / name))
@@ -603,7 +758,7 @@ def test_frames_that_end_early(tmp_path):
         glimpse(tmp_path / "whole.avi", 4, size=64, start=90, end=91)
 
 
-# ---- queries, page, command line -------------------------------------------------------------------------------------
+# ---- queries, page, command line -----------------------------------------------------------------
 
 
 def test_a_query_of_ten_thousand_words_is_cut_and_says_so(checkpoint, clips, capsys):
@@ -635,35 +790,63 @@ def test_the_page_shows_the_best_window(checkpoint, clips, monkeypatch):
     monkeypatch.setitem(search.picture.__wrapped__.__globals__, "glimpse", spy)
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"query {i}\n" for i in range(22))))
     record = find(checkpoint, clips, None, top=3)
-    assert looked_at == {m.path: (m.start, m.end) for given in record["answers"] for m in given.matches} | looked_at
+    assert (
+        looked_at
+        == {m.path: (m.start, m.end) for given in record["answers"] for m in given.matches}
+        | looked_at
+    )
     page = (clips.parent / "out" / "report.html").read_text(encoding="utf-8")
     parsed = Page(page)
-    assert page.count("<article>") == search.ANSWERS_SHOWN and page.index("query 21<") < page.index("query 20<")
+    assert page.count("<article>") == search.ANSWERS_SHOWN and page.index("query 21<") < page.index(
+        "query 20<"
+    )
     assert "query 2<" in page and "query 1<" not in page  # the last 20
     assert parsed.text.count("not readable") == 0 and page.count("<img") == 60
     last = record["answers"][-1].matches[0]
-    first = page[page.index("query 21<"):]
+    first = page[page.index("query 21<") :]
     assert clock(last.start, last.end) in first and f"{last.score:.3f}" in first
-    assert f'{(clips / last.path).as_uri()}#t={last.start:.1f},{last.end:.1f}' in first
+    assert f"{(clips / last.path).as_uri()}#t={last.start:.1f},{last.end:.1f}" in first
     assert "default-src 'none'" in page and "http:" not in page and "https:" not in page
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(videos=None), "--videos : not a folder"), (dict(videos="nowhere"), "--videos nowhere: not a folder"),
-    (dict(query=" \n"), "--query: empty"), (dict(top=0), "--top 0"), (dict(window=0.0), "--window 0"),
-    (dict(window=float("nan")), "--window nan"), (dict(out="FILE"), "choose another --out"),
-    (dict(index="FILE"), "choose another --index"), (dict(videos="EMPTY"), "nothing to search in; it holds 0 video"),
-    (dict(videos="BROKEN"), "it holds 2 video files, and 2 of them cannot be read"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(videos=None), "--videos : not a folder"),
+        (dict(videos="nowhere"), "--videos nowhere: not a folder"),
+        (dict(query=" \n"), "--query: empty"),
+        (dict(top=0), "--top 0"),
+        (dict(window=0.0), "--window 0"),
+        (dict(window=float("nan")), "--window nan"),
+        (dict(out="FILE"), "choose another --out"),
+        (dict(index="FILE"), "choose another --index"),
+        (dict(videos="EMPTY"), "nothing to search in; it holds 0 video"),
+        (dict(videos="BROKEN"), "it holds 2 video files, and 2 of them cannot be read"),
+    ],
+)
 def test_mistakes_end_in_one_line(checkpoint, clips, tmp_path, changes, message):
     (tmp_path / "FILE").write_text("")
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BROKEN").mkdir()
     for name in ("x.mp4", "y.avi"):
         (tmp_path / "BROKEN" / name).write_text("no video")
-    changes = {name: str(tmp_path / value) if str(value).isupper() else value for name, value in changes.items()}
-    options = dict(checkpoint=str(checkpoint.path), task="search", videos=str(clips), query="x", window=8.0,
-                   index=str(tmp_path / "index"), out=str(tmp_path / "out"), device="cpu") | changes
+    changes = {
+        name: str(tmp_path / value) if str(value).isupper() else value
+        for name, value in changes.items()
+    }
+    options = (
+        dict(
+            checkpoint=str(checkpoint.path),
+            task="search",
+            videos=str(clips),
+            query="x",
+            window=8.0,
+            index=str(tmp_path / "index"),
+            out=str(tmp_path / "out"),
+            device="cpu",
+        )
+        | changes
+    )
     with pytest.raises(UserError, match=re.escape(message)) as error:
         evaluate(EvalConfig(**options))
     assert "\n" not in str(error.value)
@@ -682,9 +865,30 @@ def test_a_model_that_diverged_fills_no_index(clips, tmp_path):
 
 
 def test_command_line(checkpoint, clips, tmp_path):
-    command = [sys.executable, "eval.py", "--task", "search", "--videos", str(clips), "--query", "a red ball", "--top",
-               "3", "--window", "2", "--checkpoint", str(checkpoint.path), "--cache", str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        "eval.py",
+        "--task",
+        "search",
+        "--videos",
+        str(clips),
+        "--query",
+        "a red ball",
+        "--top",
+        "3",
+        "--window",
+        "2",
+        "--checkpoint",
+        str(checkpoint.path),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "6 videos (6 new), 9 windows" in done.stdout and len(re.findall(r"^ {3}[123]  ", done.stdout, re.M)) == 3
-    assert (checkpoint.path.parent / "search" / "report.html").exists() and "embed videos: 100%" in done.stderr
+    assert (
+        "6 videos (6 new), 9 windows" in done.stdout
+        and len(re.findall(r"^ {3}[123]  ", done.stdout, re.M)) == 3
+    )
+    assert (
+        checkpoint.path.parent / "search" / "report.html"
+    ).exists() and "embed videos: 100%" in done.stderr

@@ -12,12 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
 from captions.tokenizer import PAD, Tokenizer, learn_merges, split_words
+from cli import UserError
 
 ROOT = Path(__file__).parent.parent
-CAPTIONS = ["a dog chases a cat", "two dogs chase the ball", "the cat is chasing the dogs", "Zwei Hunde jagen den Ball",
-            "a man's car isn't red", "犬が猫を追いかける 犬", "12 dogs, 12 cats!"] * 3
+CAPTIONS = [
+    "a dog chases a cat",
+    "two dogs chase the ball",
+    "the cat is chasing the dogs",
+    "Zwei Hunde jagen den Ball",
+    "a man's car isn't red",
+    "犬が猫を追いかける 犬",
+    "12 dogs, 12 cats!",
+] * 3
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def learn_naively(word_counts, size):
             i = 0
             while i + 1 < len(pieces):
                 if pieces[i] + pieces[i + 1] == best:
-                    pieces[i:i + 2] = [best]
+                    pieces[i : i + 2] = [best]
                 i += 1
     return tokens
 
@@ -50,15 +57,21 @@ def learn_naively(word_counts, size):
 def encode_naively(word, tokens):
     """Join the pair of the lowest rank, the leftmost first, until none is left."""
     rank, pieces = {token: i for i, token in enumerate(tokens)}, [bytes([byte]) for byte in word]
-    while candidates := [(rank[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in rank]:
+    while candidates := [
+        (rank[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in rank
+    ]:
         i = min(candidates)[1]
-        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return [rank[piece] for piece in pieces]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=8).map(str.encode), st.integers(1, 9), max_size=12),
-       st.integers(256, 300))
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=8).map(str.encode), st.integers(1, 9), max_size=12
+    ),
+    st.integers(256, 300),
+)
 def test_learner_is_the_definition(word_counts, size):
     learned = learn_merges(word_counts, size)
     assert learned == learn_naively(word_counts, size)
@@ -81,7 +94,13 @@ def test_vocabulary_depends_on_the_captions_alone(tokenizer):
 def test_ids_and_sizes(tokenizer):
     assert tokenizer.vocab_size == 330 and tokenizer.eot == 329 and tokenizer.sot == 328
     small = Tokenizer.train(["ab"], 1000)  # no pair occurs twice
-    assert small.vocab_size == 258 and small.encode("ab", 9) == [256, ord("a"), ord("b"), ord(" "), 257]
+    assert small.vocab_size == 258 and small.encode("ab", 9) == [
+        256,
+        ord("a"),
+        ord("b"),
+        ord(" "),
+        257,
+    ]
     assert Tokenizer.train([], 300).vocab_size == 258
     with pytest.raises(UserError, match="257.*258"):
         Tokenizer.train(CAPTIONS, 257)
@@ -89,9 +108,16 @@ def test_ids_and_sizes(tokenizer):
 
 def test_batch_pads_to_its_longest(tokenizer):
     tokens, text_mask = tokenizer.encode_batch(["a dog", "", "a dog chases a cat"], length=32)
-    assert tokens.dtype == torch.int64 and text_mask.dtype == torch.bool and tokens.shape == text_mask.shape
+    assert (
+        tokens.dtype == torch.int64
+        and text_mask.dtype == torch.bool
+        and tokens.shape == text_mask.shape
+    )
     lengths = text_mask.sum(dim=1)
-    assert tokens.shape[1] == lengths.max() == len(tokenizer.encode("a dog chases a cat", 32)) < 32 and lengths[1] == 2
+    assert (
+        tokens.shape[1] == lengths.max() == len(tokenizer.encode("a dog chases a cat", 32)) < 32
+        and lengths[1] == 2
+    )
     assert (tokens[~text_mask] == PAD).all() and (tokens[:, 0] == tokenizer.sot).all()
     assert (tokens.argmax(dim=1) == lengths - 1).all()  # CLIP finds the end of a text like this
     assert (tokens[torch.arange(3), lengths - 1] == tokenizer.eot).all()
@@ -101,12 +127,14 @@ def test_truncation_keeps_eot(tokenizer):
     whole = tokenizer.encode("two dogs chase the ball", 77)
     for length in range(2, len(whole) + 3):
         cut = tokenizer.encode("two dogs chase the ball", length)
-        assert cut == whole[:length - 1][:len(whole) - 1] + [tokenizer.eot] and len(cut) <= length
+        assert cut == whole[: length - 1][: len(whole) - 1] + [tokenizer.eot] and len(cut) <= length
 
 
 def test_long_captions(tokenizer):
     words = ["dog", "chases", "ballroom"] * 3334
-    tokens, text_mask = tokenizer.encode_batch([" ".join(words), "x" * 100_000], length=77)  # 10,002 words, and one
+    tokens, text_mask = tokenizer.encode_batch(
+        [" ".join(words), "x" * 100_000], length=77
+    )  # 10,002 words, and one
     assert tokens.shape == (2, 77) and text_mask.all()
     assert tokens[0].tolist() == tokenizer.encode(" ".join(words[:200]), 77)
 
@@ -116,14 +144,30 @@ def test_long_captions(tokenizer):
 def test_any_text_survives(tokenizer, text):
     tokens, _ = tokenizer.encode_batch([text], length=1000)
     ids = tokens[0].tolist()
-    assert ids[0] == tokenizer.sot and ids[-1] == tokenizer.eot and max(ids[1:-1], default=0) < tokenizer.sot
-    spelled = " ".join(split_words(text)).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert (
+        ids[0] == tokenizer.sot
+        and ids[-1] == tokenizer.eot
+        and max(ids[1:-1], default=0) < tokenizer.sot
+    )
+    spelled = (
+        " ".join(split_words(text)).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )
     assert tokenizer.decode(ids) == spelled
 
 
-@pytest.mark.parametrize("text, same_as", [
-    ("A  DOG\n\tchases", "a dog chases"), (" ", ""), ("a\u00a0dog\u2028", "a dog"), ("a\x1fdog", "adog"),
-    ("cafÃ© &amp;amp; bar", "café & bar"), ("a man’s", "a man's"), ("&lt;b&gt;", "<b>"), ("e\u0301", "é")])
+@pytest.mark.parametrize(
+    "text, same_as",
+    [
+        ("A  DOG\n\tchases", "a dog chases"),
+        (" ", ""),
+        ("a\u00a0dog\u2028", "a dog"),
+        ("a\x1fdog", "adog"),
+        ("cafÃ© &amp;amp; bar", "café & bar"),
+        ("a man’s", "a man's"),
+        ("&lt;b&gt;", "<b>"),
+        ("e\u0301", "é"),
+    ],
+)
 def test_case_and_white_space_do_not_matter(tokenizer, text, same_as):
     assert tokenizer.encode(text, 50) == tokenizer.encode(same_as, 50)
 
@@ -135,11 +179,13 @@ def test_special_tokens_cannot_be_written(tokenizer):
 
 
 def test_a_word_and_a_beginning_differ(tokenizer):
-    assert b"dog" in tokenizer.tokens and b"dogs " in tokenizer.tokens  # "dogs " ends a word, "dog" only begins one
-    assert not any(b" " in token[:-1] for token in tokenizer.tokens)    # no token crosses a word
+    assert (
+        b"dog" in tokenizer.tokens and b"dogs " in tokenizer.tokens
+    )  # "dogs " ends a word, "dog" only begins one
+    assert not any(b" " in token[:-1] for token in tokenizer.tokens)  # no token crosses a word
 
 
-# ---- CLIP's own tokenizer --------------------------------------------------------------------------------------------
+# ---- CLIP's own tokenizer ------------------------------------------------------------------------
 
 CORPUS = ROOT.parent / "shared" / "msrvtt_mini" / "MSRVTT_data.json"
 
@@ -149,7 +195,9 @@ def clip_pair():
     """(ours, open_clip's SimpleTokenizer), both with CLIP's vocabulary from the installed package."""
     package = importlib.util.find_spec("open_clip")
     if package is None:
-        pytest.skip("open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)")
+        pytest.skip(
+            "open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)"
+        )
     folder = Path(package.submodule_search_locations[0])
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
     module = importlib.util.module_from_spec(spec)
@@ -161,10 +209,13 @@ def clip_pair():
 def hugging_face(clip_pair):
     """transformers' CLIPTokenizer of the same vocabulary."""
     transformers = pytest.importorskip(
-        "transformers", reason="transformers, the reference, is not installed (pip install -r requirements-test.txt)")
+        "transformers",
+        reason="transformers, the reference, is not installed (pip install -r requirements-test.txt)",
+    )
     names = [*list(clip_pair[1].encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab={name: id for id, name in enumerate(names)},
-                                      merges=list(clip_pair[1].bpe_ranks))
+    return transformers.CLIPTokenizer(
+        vocab={name: id for id, name in enumerate(names)}, merges=list(clip_pair[1].bpe_ranks)
+    )
 
 
 def real_captions() -> list[str]:
@@ -185,15 +236,43 @@ def test_ids_of_real_captions_are_clips_own(clip_pair, hugging_face):
         assert row == [49406, *theirs.encode(caption), 49407], caption
     others = hugging_face(captions)["input_ids"]
     differ = [caption for caption, row, other in zip(captions, ids, others) if row != other]
-    assert all(not caption.isascii() for caption in differ) and len(differ) <= 1, differ  # it mends no curly quotes
+    assert all(not caption.isascii() for caption in differ) and len(differ) <= 1, (
+        differ
+    )  # it mends no curly quotes
 
 
-ODD = st.sampled_from(["'S", "'ſ", "can't", "&amp;amp;", "&#8217;", "â€™", "ﬁ", "ΣΣ", "İ", "1½2", "</w>", " \u00a0",
-                       "\ud83d\ude00", "👨\u200d👩", "dog's-eye", "<b>", "_", "\x1b[0m", "\r\n", "e\u0301"])
+ODD = st.sampled_from(
+    [
+        "'S",
+        "'ſ",
+        "can't",
+        "&amp;amp;",
+        "&#8217;",
+        "â€™",
+        "ﬁ",
+        "ΣΣ",
+        "İ",
+        "1½2",
+        "</w>",
+        " \u00a0",
+        "\ud83d\ude00",
+        "👨\u200d👩",
+        "dog's-eye",
+        "<b>",
+        "_",
+        "\x1b[0m",
+        "\r\n",
+        "e\u0301",
+    ]
+)
 
 
 @settings(deadline=None, max_examples=400)
-@given(st.lists(st.text(st.characters(codec=None), max_size=20) | ODD | st.text("adgo's 1!", max_size=9)).map("".join))
+@given(
+    st.lists(
+        st.text(st.characters(codec=None), max_size=20) | ODD | st.text("adgo's 1!", max_size=9)
+    ).map("".join)
+)
 def test_ids_of_any_text_are_clips_own(clip_pair, text):
     ours, theirs = clip_pair
     expected = theirs.encode(text)
@@ -203,7 +282,13 @@ def test_ids_of_any_text_are_clips_own(clip_pair, text):
 
 
 def test_ids_of_plain_captions_are_transformers_own(clip_pair, hugging_face):
-    for caption in ["", "A  Man's dog, 12 cats & a café!", "it's 犬が café … ---", "x" * 200, *CAPTIONS]:
+    for caption in [
+        "",
+        "A  Man's dog, 12 cats & a café!",
+        "it's 犬が café … ---",
+        "x" * 200,
+        *CAPTIONS,
+    ]:
         assert clip_pair[0].encode(caption, 1000) == hugging_face(caption)["input_ids"], caption
     # a written special token is one to transformers; here it is spelled
     assert 49406 in hugging_face("<|startoftext|>")["input_ids"][1:]
@@ -216,13 +301,23 @@ def test_clips_vocabulary_lives_in_the_checkpoint(clip_pair):
     assert Tokenizer.from_dict(json.loads(saved)).tokens == clip_pair[0].tokens
 
 
-LETTERS = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]] + [chr(256 + i) for i in range(68)]
+LETTERS = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]] + [
+    chr(256 + i) for i in range(68)
+]
 MERGES = [("d", "o"), ("do", "g</w>"), ("Ã", "©</w>"), ("t", "h")]
-NAMES = [*LETTERS, *(letter + "</w>" for letter in LETTERS), *map("".join, MERGES), "<|startoftext|>", "<|endoftext|>"]
+NAMES = [
+    *LETTERS,
+    *(letter + "</w>" for letter in LETTERS),
+    *map("".join, MERGES),
+    "<|startoftext|>",
+    "<|endoftext|>",
+]
 
 
 def write_merges(folder, lines=MERGES):
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in lines), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in lines), encoding="utf-8"
+    )
 
 
 def test_each_file_of_merges_gives_the_same_tokens(tmp_path):
@@ -231,12 +326,18 @@ def test_each_file_of_merges_gives_the_same_tokens(tmp_path):
         file.write("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in [*MERGES, ("x", "y")]))
     found = [Tokenizer.from_clip(tmp_path, 518).tokens]
     for merges in ([" ".join(pair) for pair in MERGES], MERGES):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(dict(model=dict(vocab=ids, merges=merges))))
+        (tmp_path / "tokenizer.json").write_text(
+            json.dumps(dict(model=dict(vocab=ids, merges=merges)))
+        )
         found.append(Tokenizer.from_clip(tmp_path, 518).tokens)
     write_merges(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps(ids))
     found.append(Tokenizer.from_clip(tmp_path, 518).tokens)
-    assert all(tokens == found[0] for tokens in found) and found[0][0] == b"!" and found[0][256] == b"! "
+    assert (
+        all(tokens == found[0] for tokens in found)
+        and found[0][0] == b"!"
+        and found[0][256] == b"! "
+    )
     assert found[0][512:] == [b"do", b"dog ", "é ".encode(), b"th"] and len(set(found[0])) == 516
     assert Tokenizer.from_clip(tmp_path, 518).encode("the café dog", 99)[-2] == 513
 
@@ -256,7 +357,9 @@ def test_unusable_vocabularies_are_one_line(tmp_path):
     refused("merges.txt: not a file of CLIP's merges")
     write_merges(tmp_path)
     refused("gives 518 tokens, the weights have 600", vocab_size=600)
-    (tmp_path / "vocab.json").write_text(json.dumps({name: id + 1 for id, name in enumerate(NAMES)}))
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({name: id + 1 for id, name in enumerate(NAMES)})
+    )
     refused("not numbered as CLIP's are")
 
 

@@ -1,4 +1,6 @@
-"""The pixels of the toy world: kinds and actions that can be told apart at the resolution that training sees."""
+"""The pixels of the toy world: kinds and actions that can be told apart at the resolution that
+training sees.
+"""
 
 import itertools
 import subprocess
@@ -9,10 +11,20 @@ import cv2
 import numpy as np
 import pytest
 
-from datasets import toyrender
 from cli import UserError
-from datasets.toyrender import (FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, Event, Thing, relation_tracks, render,
-                       single_track)
+from datasets import toyrender
+from datasets.toyrender import (
+    FRAMES,
+    KINDS,
+    RELATIONS,
+    SIDE,
+    SINGLE_ACTIONS,
+    Event,
+    Thing,
+    relation_tracks,
+    render,
+    single_track,
+)
 
 ROOT = Path(__file__).parent.parent
 STAR, FISH = Thing(1, "big", "red", "star"), Thing(1, "small", "blue", "fish")
@@ -30,8 +42,10 @@ def test_kinds_have_different_silhouettes_at_32_pixels():
     assert len(KINDS) >= 12
     for kind, mask in masks.items():
         assert 30 <= mask.sum() <= 32 * 32 / 7, (kind, mask.sum())
-    overlap = {(a, b): (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
-               for a, b in itertools.combinations(KINDS, 2)}
+    overlap = {
+        (a, b): (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
+        for a, b in itertools.combinations(KINDS, 2)
+    }
     worst = max(overlap, key=overlap.get)
     assert overlap[worst] < 0.7, (worst, overlap[worst])
 
@@ -42,7 +56,9 @@ def test_every_kind_shows_its_spin(kind):
     pictures = []
     for angle in (0, np.pi / 4):
         canvas = np.full((SIDE, SIDE, 3), 100, np.uint8)
-        toyrender._draw(canvas, Thing(1, "small", "red", kind), 0.115, np.array([0.5, 0.5, 1, angle, 1]))
+        toyrender._draw(
+            canvas, Thing(1, "small", "red", kind), 0.115, np.array([0.5, 0.5, 1, angle, 1])
+        )
         pictures.append(cv2.resize(canvas, (32, 32), interpolation=cv2.INTER_AREA).astype(int))
     changed = (np.abs(pictures[0] - pictures[1]).max(axis=2) > 40).sum()
     assert changed >= 6, changed
@@ -60,8 +76,11 @@ def test_render_is_a_function_of_scene_and_seed():
 def test_every_action_moves_and_stays_in_view(action):
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        tracks = ([single_track(action, 0.5, rng)] if action in SINGLE_ACTIONS
-                  else relation_tracks(action, 0.18, 0.115, rng))
+        tracks = (
+            [single_track(action, 0.5, rng)]
+            if action in SINGLE_ACTIONS
+            else relation_tracks(action, 0.18, 0.115, rng)
+        )
         for track in tracks:
             assert track.shape == (FRAMES, 5) and np.isfinite(track).all()
             inside = ((track[:, :2] > 0) & (track[:, :2] < 1)).all(axis=1)
@@ -81,16 +100,22 @@ def test_roles_show_in_the_motion():
     s, o = _relation("chase")
     assert (s[:, X] < o[:, X]).all() and np.ptp(s[:, X]) > np.ptp(o[:, X])  # behind, and closing in
     s, o = _relation("push")
-    assert (s[:, X] < o[:, X]).all() and o[1, X] == o[0, X] and np.ptp(o[:, X]) > 0.1  # waits until it is touched
+    assert (
+        (s[:, X] < o[:, X]).all() and o[1, X] == o[0, X] and np.ptp(o[:, X]) > 0.1
+    )  # waits until it is touched
     s, o = _relation("pull")
     assert (s[:, X] > o[:, X]).all() and np.allclose(np.diff(s[:, X]), np.diff(o[:, X]))
     s, o = _relation("orbit")
     turned = np.unwrap(np.arctan2(*(s - o)[:, [Y, X]].T))
-    assert np.ptp(turned) > 2 * np.pi and np.ptp(o) == 1  # all columns of o are constant: 0.5, 0.5, 1, 0, 1
+    assert (
+        np.ptp(turned) > 2 * np.pi and np.ptp(o) == 1
+    )  # all columns of o are constant: 0.5, 0.5, 1, 0, 1
     s, o = _relation("pass")
     assert s[first, X] < o[first, X] and s[last, X] > o[last, X] and s[last, X] > s[first, X]
     s, o = _relation("hit")
-    assert np.ptp(o[:6, X]) == 0 and np.ptp(s[8:, X]) == 0 and o[last, X] > o[first, X] + 0.2  # stops; flies off
+    assert (
+        np.ptp(o[:6, X]) == 0 and np.ptp(s[8:, X]) == 0 and o[last, X] > o[first, X] + 0.2
+    )  # stops; flies off
     s, o = _relation("eat")
     assert o[first, SCALE] == 1 and np.isclose(o[last, SCALE], 0) and (s[:, SCALE] == 1).all()
     s, o = _relation("raise")
@@ -100,12 +125,18 @@ def test_roles_show_in_the_motion():
 
 
 def test_scenes_are_mirrored_half_of_the_time():
-    """The chaser is left of the chased in about half of the videos: a side says nothing about the roles."""
+    """The chaser is left of the chased in about half of the videos: a side says nothing about the
+    roles.
+    """
     left = []
     for seed in range(24):
-        video = render((Event("chase", STAR._replace(colour="white"), FISH._replace(colour="black")),), (seed,))
+        video = render(
+            (Event("chase", STAR._replace(colour="white"), FISH._replace(colour="black")),), (seed,)
+        )
         light = video[4].astype(int).min(axis=2)
-        white, black = (np.argwhere(mask)[:, 1].mean() for mask in (light > 200, video[4].max(axis=2) < 35))
+        white, black = (
+            np.argwhere(mask)[:, 1].mean() for mask in (light > 200, video[4].max(axis=2) < 35)
+        )
         left.append(white < black)
     assert 5 <= sum(left) <= 19, left
 
@@ -123,11 +154,23 @@ def test_demo(tmp_path):
     command = [sys.executable, "-m", "datasets.toyrender", "chase", "--sheet", sheet]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert cv2.imread(str(sheet)).shape == (16 * (18 + 98), 8 * 98, 3)
-    wrong = subprocess.run([sys.executable, "-m", "datasets.toyrender", "fly"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "fly" in wrong.stderr and "chase" in wrong.stderr and wrong.stderr.count("\n") == 1
+    wrong = subprocess.run(
+        [sys.executable, "-m", "datasets.toyrender", "fly"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        wrong.returncode == 2
+        and "fly" in wrong.stderr
+        and "chase" in wrong.stderr
+        and wrong.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/sheet.png", "sheet.unknown"])
 def test_a_sheet_that_cannot_be_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot write"):
-        toyrender.contact_sheet([np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)], ["nothing"], str(tmp_path / name))
+        toyrender.contact_sheet(
+            [np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)], ["nothing"], str(tmp_path / name)
+        )

@@ -1,4 +1,6 @@
-"""The toy world: what is promised about its splits, captions, questions and files, checked against the ground truth."""
+"""The toy world: what is promised about its splits, captions, questions and files, checked against
+the ground truth.
+"""
 
 import csv
 import json
@@ -10,14 +12,28 @@ import cv2
 import numpy as np
 import pytest
 
-from datasets import toyworld
 from cli import UserError
-from datasets.toyrender import COLOURS, FRAMES, KINDS, RELATIONS, SIDE, SINGLE_ACTIONS, SIZES, Event, Thing
+from datasets import toyworld
+from datasets.toyrender import (
+    COLOURS,
+    FRAMES,
+    KINDS,
+    RELATIONS,
+    SIDE,
+    SINGLE_ACTIONS,
+    SIZES,
+    Event,
+    Thing,
+)
 from datasets.toyworld import NEAR, RELATION, SINGLE, caption_of, compositions, generate
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(train=12, val=6, test=10, progress=False)
-NOUNS = {noun: kind for kind in KINDS for noun in (kind, {"fish": "fish", "cross": "crosses"}.get(kind, kind + "s"))}
+NOUNS = {
+    noun: kind
+    for kind in KINDS
+    for noun in (kind, {"fish": "fish", "cross": "crosses"}.get(kind, kind + "s"))
+}
 VERBS = {form: action for action, forms in RELATION.items() for form in forms[0].split()}
 VERBS |= {forms[0]: action for action, forms in SINGLE.items()}
 
@@ -29,15 +45,24 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, dict]:
-    """All texts of a full-size world: {split: {"csv": rows, "truth": {video: events}, "mc": questions}}."""
+    """All texts of a full-size world: {split: {"csv": rows, "truth": {video: events}, "mc":
+    questions}}.
+    """
     plans = {}
     for split, count in {"train": 10_000, "val": 500, "test": 1000}.items():
         _, files = toyworld._plan(split, count, seed=0)
-        records = {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()
-                   if name.endswith("jsonl")}
-        plans[split] = {"csv": list(csv.DictReader(files[f"{split}.csv"].splitlines())),
-                        "truth": {record["video"]: record["events"] for record in records[f"{split}_truth.jsonl"]},
-                        "mc": records.get(f"{split}_mc.jsonl", [])}
+        records = {
+            name: [json.loads(line) for line in text.splitlines()]
+            for name, text in files.items()
+            if name.endswith("jsonl")
+        }
+        plans[split] = {
+            "csv": list(csv.DictReader(files[f"{split}.csv"].splitlines())),
+            "truth": {
+                record["video"]: record["events"] for record in records[f"{split}_truth.jsonl"]
+            },
+            "mc": records.get(f"{split}_mc.jsonl", []),
+        }
     return plans
 
 
@@ -62,19 +87,41 @@ def _things(events: list[dict]) -> list[dict]:
 BALL, FISHES = Thing(1, "big", "red", "ball"), Thing(2, None, "blue", "fish")
 
 
-@pytest.mark.parametrize("scene, template, synonyms, expected", [
-    ((Event("spin", BALL),), 0, (0,), "a big red ball is spinning"),
-    ((Event("spin", BALL),), 3, (1,), "a video of a big red ball that is rotating"),
-    ((Event("fade", Thing(3, None, "black", "cross")),), 1, (0,), "there are three black crosses that are fading"),
-    ((Event("grow", Thing(1, None, "", "umbrella")),), 0, (0,), "an umbrella is growing"),
-    ((Event("chase", BALL, FISHES),), 0, (0,), "a big red ball chases two blue fish"),
-    ((Event("chase", FISHES, BALL),), 0, (0,), "two blue fish chase a big red ball"),
-    ((Event("eat", FISHES, BALL),), 2, (0,), "a big red ball is eaten by two blue fish"),
-    ((Event("eat", BALL, FISHES),), 3, (1,), "two blue fish are being swallowed by a big red ball"),
-    ((Event("pull", FISHES, BALL),), 4, (1,), "there are two blue fish that are dragging a big red ball"),
-    ((Event("blink", BALL), Event("fall", FISHES)), 0, (0, 1),
-     "a big red ball is blinking while two blue fish are descending"),
-])
+@pytest.mark.parametrize(
+    "scene, template, synonyms, expected",
+    [
+        ((Event("spin", BALL),), 0, (0,), "a big red ball is spinning"),
+        ((Event("spin", BALL),), 3, (1,), "a video of a big red ball that is rotating"),
+        (
+            (Event("fade", Thing(3, None, "black", "cross")),),
+            1,
+            (0,),
+            "there are three black crosses that are fading",
+        ),
+        ((Event("grow", Thing(1, None, "", "umbrella")),), 0, (0,), "an umbrella is growing"),
+        ((Event("chase", BALL, FISHES),), 0, (0,), "a big red ball chases two blue fish"),
+        ((Event("chase", FISHES, BALL),), 0, (0,), "two blue fish chase a big red ball"),
+        ((Event("eat", FISHES, BALL),), 2, (0,), "a big red ball is eaten by two blue fish"),
+        (
+            (Event("eat", BALL, FISHES),),
+            3,
+            (1,),
+            "two blue fish are being swallowed by a big red ball",
+        ),
+        (
+            (Event("pull", FISHES, BALL),),
+            4,
+            (1,),
+            "there are two blue fish that are dragging a big red ball",
+        ),
+        (
+            (Event("blink", BALL), Event("fall", FISHES)),
+            0,
+            (0, 1),
+            "a big red ball is blinking while two blue fish are descending",
+        ),
+    ],
+)
 def test_captions_are_grammatical(scene, template, synonyms, expected):
     assert caption_of(scene, template, synonyms) == expected
 
@@ -90,13 +137,23 @@ def test_captions_of_training_are_distinct_paraphrases(plans):
         by_video.setdefault(row["video"], []).append(row["caption"])
     assert len(by_video) == 10_000
     assert all(len(captions) == len(set(captions)) == 5 for captions in by_video.values())
-    words = {word for captions in by_video.values() for caption in captions for word in caption.split()}
-    assert words >= set(NOUNS) | set(COLOURS) | set(SIZES) | {"two", "three", "while", "being", "by"}
+    words = {
+        word for captions in by_video.values() for caption in captions for word in caption.split()
+    }
+    assert words >= set(NOUNS) | set(COLOURS) | set(SIZES) | {
+        "two",
+        "three",
+        "while",
+        "being",
+        "by",
+    }
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_first_caption_says_all_there_is(plans, split):
-    """Every noun phrase of the truth, word by word, is in the first (of val and test: the only) caption."""
+    """Every noun phrase of the truth, word by word, is in the first (of val and test: the only)
+    caption.
+    """
     first = {row["video"]: row["caption"] for row in reversed(plans[split]["csv"])}
     for video, events in plans[split]["truth"].items():
         for thing in _things(events):
@@ -112,13 +169,20 @@ def test_first_caption_says_all_there_is(plans, split):
 
 
 def _compositions(truth: dict[str, list[dict]]) -> set:
-    return {(event["action"], frozenset(thing["kind"] for thing in _things([event])))
-            for events in truth.values() for event in events}
+    return {
+        (event["action"], frozenset(thing["kind"] for thing in _things([event])))
+        for events in truth.values()
+        for event in events
+    }
 
 
 def test_held_out_compositions_never_occur_in_training(plans):
     seen = {split: _compositions(plan["truth"]) for split, plan in plans.items()}
-    assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+    assert (
+        not seen["train"] & seen["test"]
+        and not seen["train"] & seen["val"]
+        and not seen["val"] & seen["test"]
+    )
     for split, found in seen.items():
         assert {action for action, _ in found} == set(SINGLE) | set(RELATION), split
         assert set().union(*(kinds for _, kinds in found)) == set(KINDS), split
@@ -137,7 +201,10 @@ def test_retrieval_is_well_posed(plans, split):
     """One caption a video, and no video shows all that the caption of another one says."""
     assert len(plans[split]["csv"]) == len(plans[split]["truth"])
     assert len({row["caption"] for row in plans[split]["csv"]}) == len(plans[split]["csv"])
-    scenes = [frozenset(json.dumps(event) for event in events) for events in plans[split]["truth"].values()]
+    scenes = [
+        frozenset(json.dumps(event) for event in events)
+        for events in plans[split]["truth"].values()
+    ]
     holders = {}
     for i, scene in enumerate(scenes):
         for event in scene:
@@ -164,11 +231,14 @@ def test_questions_have_one_true_option_and_four_false_edits(plans, split):
         events, options, kind = truth[question["video"]], question["options"], question["kind"]
         assert len(set(options)) == 5
         true = options[question["answer"]].split()
-        kinds, actions = {thing["kind"] for thing in _things(events)}, {event["action"] for event in events}
+        kinds, actions = (
+            {thing["kind"] for thing in _things(events)},
+            {event["action"] for event in events},
+        )
         assert {NOUNS[word] for word in true if word in NOUNS} == kinds
         assert {VERBS[word] for word in true if word in VERBS} == actions
         edits, places = [], set()
-        for option in options[:question["answer"]] + options[question["answer"] + 1:]:
+        for option in options[: question["answer"]] + options[question["answer"] + 1 :]:
             words = option.split()
             changed = [i for i, (a, b) in enumerate(zip(words, true)) if a != b]
             if len(words) == len(true) and len(changed) == 1 and words[changed[0]] in NOUNS:
@@ -180,20 +250,30 @@ def test_questions_have_one_true_option_and_four_false_edits(plans, split):
                 assert verb not in actions and not any({verb, action} in NEAR for action in actions)
             else:
                 edits.append("direction")
-                nouns, true_nouns = [w for w in words if w in NOUNS], [w for w in true if w in NOUNS]
+                nouns, true_nouns = (
+                    [w for w in words if w in NOUNS],
+                    [w for w in true if w in NOUNS],
+                )
                 assert len(nouns) == 2 and nouns == true_nouns[::-1]
                 assert {VERBS[w] for w in words if w in VERBS} == actions
             places |= set(changed)
         if kind == "direction":
             assert edits.count("direction") == 1
         else:
-            assert edits == [kind] * 4 and len(places) == 1  # all at one place: no option is the centre of the others
+            assert (
+                edits == [kind] * 4 and len(places) == 1
+            )  # all at one place: no option is the centre of the others
 
 
 def test_questions_are_balanced(plans):
     questions = plans["test"]["mc"]
-    halves = [len({option.split(joint)[0] for option in question["options"]}) == 1  # the right half was edited
-              for question in questions for joint in (" while ", " and ") if joint in question["options"][0]]
+    halves = [
+        len({option.split(joint)[0] for option in question["options"]})
+        == 1  # the right half was edited
+        for question in questions
+        for joint in (" while ", " and ")
+        if joint in question["options"][0]
+    ]
     assert 0.3 < np.mean(halves) < 0.7
     answers = np.bincount([question["answer"] for question in questions], minlength=5)
     kinds = [question["kind"] for question in questions]
@@ -211,7 +291,11 @@ def test_a_world_on_disk(world):
         for row in rows:
             assert _frames(world / row["video"]).shape == (FRAMES, SIDE, SIDE, 3)
     manifest = json.loads((world / "world.json").read_text())
-    assert manifest["version"] == toyworld.VERSION and manifest["test"] == 10 and "test.csv" in manifest["sha256"]
+    assert (
+        manifest["version"] == toyworld.VERSION
+        and manifest["test"] == 10
+        and "test.csv" in manifest["sha256"]
+    )
     assert not (world / "world.started.json").exists()
 
 
@@ -220,7 +304,9 @@ def test_videos_survive_the_codec(world):
     scene = toyworld._plan("test", 10, seed=0)[0][3]
     rendered = toyworld.render(scene, (0, 2, 3)).astype(int)
     decoded = toyworld._read_video(world / "videos" / "test_00003.mp4")
-    error = np.abs(rendered[:, None] - decoded[None]).mean(axis=(2, 3, 4))  # [rendered frame, decoded frame]
+    error = np.abs(rendered[:, None] - decoded[None]).mean(
+        axis=(2, 3, 4)
+    )  # [rendered frame, decoded frame]
     assert error.diagonal().max() < 10
     assert (error.argmin(axis=1) == np.arange(FRAMES)).mean() > 0.8
 
@@ -229,7 +315,9 @@ def test_the_world_is_the_same_on_two_processes(world, tmp_path):
     other = generate(tmp_path / "two", workers=2, **SMALL)
     assert _texts(other) == _texts(world)
     videos = sorted(path.name for path in (world / "videos").iterdir())
-    assert videos == sorted(path.name for path in (other / "videos").iterdir()) and len(videos) == 28
+    assert (
+        videos == sorted(path.name for path in (other / "videos").iterdir()) and len(videos) == 28
+    )
     for name in videos:
         assert (_frames(world / "videos" / name) == _frames(other / "videos" / name)).all()
 
@@ -263,12 +351,17 @@ def test_an_interrupted_world_is_completed(world, tmp_path, monkeypatch):
     assert not (folder / "world.json").exists() and not (folder / "train.csv").exists()
     (folder / "videos" / "train_00006.999999.part.mp4").write_bytes(b"of a killed process")
     rendered.clear()
-    monkeypatch.setattr(toyworld, "render", lambda scene, seed: rendered.append(seed) or toyworld_render(scene, seed))
+    monkeypatch.setattr(
+        toyworld,
+        "render",
+        lambda scene, seed: rendered.append(seed) or toyworld_render(scene, seed),
+    )
     generate(folder, workers=1, **SMALL)
     assert len(rendered) == 28 - 5  # the five finished ones are kept
     assert _texts(folder) == _texts(world)
     assert sorted(path.name for path in (folder / "videos").iterdir()) == sorted(
-        path.name for path in (world / "videos").iterdir())
+        path.name for path in (world / "videos").iterdir()
+    )
 
 
 def test_a_lost_video_is_rendered_again(tmp_path):
@@ -293,7 +386,9 @@ def test_mistakes_end_in_one_line(world, tmp_path):
     assert "workers=0" in message(tmp_path / "a", workers=0)
 
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in message(tmp_path / "file" / "toy")  # a folder that cannot be made
+    assert str(tmp_path / "file") in message(
+        tmp_path / "file" / "toy"
+    )  # a folder that cannot be made
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.csv").write_text("video,caption\n")
@@ -325,9 +420,26 @@ def test_a_disk_that_swallows_writes_is_noticed(tmp_path, monkeypatch):
 
 
 def test_demo(tmp_path):
-    command = [sys.executable, "-m", "datasets.toyworld", "--folder", tmp_path / "toy", "--train", "2", "--val", "1", "--test", "3",
-               "--workers", "1", "--sheet", tmp_path / "sheet.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "datasets.toyworld",
+        "--folder",
+        tmp_path / "toy",
+        "--train",
+        "2",
+        "--val",
+        "1",
+        "--test",
+        "3",
+        "--workers",
+        "1",
+        "--sheet",
+        tmp_path / "sheet.png",
+    ]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.count("test_0000") == 3 and cv2.imread(str(tmp_path / "sheet.png")) is not None
     wrong = subprocess.run([*command, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
+    )

@@ -12,17 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from scipy.sparse import csr_array
 
 import train
+from cli import UserError
 from data import KnowledgeBatchSampler
+from eval import EvalConfig, evaluate
+from train import TrainConfig
 from training.checkpoint import load_checkpoint
 from training.log import Log
 from training.processes import Ranks
-from cli import UserError
-from eval import EvalConfig, evaluate
-from train import TrainConfig
 from videos.decode import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +34,26 @@ def cache(tmp_path_factory):
 
 def settings(world, out, cache, **other):
     """A run of seconds on the tiny world."""
-    return TrainConfig(**dict(
-        dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"), out=str(out), cache=cache,
-        steps=6, batch_size=16, num_frames="2", warmup=2, log_every=1, eval_every=3, workers=1, guided_from=0.0,
-        hard_k=2, hard_weight=0.5) | other)
+    return TrainConfig(
+        **dict(
+            dataset="csv",
+            data=str(world / "train.csv"),
+            val_data=str(world / "val.csv"),
+            out=str(out),
+            cache=cache,
+            steps=6,
+            batch_size=16,
+            num_frames="2",
+            warmup=2,
+            log_every=1,
+            eval_every=3,
+            workers=1,
+            guided_from=0.0,
+            hard_k=2,
+            hard_weight=0.5,
+        )
+        | other
+    )
 
 
 def log_of(out) -> list[dict]:
@@ -52,25 +67,43 @@ def losses_of(out) -> dict[int, float]:
 def test_a_run_learns_and_writes_what_it_promises(tiny_world, tmp_path, cache):
     train.train(settings(tiny_world, tmp_path, cache, steps=30, eval_every=15))
     lines = log_of(tmp_path)
-    nce = {line["step"]: line["nce"] for line in lines if "nce" in line}  # SKP starts from the log-odds, far down
+    nce = {
+        line["step"]: line["nce"] for line in lines if "nce" in line
+    }  # SKP starts from the log-odds, far down
     assert np.mean([nce[s] for s in (28, 29, 30)]) < 0.9 * np.mean([nce[s] for s in (1, 2, 3)])
     assert {"config", "commit", "versions", "hardware", "parameters"} <= set(lines[0])
-    assert {"loss", "nce", "hard", "skp", "logit_scale", "grad_norm", "lr",
-            "pairs_per_s", "step_s", "data_s"} <= set(lines[1])
+    assert {
+        "loss",
+        "nce",
+        "hard",
+        "skp",
+        "logit_scale",
+        "grad_norm",
+        "lr",
+        "pairs_per_s",
+        "step_s",
+        "data_s",
+    } <= set(lines[1])
     assert [line["step"] for line in lines if "validation" in line] == [15, 30]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000015.safetensors", "step-000030.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [
+        "step-000015.safetensors",
+        "step-000030.safetensors",
+    ]
 
 
 def test_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(tiny_world, tmp_path, cache):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train.train(settings(tiny_world, whole, cache))
     halves.mkdir()
-    shutil.copy(whole / "step-000003.safetensors", halves)                  # as if killed in step 4
+    shutil.copy(whole / "step-000003.safetensors", halves)  # as if killed in step 4
     train.train(settings(tiny_world, halves, cache))
     assert losses_of(halves) == {step: loss for step, loss in losses_of(whole).items() if step > 3}
     a, b = (load_checkpoint(out, training=True) for out in (whole, halves))
-    assert a.sha256 == b.sha256 and a.training["exp_avg.logit_scale"] == b.training["exp_avg.logit_scale"]
+    assert (
+        a.sha256 == b.sha256
+        and a.training["exp_avg.logit_scale"] == b.training["exp_avg.logit_scale"]
+    )
 
 
 def test_frames_curriculum_is_a_function_of_the_step(tiny_world, tmp_path, cache):
@@ -84,9 +117,12 @@ def test_frames_curriculum_is_a_function_of_the_step(tiny_world, tmp_path, cache
 
 def test_frames_of_each_step():
     sampler = KnowledgeBatchSampler(
-        csr_array((20, 3), dtype=np.float32), np.ones(3), np.arange(20), np.arange(20), batch_size=4)
+        csr_array((20, 3), dtype=np.float32), np.ones(3), np.arange(20), np.arange(20), batch_size=4
+    )
     config = TrainConfig(num_frames="1, 4,8", steps=10)
-    jobs = itertools.islice(train.plan_batches(config, Ranks(0, 1, torch.device("cpu")), sampler, 2), 10)
+    jobs = itertools.islice(
+        train.plan_batches(config, Ranks(0, 1, torch.device("cpu")), sampler, 2), 10
+    )
     assert [job.num_frames for job in jobs] == [1] * 2 + [4] * 3 + [8] * 5
     for wrong in ("", "8,4", "0,8", "-1,8", "one,8", "1,,8", "1;8", "8," * 2000 + "8"):
         with pytest.raises(UserError, match="--num-frames .*expected a number"):
@@ -96,11 +132,27 @@ def test_frames_of_each_step():
 def test_torchrun_starts_it_unchanged(tiny_world, tmp_path, cache):
     """(That ranks train as one process does, whatever their number: tests/test_distributed.py.)"""
     config = settings(tiny_world, tmp_path / "one", cache, val_data=None, steps=3)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items()
-             if value != getattr(TrainConfig, name) and name != "out"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *flags]
-    done = subprocess.run([*command, f"--out={tmp_path / 'two'}"], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(config).items()
+        if value != getattr(TrainConfig, name) and name != "out"
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "train.py",
+        *flags,
+    ]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'two'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+    )
     assert done.returncode == 0, done.stderr
     train.train(config)
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
@@ -108,9 +160,16 @@ def test_torchrun_starts_it_unchanged(tiny_world, tmp_path, cache):
 
 def test_the_log_is_cut_back_where_it_goes_on(tmp_path):
     path = tmp_path / "log.jsonl"
-    lines = [dict(config={}, resumed_at=0), dict(step=1, loss=2.0), dict(step=2, loss=1.5), dict(step=2, validation={}),
-             dict(step=3, loss=1.0)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')  # killed in this line
+    lines = [
+        dict(config={}, resumed_at=0),
+        dict(step=1, loss=2.0),
+        dict(step=2, loss=1.5),
+        dict(step=2, validation={}),
+        dict(step=3, loss=1.0),
+    ]
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
+    )  # killed in this line
     log = Log(path, 2)
     log.write(dict(config={}, resumed_at=2, grad_norm=math.nan))
     assert log_of(tmp_path) == [*lines[:4], dict(config={}, resumed_at=2, grad_norm=None)]
@@ -119,20 +178,30 @@ def test_the_log_is_cut_back_where_it_goes_on(tmp_path):
 
 
 def test_curves_of_a_log_can_be_drawn_again(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "step_s": 0.1}\n{"step": 2, "loss": null}\n')
-    done = subprocess.run([sys.executable, "-m", "training.log", tmp_path / "log.jsonl", tmp_path / "x.png"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "loss": 2.0, "step_s": 0.1}\n{"step": 2, "loss": null}\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "training.log", tmp_path / "log.jsonl", tmp_path / "x.png"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), (
+        done.stderr
+    )
 
 
 def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
     train.train(settings(tiny_world, tmp_path, cache, steps=1))
     with pytest.raises(UserError, match=r"other settings \(--lr 0.001 → 0.5\)"):
         train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=0.5))
-    assert log_of(tmp_path)[-1]["step"] == 1                                # nothing was lost
+    assert log_of(tmp_path)[-1]["step"] == 1  # nothing was lost
 
 
-def test_too_many_non_finite_losses_name_step_and_checkpoint(tiny_world, tmp_path, cache, monkeypatch):
+def test_too_many_non_finite_losses_name_step_and_checkpoint(
+    tiny_world, tmp_path, cache, monkeypatch
+):
     calls = []
 
     def explode(*args, **kwargs):
@@ -148,16 +217,34 @@ def test_too_many_non_finite_losses_name_step_and_checkpoint(tiny_world, tmp_pat
 
 
 def test_base_run_without_knowledge_trains(tiny_world, tmp_path, cache):
-    train.train(settings(tiny_world, tmp_path, cache, steps=2, skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0,
-                         guided_share=0.0, mask_false_negatives=False, checkpointing=True, precision="bf16"))
+    train.train(
+        settings(
+            tiny_world,
+            tmp_path,
+            cache,
+            steps=2,
+            skp_weight=0.0,
+            beta=0.0,
+            hard_k=0,
+            hard_weight=0.0,
+            guided_share=0.0,
+            mask_false_negatives=False,
+            checkpointing=True,
+            precision="bf16",
+        )
+    )
     assert "skp" not in log_of(tmp_path)[1] and load_checkpoint(tmp_path).model.concept_head is None
 
 
 def test_concept_head_starts_from_the_log_odds(tiny_world, tmp_path, cache):
     train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=1e-7))
     saved = load_checkpoint(tmp_path)
-    torch.testing.assert_close(saved.model.concept_head.bias, torch.from_numpy(saved.concept_vocab.log_odds),
-                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        saved.model.concept_head.bias,
+        torch.from_numpy(saved.concept_vocab.log_odds),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -173,16 +260,35 @@ def test_real_videos_train_resume_and_evaluate(tmp_path, cache):
         pytest.skip("the MSR-VTT clips in ../shared are not on this machine")
     pairs = (row.split(",", 1) for row in (shared / "train.csv").read_text().splitlines()[1:])
     rows = [f"{shared / path},{caption}" for path, caption in pairs]
-    config = settings(tmp_path, tmp_path / "out", cache, data=str(csv_with(tmp_path, rows[:640])), val_data=None,
-                      steps=4, eval_every=2)
+    config = settings(
+        tmp_path,
+        tmp_path / "out",
+        cache,
+        data=str(csv_with(tmp_path, rows[:640])),
+        val_data=None,
+        steps=4,
+        eval_every=2,
+    )
     train.train(config)
-    (tmp_path / "out" / "step-000004.safetensors").unlink()               # as if killed before the end
+    (tmp_path / "out" / "step-000004.safetensors").unlink()  # as if killed before the end
     train.train(config)
     assert log_of(tmp_path / "out")[-1]["step"] == 4
     assert [x["resumed_at"] for x in log_of(tmp_path / "out") if "config" in x] == [0, 2]
-    record = evaluate(EvalConfig(checkpoint=str(tmp_path / "out"), task="csv", data=config.data,
-                                 out=str(tmp_path / "eval"), cache=cache))
-    assert record["videos"] == 32 and record["captions"] == 640 and record["missing"] == 0 and record["t2v_R@10"] > 0
+    record = evaluate(
+        EvalConfig(
+            checkpoint=str(tmp_path / "out"),
+            task="csv",
+            data=config.data,
+            out=str(tmp_path / "eval"),
+            cache=cache,
+        )
+    )
+    assert (
+        record["videos"] == 32
+        and record["captions"] == 640
+        and record["missing"] == 0
+        and record["t2v_R@10"] > 0
+    )
 
 
 # ---- bad input ----
@@ -196,19 +302,32 @@ def csv_with(folder, rows, header="video,caption"):
 
 @pytest.fixture
 def good_rows(tiny_world):
-    return [f"{tiny_world / 'videos' / f'train_{i:05d}.mp4'},a red thing number {i}" for i in range(20)]
+    return [
+        f"{tiny_world / 'videos' / f'train_{i:05d}.mp4'},a red thing number {i}" for i in range(20)
+    ]
 
 
-@pytest.mark.parametrize("make, said", [
-    (lambda f: None, "needs --data FILE"),
-    (lambda f: f / "nowhere.csv", "cannot be read"),
-    (lambda f: csv_with(f, []), "no samples"),
-    (lambda f: csv_with(f, ["x.mp4,hello"], header="film,text"), "line 1.*has no video"),
-    (lambda f: csv_with(f, ["x.mp4,hello"]), "1 of 1 videos cannot be used.*no such video file")])
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda f: None, "needs --data FILE"),
+        (lambda f: f / "nowhere.csv", "cannot be read"),
+        (lambda f: csv_with(f, []), "no samples"),
+        (lambda f: csv_with(f, ["x.mp4,hello"], header="film,text"), "line 1.*has no video"),
+        (
+            lambda f: csv_with(f, ["x.mp4,hello"]),
+            "1 of 1 videos cannot be used.*no such video file",
+        ),
+    ],
+)
 def test_unusable_data_is_one_line(make, said, tmp_path, cache):
     path = make(tmp_path)
     with pytest.raises(UserError, match=said) as error:
-        train.train(TrainConfig(dataset="csv", data=path and str(path), out=str(tmp_path / "out"), cache=cache))
+        train.train(
+            TrainConfig(
+                dataset="csv", data=path and str(path), out=str(tmp_path / "out"), cache=cache
+            )
+        )
     assert "\n" not in str(error.value) and not any((tmp_path / "out").iterdir())
 
 
@@ -216,27 +335,53 @@ def test_broken_videos_are_skipped_and_listed(tmp_path, cache, good_rows, capsys
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
     good = Path(good_rows[0].split(",")[0]).read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(good[:len(good) // 3])
-    rows = good_rows + [f"{name},a broken one" for name in ("empty.mp4", "text.mp4", "cut.mp4", "gone.mp4")]
-    config = settings(tmp_path, tmp_path / "out", cache, data=str(csv_with(tmp_path, rows)), val_data=None,
-                      batch_size=8, steps=2)
-    with pytest.raises(UserError, match="4 of 24 videos cannot be used, more than the 5% of --max-broken"):
+    (tmp_path / "cut.mp4").write_bytes(good[: len(good) // 3])
+    rows = good_rows + [
+        f"{name},a broken one" for name in ("empty.mp4", "text.mp4", "cut.mp4", "gone.mp4")
+    ]
+    config = settings(
+        tmp_path,
+        tmp_path / "out",
+        cache,
+        data=str(csv_with(tmp_path, rows)),
+        val_data=None,
+        batch_size=8,
+        steps=2,
+    )
+    with pytest.raises(
+        UserError, match="4 of 24 videos cannot be used, more than the 5% of --max-broken"
+    ):
         train.train(config)
     config.max_broken = 0.2
     train.train(config)
     said = capsys.readouterr().out
-    assert said.rstrip().count("4 of 24 videos cannot be used") == 2      # where it happens, and again at the end
+    assert (
+        said.rstrip().count("4 of 24 videos cannot be used") == 2
+    )  # where it happens, and again at the end
     assert all(name in said for name in ("empty.mp4", "text.mp4", "cut.mp4", "gone.mp4"))
 
 
 def test_odd_videos_and_captions_train(tmp_path, cache, good_rows):
     noise = np.random.default_rng(0).integers(0, 255, (40, 37, 53, 3), np.uint8)
-    write_video(tmp_path / "one.mp4", noise[:1])                          # a single frame
-    write_video(tmp_path / "odd.mp4", noise)                              # odd width and height
-    rows = good_rows[:4] + ["one.mp4,", "odd.mp4,ein Mädchen läuft über die Straße 走る",
-                            f"odd.mp4,{'word ' * 10_000}", "one.mp4,\x07 \x1b[31m"]
-    train.train(settings(tmp_path, tmp_path / "out", cache, data=str(csv_with(tmp_path, rows)), val_data=None,
-                         batch_size=8, steps=2))
+    write_video(tmp_path / "one.mp4", noise[:1])  # a single frame
+    write_video(tmp_path / "odd.mp4", noise)  # odd width and height
+    rows = good_rows[:4] + [
+        "one.mp4,",
+        "odd.mp4,ein Mädchen läuft über die Straße 走る",
+        f"odd.mp4,{'word ' * 10_000}",
+        "one.mp4,\x07 \x1b[31m",
+    ]
+    train.train(
+        settings(
+            tmp_path,
+            tmp_path / "out",
+            cache,
+            data=str(csv_with(tmp_path, rows)),
+            val_data=None,
+            batch_size=8,
+            steps=2,
+        )
+    )
     assert all(np.isfinite(loss) for loss in losses_of(tmp_path / "out").values())
 
 
@@ -248,24 +393,58 @@ def test_checkpoint_of_another_preset_is_refused(tiny_world, tmp_path, cache):
 
 def test_command_line_mistakes(tmp_path, tiny_world):
     def start(*flags):
-        return subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True
+        )
 
     typo = start("--learning-rate", "1")
-    assert typo.returncode == 2 and "--learning-rate" in typo.stderr and "Traceback" not in typo.stderr
+    assert (
+        typo.returncode == 2 and "--learning-rate" in typo.stderr and "Traceback" not in typo.stderr
+    )
     (tmp_path / "file").touch()
-    unwritable = start("--dataset", "csv", "--data", str(tiny_world / "train.csv"), "--cache", str(tmp_path / "c"),
-                       "--batch-size", "16", "--out", str(tmp_path / "file" / "out"))
-    assert unwritable.returncode == 2 and "choose another --out" in unwritable.stderr.splitlines()[-1]
+    unwritable = start(
+        "--dataset",
+        "csv",
+        "--data",
+        str(tiny_world / "train.csv"),
+        "--cache",
+        str(tmp_path / "c"),
+        "--batch-size",
+        "16",
+        "--out",
+        str(tmp_path / "file" / "out"),
+    )
+    assert (
+        unwritable.returncode == 2 and "choose another --out" in unwritable.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in unwritable.stderr
     if not torch.cuda.is_available():
         no_gpu = start("--gpus", "2")
         assert no_gpu.returncode == 2 and "this machine has 0 GPU(s)" in no_gpu.stderr
 
 
-@pytest.mark.parametrize("flags", [
-    dict(eval_every=0), dict(log_every=0), dict(steps=0), dict(batch_size=1), dict(guided_share=2.0), dict(group_size=1),
-    dict(chunk=-1), dict(seed=-1), dict(procs=-2), dict(max_broken=-1.0), dict(lr=-1.0), dict(lr=math.nan),
-    dict(beta=math.nan), dict(skp_weight=-1.0), dict(keep=-1), dict(workers=0), dict(guided_from=1.5)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(eval_every=0),
+        dict(log_every=0),
+        dict(steps=0),
+        dict(batch_size=1),
+        dict(guided_share=2.0),
+        dict(group_size=1),
+        dict(chunk=-1),
+        dict(seed=-1),
+        dict(procs=-2),
+        dict(max_broken=-1.0),
+        dict(lr=-1.0),
+        dict(lr=math.nan),
+        dict(beta=math.nan),
+        dict(skp_weight=-1.0),
+        dict(keep=-1),
+        dict(workers=0),
+        dict(guided_from=1.5),
+    ],
+)
 def test_a_value_out_of_range_is_refused_before_any_work(flags):
     name = next(iter(flags)).replace("_", "-")
     with pytest.raises(UserError, match=f"--{name} ") as error:

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from videos import decode as video
 from cli import UserError
+from videos import decode as video
 from videos.decode import VideoError, frame_indices, read_frames, write_video
 
 ROOT = Path(__file__).parent.parent
@@ -20,14 +20,14 @@ def numbered_frames(count, height=64, width=64):
     bars = np.repeat(bits * 255, min(height, width) // 8, axis=1).astype(np.uint8)  # [T, side]
     frames = np.full((count, height, width, 3), 128, np.uint8)
     top, left = (height - bars.shape[1]) // 2, (width - bars.shape[1]) // 2
-    frames[:, top:top + bars.shape[1], left:left + bars.shape[1]] = bars[:, None, :, None]
+    frames[:, top : top + bars.shape[1], left : left + bars.shape[1]] = bars[:, None, :, None]
     return frames
 
 
 def numbers(frames):
     """The number that each of these frames shows."""
     side = frames.shape[2]
-    bars = frames[:, side // 2, side // 16::side // 8, 0] > 127  # [T, 8]
+    bars = frames[:, side // 2, side // 16 :: side // 8, 0] > 127  # [T, 8]
     return (bars << np.arange(8)).sum(axis=1).tolist()
 
 
@@ -45,7 +45,7 @@ def clip(tmp_path_factory):
     return path
 
 
-# ---- which frames ----------------------------------------------------------------------------------------------------
+# ---- which frames --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count, num_frames", [(100, 8), (7, 7), (1, 4), (3, 8), (1000, 1)])
@@ -55,17 +55,23 @@ def test_segments_cover_the_video(count, num_frames):
     draws = [frame_indices(count, num_frames, "segment", rng) for _ in range(20)]
     for indices in [frame_indices(count, num_frames), *draws]:
         assert indices.shape == (num_frames,) and indices.dtype == np.int64
-        assert (indices >= np.floor(edges[:-1])).all() and (indices <= np.floor(edges[1:])).all()  # from its segment
+        assert (indices >= np.floor(edges[:-1])).all() and (
+            indices <= np.floor(edges[1:])
+        ).all()  # from its segment
         assert (np.diff(indices) >= 0).all() and indices[0] >= 0 and indices[-1] < count
 
 
 def test_uniform_takes_centres_and_segment_takes_every_frame_at_some_time():
     assert frame_indices(100, 4).tolist() == [12, 37, 62, 87]
     rng = np.random.default_rng(0)
-    assert {int(i) for _ in range(500) for i in frame_indices(20, 4, "segment", rng)} == set(range(20))
+    assert {int(i) for _ in range(500) for i in frame_indices(20, 4, "segment", rng)} == set(
+        range(20)
+    )
 
 
-@pytest.mark.parametrize("suffix, codec", [("mp4", "mp4v"), ("avi", "MJPG"), ("avi", "XVID"), ("mkv", "mp4v")])
+@pytest.mark.parametrize(
+    "suffix, codec", [("mp4", "mp4v"), ("avi", "MJPG"), ("avi", "XVID"), ("mkv", "mp4v")]
+)
 def test_frame_n_is_frame_n(tmp_path, suffix, codec):
     path = tmp_path / f"numbered.{suffix}"
     write_avi(path, numbered_frames(100), codec)
@@ -79,7 +85,10 @@ def test_frame_n_is_frame_n(tmp_path, suffix, codec):
 def test_seconds_choose_the_window(clip):  # 100 frames, 25 a second
     assert numbers(read_frames(clip, 50, size=64, start=1.0, end=3.0)) == list(range(25, 75))
     assert numbers(read_frames(clip, 25, size=64, start=3.0, end=99.0)) == list(range(75, 100))
-    assert numbers(read_frames(clip, 2, size=64, start=2.0, end=2.0)) == [50, 50]  # no time: the frame shown then
+    assert numbers(read_frames(clip, 2, size=64, start=2.0, end=2.0)) == [
+        50,
+        50,
+    ]  # no time: the frame shown then
     with pytest.raises(VideoError, match="lasts 4.0 s"):
         read_frames(clip, 4, size=64, start=4.5)
 
@@ -97,16 +106,18 @@ def test_short_videos_and_images_repeat_frames(tmp_path):
 def test_a_count_that_lies_is_corrected(tmp_path):
     write_avi(tmp_path / "whole.avi", numbered_frames(100))
     data = (tmp_path / "whole.avi").read_bytes()
-    (tmp_path / "cut.avi").write_bytes(data[:int(len(data) * 0.8)])  # the header still says 100
+    (tmp_path / "cut.avi").write_bytes(data[: int(len(data) * 0.8)])  # the header still says 100
     there = len(set(numbers(read_frames(tmp_path / "cut.avi", 100, size=64))))
     assert 60 <= there < 90
-    assert numbers(read_frames(tmp_path / "cut.avi", 8, size=64)) == frame_indices(there, 8).tolist()
-    (tmp_path / "stub.avi").write_bytes(data[:int(len(data) * 0.3)])
+    assert (
+        numbers(read_frames(tmp_path / "cut.avi", 8, size=64)) == frame_indices(there, 8).tolist()
+    )
+    (tmp_path / "stub.avi").write_bytes(data[: int(len(data) * 0.3)])
     with pytest.raises(VideoError, match="truncated or damaged: .* of 100 frames"):
         read_frames(tmp_path / "stub.avi", 8, size=64)
 
 
-# ---- pixels ----------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------
 
 
 def test_colours_are_rgb_and_the_crop_is_central(tmp_path):
@@ -131,9 +142,13 @@ def test_shrinking_averages():
     assert (video._square(stripes, 16) == 60).all()
 
 
-@pytest.mark.skipif(not SHARED_CLIPS.is_dir(), reason="no real clips beside the repository (../shared/msrvtt_full)")
+@pytest.mark.skipif(
+    not SHARED_CLIPS.is_dir(), reason="no real clips beside the repository (../shared/msrvtt_full)"
+)
 def test_real_clip_equals_reading_everything():
-    path = sorted(SHARED_CLIPS.glob("*.mp4"))[0]  # H.264 with B-frames: stored in another order than shown
+    path = sorted(SHARED_CLIPS.glob("*.mp4"))[
+        0
+    ]  # H.264 with B-frames: stored in another order than shown
     capture, everything = cv2.VideoCapture(str(path)), []
     while (read := capture.read())[0]:
         everything.append(video._square(read[1], 32))
@@ -141,27 +156,43 @@ def test_real_clip_equals_reading_everything():
     np.testing.assert_array_equal(read_frames(path, 12, size=32), np.stack(everything)[wanted])
 
 
-# ---- bad files -------------------------------------------------------------------------------------------------------
+# ---- bad files -----------------------------------------------------------------------------------
 
 
 def bad_file(folder, clip, kind):
     path = folder / "bad.mp4"
     if kind == "missing":
         return path
-    content = {"empty": b"", "text": b"this is not a video\n" * 50, "truncated": clip.read_bytes()[:4000],
-               "noise": np.random.default_rng(0).bytes(5000)}
+    content = {
+        "empty": b"",
+        "text": b"this is not a video\n" * 50,
+        "truncated": clip.read_bytes()[:4000],
+        "noise": np.random.default_rng(0).bytes(5000),
+    }
     if kind == "image":
         path = folder / "bad.png"
     path.write_bytes(content.get(kind, b"\x89PNG nothing else"))
     return path
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("missing", "no such video"), ("empty", "0 bytes"), ("text", "not a video"), ("truncated", "not a video"),
-    ("noise", "not a video"), ("image", "not an image")])
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("missing", "no such video"),
+        ("empty", "0 bytes"),
+        ("text", "not a video"),
+        ("truncated", "not a video"),
+        ("noise", "not a video"),
+        ("image", "not an image"),
+    ],
+)
 def test_bad_files_give_one_line(tmp_path, clip, capfd, kind, says):
     path = bad_file(tmp_path, clip, kind)
     with pytest.raises(VideoError, match=says) as caught:
         read_frames(path, 4, size=32)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and issubclass(VideoError, UserError)
+    assert (
+        str(path) in str(caught.value)
+        and "\n" not in str(caught.value)
+        and issubclass(VideoError, UserError)
+    )
     assert capfd.readouterr().err == ""  # FFmpeg's own lines are not shown

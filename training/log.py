@@ -1,13 +1,15 @@
-"""log.jsonl: what a run says, one JSON object a line, the same for people on stdout, and a picture of it.
+"""log.jsonl: what a run says, one JSON object a line, the same for people on stdout, and a picture
+of it.
 
     {"config": …, "versions": …, "commit": …, "hardware": …, "world_size": …, "resumed_at": 0}     each start
     {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …, "data_s": …}      each --log-every
     {"step": 230, "validation": {"t2v_R@1": …}}                                                    each --eval-every
 
-A run that was killed wrote lines of steps after its newest checkpoint. It will take these steps again, so a resumed run
-first cuts them off (and the half line that a kill may leave): each step is in the log once, as if nothing had happened,
-and only the lines of the starts tell. Lines are flushed as they come, and are on the disk before a checkpoint is.
-Durations are of the monotonic clock: setting the clock back does no harm.
+A run that was killed wrote lines of steps after its newest checkpoint. It will take these steps
+again, so a resumed run first cuts them off (and the half line that a kill may leave): each step is
+in the log once, as if nothing had happened, and only the lines of the starts tell. Lines are
+flushed as they come, and are on the disk before a checkpoint is. Durations are of the monotonic
+clock: setting the clock back does no harm.
 
     python runlog.py runs/toy/log.jsonl curves.png        # draw the curves of a log
 """
@@ -33,21 +35,30 @@ class Log:
             if path.exists():
                 kept = [line for line in read_log(path) if line.get("step", 0) <= step]
                 unfinished = path.with_name(f".{path.name}.tmp")
-                unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                unfinished.write_text(
+                    "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+                )
                 os.replace(unfinished, path)
             self.file = open(path, "a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); choose another --out"
+            ) from error
 
     def write(self, entry: dict):
         """Append one line. JSON knows no NaN: what is not finite is written as null."""
-        entry = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in entry.items()}
+        entry = {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in entry.items()
+        }
         try:
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free the disk and run the same "
-                            "command again: it goes on from the newest checkpoint") from error
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free the disk and run the same "
+                "command again: it goes on from the newest checkpoint"
+            ) from error
 
     def flush_to_disk(self):
         os.fsync(self.file.fileno())
@@ -68,15 +79,22 @@ class Log:
         )
 
     def validation(self, step: int, metrics: dict) -> float:
-        """Log them; returns the mean of R@1, R@5 and R@10 both ways, by which the best checkpoint is chosen."""
+        """Log them; returns the mean of R@1, R@5 and R@10 both ways, by which the best checkpoint
+        is chosen.
+        """
         self.write(dict(step=step, validation=metrics))
-        print(f"step {step}  validation: " + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()),
-              flush=True)
+        print(
+            f"step {step}  validation: "
+            + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()),
+            flush=True,
+        )
         return sum(metrics[f"{way}_R@{k}"] for way in WAYS for k in (1, 5, 10)) / 6
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log; one that is not whole JSON (the last, of a run that was killed) is left out."""
+    """The lines of a log; one that is not whole JSON (the last, of a run that was killed) is left
+    out.
+    """
     lines = []
     for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -90,7 +108,8 @@ def read_log(path: str | Path) -> list[dict]:
 
 def plot_curves(log_path: Path, picture: Path):
     """Loss parts, logit scale, speed and validation recall over steps -> a PNG."""
-    import matplotlib  # here, not above: it takes a second to import, and only the end of a run draws
+    # here, not above: it takes a second to import, and only the end of a run draws
+    import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -101,7 +120,9 @@ def plot_curves(log_path: Path, picture: Path):
 
     def draw(axis, title, entries, names, value):
         for name in names:
-            points = [(x["step"], value(x)[name]) for x in entries if value(x).get(name) is not None]
+            points = [
+                (x["step"], value(x)[name]) for x in entries if value(x).get(name) is not None
+            ]
             if points:
                 axis.plot(*zip(*points), label=name, linewidth=1.2)
         axis.set(title=title, xlabel="step")
@@ -109,16 +130,36 @@ def plot_curves(log_path: Path, picture: Path):
             axis.legend(frameon=False, fontsize=8)
 
     draw(axes[0, 0], "loss and its parts", steps, ("loss", "nce", "hard", "skp"), lambda x: x)
-    draw(axes[0, 1], "validation recall, %", checks, ("t2v_R@1", "t2v_R@5", "v2t_R@1"), lambda x: x["validation"])
-    draw(axes[1, 0], "logit scale and gradient norm", steps, ("logit_scale", "grad_norm"), lambda x: x)
-    draw(axes[1, 1], "seconds a step, and of them waiting for data", steps, ("step_s", "data_s"), lambda x: x)
+    draw(
+        axes[0, 1],
+        "validation recall, %",
+        checks,
+        ("t2v_R@1", "t2v_R@5", "v2t_R@1"),
+        lambda x: x["validation"],
+    )
+    draw(
+        axes[1, 0],
+        "logit scale and gradient norm",
+        steps,
+        ("logit_scale", "grad_norm"),
+        lambda x: x,
+    )
+    draw(
+        axes[1, 1],
+        "seconds a step, and of them waiting for data",
+        steps,
+        ("step_s", "data_s"),
+        lambda x: x,
+    )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     try:
         figure.savefig(picture, dpi=110)
     except OSError as error:
-        raise UserError(f"{picture}: cannot be written ({error.strerror}); free the disk") from error
+        raise UserError(
+            f"{picture}: cannot be written ({error.strerror}); free the disk"
+        ) from error
     plt.close(figure)
 
 
