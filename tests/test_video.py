@@ -147,7 +147,7 @@ def test_odd_sizes(tmp_path, height, width):
 def test_shrinking_averages():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::4] = 240  # at 16 px every pixel is the mean of one white and three black columns
-    assert (video._square(stripes, 16) == 60).all()
+    assert (video.square(stripes, 16) == 60).all()
 
 
 @pytest.mark.skipif(
@@ -159,7 +159,7 @@ def test_real_clip_equals_reading_everything():
     ]  # H.264 with B-frames: stored in another order than shown
     capture, everything = cv2.VideoCapture(str(path)), []
     while (read := capture.read())[0]:
-        everything.append(video._square(read[1], 32))
+        everything.append(video.square(read[1], 32))
     wanted = frame_indices(len(everything), 12)
     np.testing.assert_array_equal(read_frames(path, 12, size=32), np.stack(everything)[wanted])
 
@@ -277,7 +277,7 @@ def test_times_of_a_variable_rate_are_the_time_stamps(tmp_path):
 
 def test_a_glimpse_of_the_end_does_not_decode_the_beginning(tmp_path, monkeypatch):
     write_video(tmp_path / "x.mp4", numbered_frames(250), rate=25)
-    grabbed, opened = [], video._open
+    grabbed, opened = [], video.open_video
 
     class Counting:
         def __init__(self, path):
@@ -287,7 +287,7 @@ def test_a_glimpse_of_the_end_does_not_decode_the_beginning(tmp_path, monkeypatc
             grabbed.extend([name] * (name == "grab"))
             return getattr(self.capture, name)
 
-    monkeypatch.setattr(video, "_open", Counting)
+    monkeypatch.setattr(video, "open_video", Counting)
     assert numbers(glimpse(tmp_path / "x.mp4", 4, size=64, start=9, end=10)) == [228, 234, 241, 247]
     assert len(grabbed) < 100  # of 248
 
