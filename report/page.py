@@ -41,6 +41,7 @@ COLUMNS = ["R@1", "R@5", "R@10", "MdR", "MnR"]
 DIRECTIONS = {
     "text to video": "t2v",
     "video to text": "v2t",
+    "video to text, grouped": "v2t_grouped",
     "text to video, DSL": "dsl_t2v",
     "video to text, DSL": "dsl_v2t",
 }  # as metrics are called
@@ -95,6 +96,7 @@ def write_report(
         questions=[describe_question(i, results, record["logit_scale"]) for i in questions],
         found=[describe_query(i, results) for i in draw(is_found, queries)],
         missed=[describe_query(i, results) for i in draw(~is_found, queries)],
+        pairs=[],
     )
     if split.captions:
         knowledge = extract_many(split.captions)
