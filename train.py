@@ -308,7 +308,8 @@ def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
         return train_split, load_split("csv", val, "val", root=root) if val else None
 
     if name == "toy":
-        root = toyworld.generate(Path(config.cache) / "toy", workers=config.workers)
+        folder = Path(config.cache) / "toy"
+        root = toyworld.generate(folder, splits=("train", "val"), workers=config.workers)
     if not root:
         raise UserError(f"--dataset {name}: needs --data-root FOLDER with annotations and videos")
     train_split = load_split(name, root)

@@ -28,7 +28,6 @@ from train import TrainConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.log import Log
 from training.processes import launch
-from videos.cache import FrameCache
 
 torch.set_num_threads(1)  # as in the processes that the tests start: the same sums, to the last bit
 
@@ -233,7 +232,9 @@ def test_ranks_stop_together_and_one_that_dies_ends_all(tiny_world, tmp_path, ca
     _, error = process.communicate(timeout=120)
     assert time.monotonic() - killed_at < ENDS_WITHIN
     print(f"the others ended {time.monotonic() - killed_at:.1f} s after the kill")
-    *_, last = lines = error.strip().splitlines()
+    # the launcher may reach rank 0 with SIGTERM before the closed connection does
+    lines = [line for line in error.strip().splitlines() if not line.startswith("SIGTERM: ")]
+    last = lines[-1]
     assert process.returncode == 1 and "Traceback" not in error and len(lines) == 2, error
     assert lines[0].startswith("error: rank 0: another rank went away")
     assert (
@@ -326,21 +327,6 @@ def test_processes_that_cannot_be_started_are_one_line(what, said, tmp_path, mon
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_decoding_worker_costs_its_video_only(tiny_world, tmp_path, monkeypatch):
-    videos = sorted(map(str, (tiny_world / "videos").glob("train_*.mp4")))
-    cache = FrameCache(tmp_path, size=32, num_frames=4)
-
-    def store(cache, path, *args, **kwargs):
-        return die() if path == videos[1] else real(cache, path, *args, **kwargs)
-
-    real = FrameCache._try_store
-    with monkeypatch.context() as patch:
-        patch.setattr(FrameCache, "_try_store", store)  # in the workers, which are forked
-        broken = cache.fill(videos, workers=2, progress=False)
-    assert list(broken) == videos[1:2] and "the decoder died twice" in broken[videos[1]]
-    assert cache.fill(videos, workers=2, progress=False) == {}
 
 
 def test_a_killed_tagging_worker_is_one_line(monkeypatch):
