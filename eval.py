@@ -47,6 +47,7 @@ from datasets.tasks import TASKS, Task
 from report.page import DIRECTIONS, Results, write_report
 from search.query import search_folder
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.clip import is_clip, zero_shot
 from videos.cache import FrameCache
 
 # by the README's first command; fp16, weights only
@@ -292,7 +293,8 @@ TaskName = Literal[
 class EvalConfig:
     """Evaluate a checkpoint: retrieval, and multiple choice where the task has it."""
 
-    checkpoint: str | None = None  # file, or a run's folder (its newest); None: the one that ships
+    # a file, a run's folder (its newest), or CLIP's weights; None: the one that ships
+    checkpoint: str | None = None
     task: TaskName = "toy"  # toy: embedded; csv: your own, --data; search: --videos; else published
     data_root: str | None = None  # annotations and videos of a published set: docs/benchmarks.md
     data: str | None = None  # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
@@ -531,7 +533,12 @@ def evaluate(config: EvalConfig) -> dict:
     device = choose_device(config)
     if config.checkpoint is None:
         print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
-    checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
+    if config.checkpoint and is_clip(Path(config.checkpoint)):
+        checkpoint = zero_shot(config.checkpoint)
+        checkpoint.model.to(device)
+        print(f"{checkpoint.path}: CLIP, frame by frame, never trained on videos")
+    else:
+        checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
     beside = checkpoint.path.parent if config.checkpoint else Path("runs")
     if config.task == "search":
         return search_folder(

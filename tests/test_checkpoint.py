@@ -82,7 +82,7 @@ def test_a_folder_means_its_newest(tmp_path, parts):
         "best.safetensors",
         "step-best.safetensors",
         "step-2000000.damaged",
-        ".step-000021.safetensors.7.tmp",
+        ".0123.unfinished.safetensors",
     ):
         (tmp_path / name).write_bytes(b"none of a run's steps")
     assert load_checkpoint(tmp_path).path.name == "step-1000000.safetensors"
@@ -94,7 +94,7 @@ def test_resuming_goes_back_to_the_newest_whole_one(tmp_path, parts, capsys):
     paths = [tmp_path / f"step-00000{step}.safetensors" for step in (1, 2, 3)]
     for path in paths:
         save(path, parts, training=dict(moment=torch.ones(2)))
-    (leftover := tmp_path / ".step-000004.safetensors.123.tmp").touch()
+    (leftover := tmp_path / ".4567.unfinished.safetensors").touch()
     for path in paths[1:]:
         path.write_bytes(path.read_bytes()[:-1])
     assert (
@@ -172,7 +172,7 @@ def test_export_keeps_what_evaluation_needs(tmp_path, parts):
     save(tmp_path / "x.safetensors", parts, training=dict(moment=torch.zeros(10_000_000)))
     out = tmp_path / "weights" / "toy.safetensors"
     done = subprocess.run(
-        [sys.executable, "-m", "training.checkpoint", "--export", tmp_path / "x.safetensors", out],
+        [sys.executable, "-m", "training.checkpoint", tmp_path / "x.safetensors", out],
         text=True,
         cwd=Path(__file__).parent.parent,
         capture_output=True,

@@ -1,5 +1,4 @@
-"""clip.py: CLIP's weights give CLIP's embeddings, every tensor is accounted for, and fine-tuning
-treats them apart.
+"""training/clip.py: CLIP's weights give CLIP's embeddings, and every tensor is accounted for.
 
 The references are the libraries themselves, randomly initialised: nothing is downloaded. open_clip
 imports torchvision for its pictures' transforms only, which are not used here, so an empty stand-in
@@ -18,11 +17,19 @@ from safetensors.torch import load_file, save_file
 
 import train
 from cli import UserError
+from eval import EvalConfig, evaluate
 from model import CLOP, MAX_LOGIT_SCALE, build_config
 from train import TrainConfig
 from training import clip
 from training.checkpoint import load_checkpoint
-from training.clip import OPENAI_SIZES, interpolate_places, is_new, read_clip
+from training.clip import (
+    OPENAI_SIZES,
+    interpolate_places,
+    is_new,
+    read_clip,
+    read_pretrained,
+    resize,
+)
 
 ROOT = Path(__file__).parent.parent
 NO_TRANSFORMERS = (
@@ -80,7 +87,8 @@ def open_clip():
     )  # before the stand-in: it looks for torchvision
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip(
-            "open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)"
+            "open_clip, the reference, is not installed "
+            "(pip install --no-deps open-clip-torch==3.3.0)"
         )
     if importlib.util.find_spec("torchvision") is None:
         for name, wanted in {
@@ -88,8 +96,8 @@ def open_clip():
             "torchvision.ops": "",
             "torchvision.ops.misc": "FrozenBatchNorm2d",
             "torchvision.transforms.functional": "",
-            "torchvision.transforms": "Normalize Compose RandomResizedCrop InterpolationMode ToTensor Resize CenterCrop "
-            "ColorJitter Grayscale functional",
+            "torchvision.transforms": "Normalize Compose RandomResizedCrop InterpolationMode "
+            "ToTensor Resize CenterCrop ColorJitter Grayscale functional",
         }.items():
             sys.modules[name] = types.ModuleType(name)
             for thing in wanted.split():
@@ -118,7 +126,7 @@ def small_open_clip(open_clip, quick_gelu):
 
 
 def ours_from(path, **other):
-    found = read_clip(path, **other)
+    found = resize(read_clip(path, num_frames=other.get("num_frames", 8)), other.get("image_size"))
     model = CLOP(found.sizes).eval()
     assert all(map(is_new, found.load_into(model)))
     return model
@@ -325,7 +333,7 @@ def openai_file(path, dtype=torch.float16, **changes):
     )
     names = {ours: theirs for theirs, ours in clip.OPENAI.items()}
     tensors = {
-        clip._rename(name, names): t.to(dtype)
+        clip.rename(name, names): t.to(dtype)
         for name, t in model.state_dict().items()
         if not is_new(name)
     }
@@ -478,7 +486,7 @@ def test_image_size_must_fit_the_patches(tmp_path):
     with pytest.raises(
         UserError, match="--image-size 20: not a multiple of the weights' patches of 8 pixels"
     ):
-        read_clip(tmp_path / "x.safetensors", image_size=20)
+        read_pretrained(tmp_path / "x.safetensors", image_size=20)
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------
@@ -522,7 +530,7 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
     said = capsys.readouterr().out
     assert "OpenAI layout" in said and "newly made: 15 tensors" in said
     start, end = (
-        read_clip(config.init, num_frames=2, image_size=24),
+        read_pretrained(config.init, num_frames=2, image_size=24),
         load_checkpoint(config.out, training=True),
     )
     assert (
@@ -545,6 +553,44 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
     finally:
         moved.rename(weights)
     assert load_checkpoint(config.out).sha256 == whole
+
+
+def test_a_run_starts_from_a_run(tiny_world, tmp_path, weights, capsys):
+    """Pre-training leads to fine-tuning: other frames and pictures, the same weights."""
+    first = settings(tiny_world, tmp_path / "first", weights, init=None, encoder_lr=None)
+    train.train(first)
+    before = load_checkpoint(first.out)
+    found = read_pretrained(first.out, num_frames=8, image_size=48)
+    assert found.sizes.image_size == 48 and len(found.weights["video.time_embed"]) == 2
+    model = CLOP(found.sizes)
+    assert not found.load_into(model)  # without captions there is no SKP head
+    for name, t in before.model.state_dict().items():
+        if "_embed" not in name and not name.startswith("concept_head."):
+            assert model.state_dict()[name].equal(t), name
+
+    changes = dict(init=first.out, lr=1e-9, encoder_lr=None, num_frames="4")
+    then = settings(tiny_world, tmp_path / "then", weights, **changes)
+    train.train(then)
+    after = load_checkpoint(then.out)
+    assert "our layout" in capsys.readouterr().out
+    assert after.tokenizer.tokens == before.tokenizer.tokens
+    name = "text.blocks.0.mlp.0.weight"
+    found = after.model.state_dict()[name]
+    assert torch.allclose(found, before.model.state_dict()[name], atol=1e-6)
+
+
+def test_clip_is_evaluated_as_it_is(tiny_world, tmp_path, weights, capsys):
+    wanted = dict(task="csv", data=str(tiny_world / "test.csv"), cache=str(tmp_path / "cache"))
+    record = evaluate(
+        EvalConfig(
+            checkpoint=str(weights / "clip.safetensors"), out=str(tmp_path / "out"), **wanted
+        )
+    )
+    assert "never trained on videos" in capsys.readouterr().out
+    assert record["step"] == 0 and record["trained_on"] is None and record["frames"] == 12
+    found = read_clip(weights / "clip.safetensors")
+    found.load_into(model := CLOP(found.sizes))
+    assert record["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
 
 
 def groups_of(model, config):

@@ -115,6 +115,7 @@ class Run:
     def save(self, metrics: dict[str, float] | None) -> None:
         """Write a checkpoint, and best.safetensors if `metrics` are the best; all ranks wait."""
         if self.ranks.is_first:
+            self.check_folder()
             if metrics:
                 score = self.log.validation(self.step, metrics)
                 if self.progress["best"] is None or score > self.progress["best"]:
@@ -128,6 +129,17 @@ class Run:
                 for old in list_checkpoints(self.out)[: -self.config.keep]:
                     os.remove(old)
         self.ranks.wait()
+
+    def check_folder(self) -> None:
+        """Save and end where somebody deleted the run's folder under it."""
+        if self.log.path.exists():
+            return
+        training = optimizer_tensors(self.optimizer, self.model)
+        saved = self.write_checkpoint(f"step-{self.step:06d}", training)
+        raise UserError(
+            f"{self.out}: was deleted while the run went on; its newest state is {saved}, from "
+            "which the same command goes on with a new log"
+        )
 
     def write_checkpoint(self, name: str, training: dict | None = None) -> Path:
         path = self.out / f"{name}.safetensors"
