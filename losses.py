@@ -93,6 +93,7 @@ def clop_loss(
     concepts=None,
     batch_size: int | None = None,
     impl="auto",
+    dtype=None,
 ):
     """The whole objective of one batch -> (loss, {name: detached part}).
 
@@ -100,7 +101,8 @@ def clop_loss(
     (None: as many on each). knowledge [n, M], for β > 0: unit rows whose dot product is κ
     (knowledge.concept_vectors). signature [n, S] int64: captions with an equal entry in any column
     are false negatives (video id, meaning id). concept_logits, concepts [n, K]: SKP's prediction
-    and target. A loss that is not finite is returned, not raised: the caller looks.
+    and target. impl, dtype: of the op, see kernels. A loss that is not finite is returned, not
+    raised: the caller looks.
     """
     n, B = len(video_emb), batch_size or len(video_emb) * world_size()
     sizes = share_sizes(B, world_size())
@@ -119,6 +121,7 @@ def clop_loss(
         concepts=(knowledge, gather(knowledge, sizes)) if config.beta else None,
         signature=(signature, gather(signature, sizes)) if config.mask_false_negatives else None,
         impl=impl,
+        dtype=dtype,
         check=False,
     )
 

@@ -413,10 +413,17 @@ def backward(towers, logit_scale, batch: dict, config: TrainConfig) -> dict[str,
 def embed(towers, batch: dict, rows: slice, config: TrainConfig) -> tuple:
     """(video_emb, text_emb, concept_logits or None) of these rows of the batch."""
     device = batch["video"].device.type
-    bf16 = device == "cuda" if config.precision == "auto" else config.precision == "bf16"
-    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with torch.autocast(device, torch.bfloat16, enabled=is_half(config, device)):
         video = prepare_video(batch["video"][rows])
         return towers(video, batch["tokens"][rows], batch["text_mask"][rows])
+
+
+def is_half(config: TrainConfig, device: str) -> bool:
+    """Half precision for the products: bfloat16 in the encoders, float16 in the loss.
+
+    Rows of unit length need no range of exponents, so float16's three more bits are free.
+    """
+    return device == "cuda" if config.precision == "auto" else config.precision == "bf16"
 
 
 def loss_of(outputs: tuple, logit_scale, batch: dict, config: TrainConfig) -> tuple:
@@ -432,6 +439,7 @@ def loss_of(outputs: tuple, logit_scale, batch: dict, config: TrainConfig) -> tu
         concept_logits=concept_logits,
         concepts=batch["concepts"],
         batch_size=config.batch_size,
+        dtype=torch.float16 if is_half(config, video_emb.device.type) else None,
     )
     return loss, {"loss": loss.detach(), **parts}
 

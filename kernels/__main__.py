@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m kernels: the op on 512 random pairs, tiled against the reference."""
 
 import math
@@ -5,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels import knowledge_nce
+from . import knowledge_nce
 
 torch.manual_seed(0)
 video, text = (F.normalize(torch.randn(512, 64), dim=1) for _ in range(2))

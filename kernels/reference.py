@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition: contrastive statistics and hard negatives over a similarity matrix that is really
 there.
 
@@ -132,7 +133,7 @@ def no_negatives(n: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
+def log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
     """Log-sum-exp of what is not masked: −inf, with a gradient of zero instead of NaN, where
     nothing is left.
     """
@@ -171,4 +172,4 @@ def reference_stats(
     else:
         v2t, t2v = no_negatives(n, k, video), no_negatives(m, k, video)
     mined = Mined(v2t[0], v2t[1].float(), t2v[0], t2v[1].float())
-    return Stats(_log_sum_exp(logits, masked, 1), _log_sum_exp(logits, masked, 0), positive, mined)
+    return Stats(log_sum_exp(logits, masked, 1), log_sum_exp(logits, masked, 0), positive, mined)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same statistics without the matrix, in plain PyTorch: the CPU's version.
 
 The rows are cut into tiles of about 4 million logits (16 MiB), and nothing larger is ever made,
@@ -25,17 +26,17 @@ the embeddings:
 
 Backward: with g the gradients that arrive at the outputs, and the saved log-sum-exps,
 
-    dA_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)        at the negatives
+    dA_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)
 
-so a tile of logits is computed a second time (one product more) instead of being remembered. Then
-dA·R = [dA·T | dA·C] holds dV = s · (dA·T + g_pos ⊙ t), ds = Σ_i v_i·dV_i / s and dβ = Σ_i
-c_i·(dA·C)_i, and dT = dAᵀ·(s·V) + s · g_pos ⊙ v.
+at the negatives. So a tile of logits is computed a second time (one product more) instead of being
+remembered. Then dA·R = [dA·T | dA·C] holds dV = s · (dA·T + g_pos ⊙ t), ds = Σ_i v_i·dV_i / s and
+dβ = Σ_i c_i·(dA·C)_i, and dT = dAᵀ·(s·V) + s · g_pos ⊙ v.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.reference import accumulate_dtype, exact_topk, no_negatives
+from .reference import accumulate_dtype, exact_topk, no_negatives
 
 TILE = 1 << 22  # logits in a tile
 ROW_GROUP = 32  # neighbours in a row: mining looks at their maximum first
@@ -44,7 +45,7 @@ COLUMN_GROUP = (
 )
 
 
-def _factors(video, text, scale, beta, concepts) -> tuple[Tensor, Tensor]:
+def factors(video, text, scale, beta, concepts) -> tuple[Tensor, Tensor]:
     """L [N, E + K] and R [M, E + K], whose product is the logits, in the dtype of the sums."""
     dtype = accumulate_dtype(video.dtype)
     left, right = video.to(dtype) * scale, text.to(dtype)
@@ -55,7 +56,7 @@ def _factors(video, text, scale, beta, concepts) -> tuple[Tensor, Tensor]:
     )
 
 
-class _Tiles:
+class Tiles:
     """Iterates over (rows, logits of these rows, scratch of the same shape), in two buffers that
     are allocated once.
 
@@ -102,46 +103,47 @@ def tiled_forward(
     signature,
     offset: int,
     k: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index,
     t2v_score [M, k])
     """
-    left, right = _factors(video, text, scale, beta, concepts)
+    left, right = factors(video, text, scale, beta, concepts)
     (n, m), width, device = (len(video), len(text)), video.shape[1], video.device
     positive = (left[:, :width] * right[offset : offset + n, :width]).sum(1)
     row_negatives = left.new_empty(n)
     col_max, col_sum = left.new_full((m,), -torch.inf), left.new_zeros(m)
     v2t = [no_negatives(0, k, left)]
     t2v = torch.full((m, k), -1, device=device), left.new_full((m, k), -torch.inf)
-    for rows, logits, scratch in _Tiles(left, right, signature, offset):
+    for rows, logits, scratch in Tiles(left, right, signature, offset):
         if k:
-            v2t.append(_hardest_of_rows(logits, k))
-            tile_max = _update_columns(*t2v, logits, rows.start)
+            v2t.append(hardest_of_rows(logits, k))
+            tile_max = update_columns(*t2v, logits, rows.start)
         else:
             tile_max = logits.amax(0)
-        row_max = _finite(v2t[-1][1][:, 0] if k else logits.amax(1))
+        row_max = finite_or_zero(v2t[-1][1][:, 0] if k else logits.amax(1))
         row_negatives[rows] = (
             torch.sub(logits, row_max[:, None], out=scratch).exp_().sum(1).log_() + row_max
         )
         new_max = torch.maximum(col_max, tile_max)
-        zero = _finite(new_max)
+        zero = finite_or_zero(new_max)
         col_sum = col_sum * (col_max - zero).exp() + torch.sub(
             logits, zero, out=scratch
         ).exp_().sum(0)
         col_max = new_max
-    col_negatives = col_sum.log() + _finite(col_max)
+    col_negatives = col_sum.log() + finite_or_zero(col_max)
     v2t = [torch.cat(part) for part in zip(*v2t)] if k else no_negatives(n, k, left)
     return row_negatives, col_negatives, positive, v2t[0], v2t[1].float(), t2v[0], t2v[1].float()
 
 
-def _finite(maximum: Tensor) -> Tensor:
+def finite_or_zero(maximum: Tensor) -> Tensor:
     """Where there is no negative yet, the maximum is −inf; any finite reference does for a sum of
     nothing.
     """
     return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
-def _hardest_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def hardest_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`exact_topk` of a tile [rows, M], by way of the k best groups of each row."""
     rows, m = logits.shape
     if m < 2 * k * ROW_GROUP:
@@ -162,7 +164,7 @@ def _hardest_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return columns.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1), score
 
 
-def _update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int) -> Tensor:
+def update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int) -> Tensor:
     """Merge a tile [rows, M] into the k hardest of each column, `index` and `score` [M, k], in
     place.
 
@@ -221,32 +223,35 @@ def tiled_backward(
     concepts,
     signature,
     offset: int,
+    dtype: torch.dtype,
     row_negatives: Tensor,
     col_negatives: Tensor,
+    wants_beta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of `tiled_forward`'s
     first three outputs.
     """
-    left, right = _factors(video, text, scale, beta, concepts)
+    left, right = factors(video, text, scale, beta, concepts)
     n, width = video.shape
     # no negatives: exp(−inf − ∞) = 0, where −inf − (−inf) would be NaN
     row_lse, col_lse = (
         lse.masked_fill(lse == -torch.inf, torch.inf) for lse in (row_negatives, col_negatives)
     )
-    d_left = torch.empty_like(left)  # dA·R, [N, E + K]
+    used = right if wants_beta else right[:, :width]  # no dβ, no dA·C
+    d_left = left.new_empty(n, used.shape[1])  # dA·R, [N, E + K]
     d_text = right.new_zeros(len(text), width)
-    for rows, logits, scratch in _Tiles(left, right, signature, offset):
+    for rows, logits, scratch in Tiles(left, right, signature, offset):
         d_logits = (
             torch.sub(logits, row_lse[rows, None], out=scratch).exp_().mul_(g_row[rows, None])
         )
         d_logits.addcmul_(logits.sub_(col_lse).exp_(), g_col)
-        torch.mm(d_logits, right, out=d_left[rows])
+        torch.mm(d_logits, used, out=d_left[rows])
         d_text.addmm_(d_logits.T, left[rows, :width])
     positives = slice(offset, offset + n)
     d_video = d_left[:, :width].addcmul_(g_pos[:, None], right[positives, :width])
     d_text[positives].addcmul_(g_pos[:, None], left[:, :width])
     d_scale = (video * d_video).sum()
-    d_beta = (
-        (concepts[0] * d_left[:, width:]).sum() if concepts is not None else torch.zeros_like(beta)
-    )
-    return (d_video * scale).to(video.dtype), d_text.to(text.dtype), d_scale, d_beta.to(beta.dtype)
+    d_beta = torch.zeros_like(beta)
+    if wants_beta and concepts is not None:
+        d_beta = (concepts[0] * d_left[:, width:]).sum().to(beta.dtype)
+    return (d_video * scale).to(video.dtype), d_text.to(text.dtype), d_scale, d_beta

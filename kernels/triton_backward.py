@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPU backward: the gradient of the logits, a slab of rows at a time, then two matrix products.
 
     dA_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)
-          = e_ij · (g_row_i / rowsum_i + g_col_j / colsum_j)            e_ij = exp(a_ij − shift), as in the forward
-    dV = s · (dA·T + g_pos ⊙ t)        dT = s · (dAᵀ·V + g_pos ⊙ v)        the positives are not in dA: no cancellation
+          = e_ij · (g_row_i / rowsum_i + g_col_j / colsum_j)    e_ij = exp(a_ij − shift)
+    dV = s · (dA·T + g_pos ⊙ t)
+    dT = s · (dAᵀ·V + g_pos ⊙ v)        the positives are not in dA: no cancellation
 
 One kernel recomputes e and writes dA for ~4,096 rows at a time in half precision; cuBLAS does the
 two products with float32 results. That is 6·B²·D FLOP and 3 passes over 2·B² bytes; a backward in
@@ -15,12 +17,14 @@ The packed texts carry the concepts as extra columns (triton_layout.py), so dA·
 over the matrix.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_layout import (
+from .triton_layout import (
     CELL,
     LOG2E,
     ROW_MULTIPLE,
@@ -28,11 +32,11 @@ from kernels.triton_layout import (
     as_argument,
     is_marked,
     load_tile,
+    mask_pairs,
     on_device,
     pack,
     store_tile,
     tile_for,
-    zero_masked,
 )
 
 SLAB = 1 << 28  # numbers in a slab: 512 MiB in half precision
@@ -79,15 +83,16 @@ def slab_kernel(
         y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
         acc = tl.dot(x, y.T, acc, input_precision="ieee")
     scale2, shift = tl.load(scalars), tl.load(scalars + 1)
-    e = tl.math.exp2(tl.fma(acc, scale2, -shift))
+    exponent = tl.fma(acc, scale2, -shift)
     rows, cols = x0 + tl.arange(0, BX), y0 + tl.arange(0, BY)
-    d_logits = e * (tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :])
     if is_marked(marks, mark_stride_x, 1, x0, y0, BX, BY, CELL):
-        d_logits = zero_masked(d_logits, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
+        exponent = mask_pairs(exponent, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
+    weight = tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :]
+    d_logits = tl.math.exp2(exponent) * weight
     store_tile(slab, x_slab, y0, n_y, d_logits.to(HALF), BX, BY, TMA)
 
 
-def _weights(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
+def weights_of(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
     """g / sum of e in packed order [P]; 0 where there is no negative and at the padding."""
     weight = g * torch.exp2(shift - log_sum.double() * LOG2E).float().masked_fill(
         log_sum == -torch.inf, 0
@@ -97,7 +102,7 @@ def _weights(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
     return packed
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, whatever the (equal) dtypes of a and b."""
     return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
@@ -114,26 +119,28 @@ def triton_backward(
     concepts,
     signature,
     offset: int,
+    dtype: torch.dtype,
     row_negatives: Tensor,
     col_negatives: Tensor,
+    wants_beta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of `triton_forward`'s
     first three outputs.
     """
-    layout = pack(video, text, scale, beta, concepts, signature, offset)
+    layout = pack(video, text, scale, beta, concepts, signature, offset, dtype)
     x, y = layout.video, layout.text
     n, width = video.shape
-    used = width + (concepts[1].shape[1] if concepts is not None else 0)
+    wants_beta = wants_beta and concepts is not None
+    used = width + concepts[1].shape[1] if wants_beta else width  # no dβ, no dA·C
     # dA as stored is at most 2 · gain whatever the upstream gradient: float16 would lose g = 1 / 2B
     largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax()).clamp(
         min=torch.finfo(torch.float32).tiny
     )
     gain = 1024.0 if x.rows.dtype == torch.float16 else 1.0
-    x_weight = _weights(g_row / largest, row_negatives, x, layout.scalars[1])
-    y_weight = _weights(g_col / largest, col_negatives, y, layout.scalars[1])
-    scalars = layout.scalars - torch.tensor([0.0, gain, 1.0], device=video.device).log2().clamp(
-        min=0
-    )
+    x_weight = weights_of(g_row / largest, row_negatives, x, layout.scalars[1])
+    y_weight = weights_of(g_col / largest, col_negatives, y, layout.scalars[1])
+    scalars = layout.scalars.clone()
+    scalars[1] -= math.log2(gain)
     tile = tile_for("slab", x.rows)
     rows = max(ROW_MULTIPLE, min(SLAB // len(y.rows) // ROW_MULTIPLE * ROW_MULTIPLE, len(x.rows)))
     slab = torch.empty(rows, len(y.rows), dtype=x.rows.dtype, device=video.device)
@@ -170,14 +177,12 @@ def triton_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        d_video[order[first : first + real]] = _product(slab[:real], y.rows[:, :used])
-        d_text += _product(slab[:count].T, x.rows[first : first + count, :width])
+        d_video[order[first : first + real]] = product(slab[:real], y.rows[:, :used])
+        d_text += product(slab[:count].T, x.rows[first : first + count, :width])
     unit = largest / gain
-    d_beta = (
-        (d_video[:, width:] * concepts[0]).sum() * unit
-        if concepts is not None
-        else torch.zeros_like(beta)
-    )
+    d_beta = torch.zeros_like(beta)
+    if wants_beta:
+        d_beta = (d_video[:, width:] * concepts[0]).sum() * unit
     d_video = d_video[:, :width] * unit + g_pos[:, None] * text[offset : offset + n]
     d_text = d_text[y.place.long()] * unit
     d_text[offset : offset + n] += g_pos[:, None] * video

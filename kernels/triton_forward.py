@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPU forward: log-sum-exps and a running top-k in one pass over the tiles.
 
 The unit of work is a program that *owns* 128 columns (say videos; 256 without mining), stays with
@@ -7,7 +8,7 @@ tile:
     acc[y, x] = Y[y] · X[x]                              matrix unit, accumulators in registers
     e = exp2(acc · s·log2e − shift)                      one fma, one exp2; why a fixed shift does:
                                                          triton_layout.py
-    e = 0 at masked pairs                                only in marked tiles: those near the
+    exponent = −inf at masked pairs                      only in marked tiles: those near the
                                                          diagonal
     x_sums[x] += Σ_y e                                   the owned side: an accumulator in registers
     y_sums[program, y] = Σ_x e                           the streamed side, if nothing is mined: one
@@ -39,29 +40,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import no_negatives
-from kernels.triton_layout import (
+from .reference import no_negatives
+from .triton_layout import (
     CELL,
     LOG2E,
     Side,
     as_argument,
     is_marked,
     load_tile,
+    mask_pairs,
     on_device,
     pack,
     tile_for,
-    zero_masked,
 )
-from kernels.triton_mining import hardest
+from .triton_mining import hardest
 
-LANES_WANTED = (
-    512  # per column: then 20 % of the columns have a lane to repair at k = 16 (birthday problem)
-)
+# per column: then 20 % of the columns have a lane to repair at k = 16 (birthday problem)
+LANES_WANTED = 512
+SMALLEST_SUM = 2.0**-100  # its inverse, a weight of the backward, still fits into float32
 
 
 @triton.jit
 def fold(tile, BY: tl.constexpr, BX: tl.constexpr):
-    """[BY, BX] -> two [BY // 16, 8, BX]: rows y and y + 8 lie in the same thread, so nothing moves."""
+    """[BY, BX] -> two [BY // 16, 8, BX]: y and y + 8 lie in the same thread, so nothing moves."""
     return tl.split(tl.permute(tl.reshape(tile, [BY // 16, 2, 8, BX]), (0, 2, 3, 1)))
 
 
@@ -116,11 +117,11 @@ def forward_kernel(
             y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
             x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
             acc = tl.dot(y, x.T, acc, input_precision="ieee")
-        e = tl.math.exp2(tl.fma(acc, scale2, -shift))
+        exponent = tl.fma(acc, scale2, -shift)
         if is_marked(marks, mark_stride_y, mark_stride_x, y0, x0, BY, BX, CELL):
-            e = zero_masked(
-                e, y_ids, x_ids, n_y, n_x, y0 + tl.arange(0, BY), x0 + tl.arange(0, BX), IDS
-            )
+            rows, cols = y0 + tl.arange(0, BY), x0 + tl.arange(0, BX)
+            exponent = mask_pairs(exponent, y_ids, x_ids, n_y, n_x, rows, cols, IDS)
+        e = tl.math.exp2(exponent)
         upper, lower = fold(e, BY, BX)
         sums += upper + lower
         if BOTH:
@@ -199,10 +200,14 @@ class Pass:
 
 
 def log_of_sums(sums: Tensor, side: Side, scalars: Tensor) -> Tensor:
-    """Partial sums [parts, P] in packed order -> natural log-sum-exp [n] in the caller's; −inf
-    where the sum is 0.
+    """Partial sums [parts, P] in packed order -> natural log-sum-exp [n] in the caller's.
+
+    −inf where there is no negative. NaN where all of them lie so far under the bound that the shift
+    presses them below what float32 can hold: wrong numbers would be silent.
     """
-    return ((sums.sum(0)[side.place.long()].double().log2() + scalars[1]) / LOG2E).float()
+    total = sums.sum(0)[side.place.long()]
+    log_sum = ((total.double().log2() + scalars[1]) / LOG2E).float()
+    return torch.where(side.has_negatives & (total < SMALLEST_SUM), torch.nan, log_sum)
 
 
 @on_device
@@ -215,12 +220,13 @@ def triton_forward(
     signature,
     offset: int,
     k: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """(row_negatives [N], col_negatives [M], positive [N], v2t_index, v2t_score [N, k], t2v_index,
     t2v_score [M, k])
     """
     n, m = len(video), len(text)
-    layout = pack(video, text, scale, beta, concepts, signature, offset)
+    layout = pack(video, text, scale, beta, concepts, signature, offset, dtype)
     positive = scale * (video.float() * text[offset : offset + n].float()).sum(1)
     videos_own = Pass(layout.video, layout.text, layout.marks, layout.scalars, mine=k > 0)
     row_negatives = log_of_sums(videos_own.x_sums, layout.video, layout.scalars)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How both sides of the problem lie in GPU memory, so that the kernels' inner loops need no special
 case.
 
@@ -23,6 +24,7 @@ is silently wrong, so there the packed copies are float32.
 """
 
 import functools
+import itertools
 import os
 from typing import NamedTuple
 
@@ -53,20 +55,21 @@ class Tile(NamedTuple):
 
 
 # What each kernel runs with; each line is compiled and inspected by tests/test_kernels_aot.py.
-# "large": GPUs that give a block 227 KiB of shared memory (Hopper, data-centre Blackwell); "small":
-# all others from Ampere on; "fp32": exact float32 products, without the matrix unit: for checking,
-# not for speed.
+# "hopper" has 227 KiB of shared memory a block; "blackwell" too, but no registers for these tiles;
+# "ampere": all others from Ampere on; "fp32": exact float32 products, without the matrix unit: for
+# checking, not for speed.
 TILES = {
-    "large": {
+    "hopper": {
         "sums": Tile(256, 128, 64, 8, 4, True),
         "mine": Tile(128, 128, 64, 8, 4, True),
         "slab": Tile(128, 256, 64, 8, 3, True),
     },
-    "small": {
+    "blackwell": {
         "sums": Tile(128, 128, 32, 8, 4, False),
-        "mine": Tile(128, 128, 32, 8, 4, False),
+        "mine": Tile(64, 128, 32, 8, 4, False),
         "slab": Tile(128, 128, 32, 8, 4, False),
     },
+    "ampere": {mode: Tile(128, 128, 32, 8, 4, False) for mode in ("sums", "mine", "slab")},
     "fp32": {mode: Tile(64, 64, 32, 8, 2, False) for mode in ("sums", "mine", "slab")},
 }
 
@@ -75,9 +78,8 @@ def tile_for(mode: str, packed: Tensor) -> Tile:
     """The shipped tile of kernel `mode` for the packed dtype and the device."""
     if packed.dtype == torch.float32:
         return TILES["fp32"][mode]
-    return TILES[
-        "large" if torch.cuda.get_device_capability(packed.device)[0] in (9, 10) else "small"
-    ][mode]
+    major, _ = torch.cuda.get_device_capability(packed.device)
+    return TILES[{9: "hopper", 10: "blackwell"}.get(major, "ampere")][mode]
 
 
 def on_device(function):
@@ -127,6 +129,7 @@ class Side(NamedTuple):
     ids: Tensor  # [C, P] int32
     order: Tensor  # [P] int32: packed row p is the caller's row order[p] (0 for padding)
     place: Tensor  # [n] int32: the caller's row i is packed row place[i]
+    has_negatives: Tensor  # [n] bool, in the caller's order
 
 
 class Layout(NamedTuple):
@@ -138,7 +141,7 @@ class Layout(NamedTuple):
     scalars: Tensor  # float32 [3]: s · log2 e, shift, s
 
 
-def _dense(ids: Tensor) -> Tensor:
+def dense(ids: Tensor) -> Tensor:
     """Any integers [L] -> 0, 1, 2, … in the order of their values, equal where they were equal;
     without a wait.
     """
@@ -147,7 +150,7 @@ def _dense(ids: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
-def _sort_key(ids: Tensor) -> Tensor:
+def sort_key(ids: Tensor) -> Tensor:
     """Dense ids [C, L] -> a key [L], (nearly always) equal for rows connected by equal ids, and
     random otherwise.
 
@@ -165,11 +168,35 @@ def _sort_key(ids: Tensor) -> Tensor:
     return (key ^ (key >> 16)) * 0x45D9F3B % (1 << 32)
 
 
-def _pack(
+def have_negatives(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(bool [N], bool [M]): does a row [C, N], a column [C, M] of dense ids have any negative?
+
+    A pair is none if it is equal in id 1 *or* id 2 …: how many a row has not is counted by
+    inclusion and exclusion, without looking at pairs.
+    """
+    ids = torch.cat([row_ids, col_ids], 1)
+    n, length = row_ids.shape[1], ids.shape[1]
+    row_masked, col_masked = 0, 0
+    for size in range(1, len(ids) + 1):
+        for chosen in itertools.combinations(ids, size):
+            key = chosen[0]
+            for line in chosen[1:]:
+                key = dense(key * length + line)
+            sign = 1 if size % 2 else -1
+            ones = torch.ones_like(key)
+            in_rows = torch.zeros_like(key).scatter_add_(0, key[:n], ones[:n])
+            in_cols = torch.zeros_like(key).scatter_add_(0, key[n:], ones[n:])
+            row_masked = row_masked + sign * in_cols[key[:n]]
+            col_masked = col_masked + sign * in_rows[key[n:]]
+    return row_masked < length - n, col_masked < n
+
+
+def pack_side(
     embeddings: Tensor,
     concepts: Tensor | None,
     ids: Tensor,
     key: Tensor,
+    has_negatives: Tensor,
     depth: int,
     dtype: torch.dtype,
 ) -> Side:
@@ -186,7 +213,7 @@ def _pack(
     padded_order = order.new_zeros(packed, dtype=torch.int32)
     padded_order[:n] = order
     place = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=order.device))
-    return Side(rows, packed_ids, padded_order, place.int())
+    return Side(rows, packed_ids, padded_order, place.int(), has_negatives)
 
 
 @triton.jit
@@ -211,20 +238,18 @@ def mark_tiles(
 
 
 @triton.jit
-def zero_masked(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: tl.constexpr):
-    """The tile [rows, cols] with 0 where a pair is no negative.
+def mask_pairs(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: tl.constexpr):
+    """The tile [rows, cols] of exponents, with −inf where a pair is no negative.
 
-    One id after the other: fewer registers.
+    Before exp2, not after: one block of code, which the compiler can overlap, and fewer registers.
+    One id after the other: fewer registers, too.
     """
-    tile = tl.where(
-        (tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :], 0.0, tile
-    )
+    nothing = float("-inf")
+    is_padding = (tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :]
+    tile = tl.where(is_padding, nothing, tile)
     for c in tl.static_range(IDS):
-        same = (
-            tl.load(row_ids + c * n_rows + rows)[:, None]
-            == tl.load(col_ids + c * n_cols + cols)[None, :]
-        )
-        tile = tl.where(same, 0.0, tile)
+        row_id, col_id = tl.load(row_ids + c * n_rows + rows), tl.load(col_ids + c * n_cols + cols)
+        tile = tl.where(row_id[:, None] == col_id[None, :], nothing, tile)
     return tile
 
 
@@ -249,16 +274,16 @@ def is_marked(
     return found != 0
 
 
-def _range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -> Tensor:
+def exponent_range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -> Tensor:
     """float32 [3] on the device: s · log2 e, shift, s, where exp2(a · log2 e − shift) needs no
     running maximum.
 
     |a| ≤ bound = s · max‖v‖ · max‖t‖ + |β| · max‖c_v‖ · max‖c_t‖. The shift puts exp(bound) at most
     at 2^head, so high that a sum of all columns just fits into float32 (2^127), and no higher than
-    it is (small arguments of exp2 have more digits): what is 2^(head + 126) times smaller, 163 nats
-    at B = 131,072, is lost. At the clamp s = 100 that is a cosine of −0.6, which no row has as its
-    *hardest*. Where not even a logit of 0 would survive (s = 100 and β > 58) or anything is not
-    finite, everything becomes NaN instead of silently wrong.
+    it is (small arguments of exp2 have more digits). What is 2^(head + 126) times smaller, 163 nats
+    at B = 131,072, is lost. At the clamp s = 100 that is a cosine of −0.6. A row that has nothing
+    above it becomes NaN (`triton_forward.log_of_sums`). Where not even a logit of 0 would survive
+    (s = 100 and β > 58) or anything is not finite, everything becomes NaN.
     """
 
     def longest(x):
@@ -274,7 +299,14 @@ def _range(video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts) -
 
 
 def pack(
-    video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts, signature, offset: int
+    video: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    beta: Tensor,
+    concepts,
+    signature,
+    offset: int,
+    dtype: torch.dtype,
 ) -> Layout:
     """Bring the problem of `knowledge_nce_stats` into the form of the kernels."""
     assert video.is_cuda or INTERPRETED, (
@@ -283,24 +315,26 @@ def pack(
     assert (
         video.dtype in (torch.float32, torch.float16, torch.bfloat16) and video.dtype == text.dtype
     ), (
-        f"impl='triton' takes float32, float16 or bfloat16, twice the same, not {video.dtype} and {text.dtype}"
+        f"impl='triton' takes float32, float16 or bfloat16, twice the same, not {video.dtype} and "
+        f"{text.dtype}"
     )
     n, m, device = len(video), len(text), video.device
     pair = torch.cat([torch.arange(n, device=device) + offset, torch.arange(m, device=device)])
     ids = [pair] + (
         []
         if signature is None
-        else [_dense(torch.cat(c)) for c in zip(*(s.long().T for s in signature))]
+        else [dense(torch.cat(c)) for c in zip(*(s.long().T for s in signature))]
     )
     ids = torch.stack(ids)  # [C, N + M]
-    key = _sort_key(ids)
-    dtype = torch.float32 if INTERPRETED else video.dtype
-    depth = TILES["fp32" if dtype == torch.float32 else "large"]["mine"].depth
+    key = sort_key(ids)
+    dtype = torch.float32 if INTERPRETED else dtype
+    depth = TILES["fp32" if dtype == torch.float32 else "hopper"]["mine"].depth
     row_concepts, col_concepts = concepts or (None, None)
     if concepts is not None:
         row_concepts = row_concepts * (beta / scale)
-    video_side = _pack(video, row_concepts, ids[:, :n], key[:n], depth, dtype)
-    text_side = _pack(text, col_concepts, ids[:, n:], key[n:], depth, dtype)
+    row_has, col_has = have_negatives(ids[:, :n], ids[:, n:])
+    video_side = pack_side(video, row_concepts, ids[:, :n], key[:n], row_has, depth, dtype)
+    text_side = pack_side(text, col_concepts, ids[:, n:], key[n:], col_has, depth, dtype)
     cells = len(video_side.rows) // CELL, len(text_side.rows) // CELL
     marks = torch.empty(cells, dtype=torch.int8, device=device)
     mark_tiles[cells](
@@ -312,4 +346,4 @@ def pack(
         IDS=len(ids),
         CELL=CELL,
     )
-    return Layout(video_side, text_side, marks, _range(video, text, scale, beta, concepts))
+    return Layout(video_side, text_side, marks, exponent_range(video, text, scale, beta, concepts))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From lanes to the exact top-k: select, certify, repair, score again.
 
 triton_forward.py leaves, for each column x and each of its ~512 lanes, the two largest e = exp(a −
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_layout import INTERPRETED
+from .triton_layout import INTERPRETED
 
 LAUNCH = dict(
     num_warps=4, maxnreg=255

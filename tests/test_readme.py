@@ -121,8 +121,8 @@ ELSEWHERE = {  # where it runs instead: a file, and what stands there
         "def test_the_page_says_what_the_records_say(",
     ),
     "-m bench.scaling --measure": ("docs/scaling.md", "one run"),
-    "docs/tile_walk.py": ("docs/kernel.md", "tile_walk.svg"),
-    "-m kernels.aot": ("tests/test_kernels_aot.py", "aot"),
+    "-m bench.tile_walk": ("docs/kernel.md", "tile_walk.svg"),
+    "-m bench.aot": ("tests/test_kernels_aot.py", "aot"),
 }
 
 

@@ -450,3 +450,34 @@ def test_a_value_out_of_range_is_refused_before_any_work(flags):
     with pytest.raises(UserError, match=f"--{name} ") as error:
         train.check_config(TrainConfig(**flags))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.float16), ("fp32", None)])
+def test_half_precision_reaches_the_op(tiny_world, tmp_path, monkeypatch, precision, dtype):
+    """The embeddings are float32: without a word the op would leave the matrix unit."""
+    real, asked = train.clop_loss, []
+
+    def note(*args, **kwargs):
+        asked.append(kwargs["dtype"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "clop_loss", note)
+    config = dict(dataset="csv", data=str(tiny_world / "train.csv"), out=str(tmp_path / "run"))
+    config |= dict(cache=str(tmp_path / "cache"), steps=1, batch_size=8, num_frames="2", workers=1)
+    train.train(train.TrainConfig(**config, precision=precision))
+    assert asked == [dtype]
+
+
+def test_compiled_while_the_number_of_frames_changes(tiny_world, tmp_path, monkeypatch):
+    """Dynamo traces the towers anew for 4 frames; what it hands to the compiler runs as it is."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
+    config = dict(dataset="csv", data=str(tiny_world / "train.csv"), cache=str(tmp_path / "cache"))
+    config |= dict(steps=4, batch_size=8, num_frames="2,4", workers=1, log_every=1, warmup=1)
+    losses = []
+    for name, is_compiled in (("eager", False), ("compiled", True)):
+        out = tmp_path / name
+        train.train(train.TrainConfig(**config, out=str(out), compile=is_compiled))
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 4

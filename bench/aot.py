@@ -1,6 +1,6 @@
 """What the compiler makes of every shipped kernel, on a machine without a GPU.
 
-    python -m kernels.aot            # the table in docs/kernel.md
+    python -m bench.aot            # the table in docs/kernel.md
 
 Triton compiles for a GPU that is not there, and its wheel carries NVIDIA's assembler and
 disassembler. So the things that silently make a kernel slow can be *tested* anywhere: registers
@@ -26,8 +26,8 @@ from kernels.triton_forward import LANES_WANTED, forward_kernel
 from kernels.triton_layout import CELL, TILES, mark_tiles
 from kernels.triton_mining import LAUNCH, mining_kernel
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
-TILES_OF = {80: ("small", "fp32"), 90: ("large", "fp32")}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+TILES_OF = {80: ("ampere", "fp32"), 90: ("hopper", "fp32"), 100: ("blackwell", "fp32")}
 DIM, IDS, SPLIT = (
     576,
     3,
@@ -73,7 +73,7 @@ def _compile(name: str, kernel, types: dict, constants: dict, arch: int, **optio
         int(re.search(r"REG:(\d+)", usage)[1]),
         len(re.findall(r"\s(?:LDL|STL)\b", code)),
         compiled.metadata.shared,
-        len(re.findall({80: r"\sHMMA\b", 90: r"\sHGMMA\b"}[arch], code)),
+        len(re.findall({80: r"\sHMMA\b", 90: r"\sHGMMA\b", 100: r"\s(?:UTC)?HMMA\b"}[arch], code)),
     )
 
 
@@ -170,6 +170,5 @@ if __name__ == "__main__":
     print("| kernel | arch | registers | spills | shared KiB | HGMMA/HMMA |\n" + "|---" * 6 + "|")
     for arch in TILES_OF:
         for r in compile_all(arch):
-            print(
-                f"| {r.name} | sm_{arch} | {r.registers} | {r.spills} | {r.shared / 1024:.0f} | {r.tensor_cores} |"
-            )
+            cells = (r.name, f"sm_{arch}", r.registers, r.spills, f"{r.shared / 1024:.0f}")
+            print("|", *(f"{cell} |" for cell in (*cells, r.tensor_cores)))

@@ -1,6 +1,6 @@
 """Draw docs/tile_walk.svg: how a program of the forward kernel walks over the similarity matrix.
 
-python docs/tile_walk.py
+python -m bench.tile_walk
 """
 
 from pathlib import Path
@@ -17,7 +17,8 @@ def box(x, y, w, h, fill="none", stroke=SOFT, width=1.0):
 def text(x, y, words, anchor="middle", size=13, fill=INK, turn=0):
     spin = f' transform="rotate({turn} {x} {y})"' if turn else ""
     parts.append(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"{spin}>{words}</text>'
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"{spin}>'
+        f"{words}</text>"
     )
 
 
@@ -135,9 +136,10 @@ def lanes(x0, y0, cell=15, rows=16):
 matrix(60, 60)
 lanes(620, 75)
 svg = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1110 510" font-family="Helvetica, Arial, sans-serif">'
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1110 510" '
+    'font-family="Helvetica, Arial, sans-serif">'
     '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
     f'<path d="M0 0l6 3l-6 3z" fill="{INK}"/></marker></defs>'
     '<rect width="100%" height="100%" fill="white"/>' + "".join(parts) + "</svg>\n"
 )
-Path(__file__).with_suffix(".svg").write_text(svg)
+(Path(__file__).parent.parent / "docs" / "tile_walk.svg").write_text(svg)
