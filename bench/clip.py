@@ -60,7 +60,8 @@ def hugging_face(sizes):
     """transformers' CLIPModel of these sizes, random."""
     if importlib.util.find_spec("transformers") is None:
         raise UserError(
-            "transformers: not installed, and it is what we compare with; pip install transformers==5.23.0"
+            "transformers: not installed, and it is what we compare with; pip install "
+            "transformers==5.23.0"
         )
     from transformers import CLIPConfig, CLIPModel
 
@@ -162,7 +163,8 @@ def bench_step(layers: int, batch: int, T: int, length: int, rounds: int, device
     median = {name: statistics.median(values) for name, values in times.items()}
     for name in models:
         print(
-            f"| {layers} | {batch} × {T} | {name} | {1000 * median[name]:.0f} | {batch / median[name]:.2f} "
+            f"| {layers} | {batch} × {T} | {name} | {1000 * median[name]:.0f} | "
+            f"{batch / median[name]:.2f} "
             f"| {median['transformers'] / median[name]:.2f} |",
             flush=True,
         )
@@ -175,7 +177,8 @@ def bench_tokenizers(count: int):
     package = importlib.util.find_spec("open_clip")
     if package is None:
         print(
-            "open_clip is not installed (pip install --no-deps open-clip-torch==3.3.0): no CLIP vocabulary to time"
+            "open_clip is not installed (pip install --no-deps open-clip-torch==3.3.0): no CLIP "
+            "vocabulary to time"
         )
         return
     from transformers import CLIPTokenizer
@@ -214,12 +217,14 @@ def bench_tokenizers(count: int):
     ways["open_clip, cold"]()
     seconds["open_clip, all words seen"] = time.process_time() - start, 0
     print(
-        f"\n{len(captions)} {what}\n\n| tokenizer | CPU s | captions a CPU second | ours is faster by |"
+        f"\n{len(captions)} {what}\n\n| tokenizer | CPU s | captions a CPU second | ours is faster "
+        "by |"
     )
     print("|---" * 4 + "|")
     for name, (cpu, _) in seconds.items():
         print(
-            f"| {name} | {cpu:.2f} | {len(captions) / cpu:,.0f} | {cpu / seconds['ours'][0]:.1f} × |"
+            f"| {name} | {cpu:.2f} | {len(captions) / cpu:,.0f} | {cpu / seconds['ours'][0]:.1f} × "
+            "|"
         )
 
 
@@ -229,7 +234,8 @@ def main():
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     print(
         f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{'bf16 autocast' if device == 'cuda' else 'fp32'}, sdpa, base shapes, QuickGELU, L = {config.length}\n"
+        f"{'bf16 autocast' if device == 'cuda' else 'fp32'}, sdpa, base shapes, QuickGELU, L = "
+        f"{config.length}\n"
     )
     print(
         "| layers | videos × frames | model | ms a step | videos a second | against transformers |"

@@ -125,7 +125,8 @@ def cpu_row(impl: str, mode: str, batch: int, dim: int) -> dict:
 
 def bench_cpu(sizes: list[int], dim: int) -> None:
     print(
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, E = {dim}, s = {SCALE:g}\n"
+        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, E = {dim}, s "
+        f"= {SCALE:g}\n"
     )
     print(
         "| B | mode | version | forward s | backward s | time | CPU s | extra MiB | memory | loss |"
@@ -156,7 +157,8 @@ def bench_cpu(sizes: list[int], dim: int) -> None:
                 speed = (r["forward"] + r["backward"]) / (first["forward"] + first["backward"])
                 saved = first["mib"] / max(1, r["mib"])  # less than a MiB is not measured
                 print(
-                    f"| {batch} | {mode} | {impl} | {r['forward']:.2f} | {r['backward']:.2f} | {speed:.2f} x "
+                    f"| {batch} | {mode} | {impl} | {r['forward']:.2f} | {r['backward']:.2f} | "
+                    f"{speed:.2f} x "
                     f"| {r['cpu']:.2f} | {r['mib']:.0f} | 1/{saved:.0f} | {r['loss']:.5f} |",
                     flush=True,
                 )
@@ -183,7 +185,7 @@ def eager_knowledge(x):
 
 
 def gpu_rows() -> list[tuple]:
-    """(name, mode, loss function or None where not installed, products forward, products in all)."""
+    """(name, mode, loss function or None: not installed, products forward, products in all)."""
 
     def peer(package, build):
         return build() if importlib.util.find_spec(package) else None
@@ -290,7 +292,8 @@ def bench_gpu(sizes: list[int], dim: int) -> None:
         )
         flop = 2 * batch**2 * dim
         print(
-            f"| {batch} | cuBLAS | one product | {product:.2f} | | {flop / product / 1e9:.0f} | | 100 | | | |"
+            f"| {batch} | cuBLAS | one product | {product:.2f} | | {flop / product / 1e9:.0f} | | "
+            "100 | | | |"
         )
         truth = {}
         for mode, options in MODES.items():
@@ -313,7 +316,8 @@ def bench_gpu(sizes: list[int], dim: int) -> None:
             fwd_rate, rate = forward_products * flop / forward / 1e9, products * flop / both / 1e9
             share = product * forward_products / forward, product * products / both
             print(
-                f"| {batch} | {name} | {mode} | {forward:.2f} | {both:.2f} | {fwd_rate:.0f} | {rate:.0f} "
+                f"| {batch} | {name} | {mode} | {forward:.2f} | {both:.2f} | {fwd_rate:.0f} | "
+                f"{rate:.0f} "
                 f"| {share[0]:.0%} | {share[1]:.0%} | {mib:.0f} | {abs(loss - truth[mode]):.1e} |",
                 flush=True,
             )

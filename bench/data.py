@@ -31,14 +31,15 @@ try:
 except ImportError:
     av = None
 
-ROOT = Path(__file__).resolve().parent.parent
 from captions.tokenizer import Tokenizer
 from cli import parse_config, run
 from data import KnowledgeBatchSampler, load_videos
 from knowledge import unit_rows
 from videos.cache import FrameCache
-from videos.decode import square as cut_square
 from videos.decode import frame_indices, read_frames, write_video
+from videos.decode import square as cut_square
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -61,7 +62,7 @@ def median_seconds(functions: dict, repeats: int) -> dict:
 
 
 def median_cpu_seconds(functions: dict, repeats: int) -> dict:
-    """{name: (median seconds, median processor seconds of all threads)}; the functions take turns."""
+    """{name: (median seconds, median processor seconds)}; the functions take turns."""
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -118,10 +119,12 @@ def bench_decoding(folder: Path, repeats: int):
             write_video(paths[-1], np.stack([scene[:, 8 * t : 8 * t + 320] for t in range(400)]))
     if av is None:
         print(
-            "\nPyAV is not installed, so it is not timed; `pip install av` into an environment of your own"
+            "\nPyAV is not installed, so it is not timed; `pip install av` into an environment of "
+            "your own"
         )
     print(
-        f"\ndecoding: {len(paths)} {where}, 224 px            clips/s    ratio     clips/CPU s    ratio"
+        f"\ndecoding: {len(paths)} {where}, 224 px            clips/s    ratio     clips/CPU s    "
+        "ratio"
     )
     for num_frames in (4, 8, 12, 16, 24):  # the frame cache decodes twice the T of the model
         readers = {
@@ -178,7 +181,8 @@ def bench_cache(folder: Path, repeats: int):
         for name, value in seconds.items():
             ratio = seconds["decoded"] / value
             print(
-                f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} {ratio:9.1f}"
+                f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} "
+                f"{ratio:9.1f}"
             )
 
 
@@ -272,8 +276,10 @@ def walk_posting_lists(
 def bench_planning(millions: float):
     group_size, share = 8, 0.5
     print(
-        f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, batches of 1,024\n"
-        "                              seconds    µs a caption    peak memory    κ in groups    κ at random"
+        f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, "
+        "batches of 1,024\n"
+        "                              seconds    µs a caption    peak memory    κ in groups    κ "
+        "at random"
     )
     small = zipf_captions(20_000)
     for name, size in (("posting lists", 20_000), ("ours", 20_000), ("ours", int(millions * 1e6))):
@@ -297,7 +303,8 @@ def bench_planning(millions: float):
             world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size)
         )
         print(
-            f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} GiB "
+            f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} "
+            "GiB "
             f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}"
         )
 
@@ -306,7 +313,8 @@ def main():
     config = parse_config(BenchConfig)
     torch.set_num_threads(1)
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, one used, no GPU; Python {platform.python_version()}, numpy "
+        f"{platform.machine()}, {os.cpu_count()} cores, one used, no GPU; Python "
+        f"{platform.python_version()}, numpy "
         f"{np.__version__}, OpenCV {cv2.__version__}; load {os.getloadavg()[0]:.1f}"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -74,14 +74,16 @@ def main():
                     measure, (how, n, config.width, config.rounds)
                 )
             print(
-                f"{n:8d} {how:7s} {seconds:8.2f} {cpu:8.2f} {1e9 * seconds / n**2:8.2f} {mib:8.0f}  "
+                f"{n:8d} {how:7s} {seconds:8.2f} {cpu:8.2f} {1e9 * seconds / n**2:8.2f} {mib:8.0f} "
+                " "
                 f"{metrics['t2v_R@1']:.2f}",
                 flush=True,
             )
     if 10_000 <= n < 100_000:
         mib = 4 * 100_000 * config.width * 8 / 2**20  # two fp64 copies of each side while rounding
         print(
-            f"100,000 × 100,000: about {seconds * (100_000 / n) ** 2:.0f} s, extrapolated from {n} by n²; memory grows "
+            f"100,000 × 100,000: about {seconds * (100_000 / n) ** 2:.0f} s, extrapolated from {n} "
+            "by n²; memory grows "
             f"by n, to about {mib:.0f} MiB, where sim in fp64 would be 74 GiB"
         )
 

@@ -97,7 +97,8 @@ def main():
         f"preset {config.preset}, {config.batch} pairs of {config.frames} frames, all losses on"
     )
     print(
-        "| chunk | peak beyond start, MiB | of all at once | s | CPU s | of all at once | gradient differs by |"
+        "| chunk | peak beyond start, MiB | of all at once | s | CPU s | of all at once | gradient "
+        "differs by |"
     )
     print("|---|---|---|---|---|---|---|")
     first = whole = None
@@ -123,7 +124,8 @@ def main():
         first, whole = (row, gradient) if first is None else (first, whole)
         error = ((gradient - whole).norm() / whole.norm()).item()
         print(
-            f"| {chunk or 'all'} | {row['mib']:.0f} | {row['mib'] / first['mib']:.2f} | {row['wall']:.2f} | "
+            f"| {chunk or 'all'} | {row['mib']:.0f} | {row['mib'] / first['mib']:.2f} | "
+            f"{row['wall']:.2f} | "
             f"{row['cpu']:.2f} | {row['cpu'] / first['cpu']:.2f} | {error:.1e} |",
             flush=True,
         )

@@ -1,7 +1,7 @@
 """Pictures of the joint space: what each part of CLOP changes in it, from checkpoints of variants.
 
-    python -m bench.latent                                                    # after bench/ablation.py: seed 0
-    python -m bench.latent base=runs/a all=runs/b --data my/folder            # a folder with train.csv and val.csv
+    python -m bench.latent                                            # after bench.ablation: seed 0
+    python -m bench.latent base=runs/a all=runs/b --data my/folder    # with train.csv and val.csv
 
 Four pictures in --out, each with its finding, computed, in its title:
 
@@ -271,14 +271,18 @@ def draw_similarity(spaces: list[Space], path: Path):
                     label=f"{name}, mean {values.mean():.2f}",
                 )
         axis.set(
-            title=f"{space.name}: {100 * shares[-1]:.1f} % of hard negatives\nscore above their positive",
+            title=(
+                f"{space.name}: {100 * shares[-1]:.1f} % of hard negatives\nscore above their "
+                "positive"
+            ),
             xlabel="cosine",
             yticks=[],
         )
         axis.legend(frameon=False, fontsize=8)
     best = spaces[int(np.argmin(shares))].name
     figure.suptitle(
-        f"Fewest hard negatives (κ ≥ {HARD}) beat their positive in: {best} ({100 * min(shares):.1f} %, "
+        f"Fewest hard negatives (κ ≥ {HARD}) beat their positive in: {best} "
+        f"({100 * min(shares):.1f} %, "
         f"{spaces[0].name} {100 * shares[0]:.1f} %)"
     )
     save(plt, figure, path)
@@ -362,8 +366,8 @@ def draw_map(spaces: list[Space], path: Path, granularity: str, count: int = 8):
             )
         gains.append(np.mean(within) - sim[other].mean())
         axis.set(
-            title=f"{space.name}: cosine of videos that share\none {np.mean(within):.2f}, of any two "
-            f"{sim[other].mean():.2f}",
+            title=f"{space.name}: cosine of videos that share\none {np.mean(within):.2f}, "
+            f"of any two {sim[other].mean():.2f}",
             xticks=[],
             yticks=[],
         )
@@ -389,8 +393,8 @@ def draw_batches(space: Space, path: Path):
         column[1].imshow(batch.sim, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         hard = batch.sim[batch.hard].mean() if batch.hard.any() else float("nan")
         column[1].set(
-            title=f"similarity by {space.name}, {name}:\nnegatives {batch.sim[others].mean():+.2f}, "
-            f"hard ones {hard:+.2f}"
+            title=f"similarity by {space.name}, {name}:\n"
+            f"negatives {batch.sim[others].mean():+.2f}, hard ones {hard:+.2f}"
         )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], xlabel="videos", ylabel="captions")

@@ -151,8 +151,9 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def difference(values: Sequence[float]) -> str:
-    """ "+5.2 ± 0.8 (p .002, .06)": mean ± standard error, p by t-test and by sign flips; bold beyond
-    2 errors.
+    """ "+5.2 ± 0.8 (p .002, .06)": mean ± standard error, p by t-test and by sign flips.
+
+    Bold beyond 2 errors.
     """
     if len(values) < 2:
         return f"{values[0]:+.1f}" if values else "–"

@@ -18,13 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
 import torch
 
 from cli import run
 from datasets import toyworld
 from model import CLOP, PRESETS, ModelConfig, build_config
+
+ROOT = Path(__file__).parent.parent
 
 FRAMES = 8  # T
 CONCEPTS = 4096  # K, ConceptVocab.build's largest
@@ -129,8 +129,10 @@ def tables() -> str:
             + ("" if concepts else " (β = 0)")
             + ":",
             "",
-            "| B | GPUs | pairs a rank | encoders, TFLOP | op, TFLOP | texts, MB | concepts, MB | ids + columns, "
-            "MB | gradients, MB | ms: encoders + op + gathers + gradients left over | share of the encoders |",
+            "| B | GPUs | pairs a rank | encoders, TFLOP | op, TFLOP | texts, MB | concepts, MB | "
+            "ids + columns, "
+            "MB | gradients, MB | ms: encoders + op + gathers + gradients left over | share of the "
+            "encoders |",
             "|" + "---|" * 11,
         ]
         for B in batches:
@@ -139,8 +141,10 @@ def tables() -> str:
                 seconds = limits(c, N)
                 total = sum(seconds.values())
                 lines.append(
-                    f"| {B:,} | {N:,} | {B // N:,} | {c['encoders'] / 1e12:,.1f} | {c['op'] / 1e12:.4f} | "
-                    f"{c['text'] / 1e6:.1f} | {c['knowledge'] / 1e6:,.0f} | {(c['ids'] + c['columns']) / 1e6:.2f} | "
+                    f"| {B:,} | {N:,} | {B // N:,} | {c['encoders'] / 1e12:,.1f} | "
+                    f"{c['op'] / 1e12:.4f} | "
+                    f"{c['text'] / 1e6:.1f} | {c['knowledge'] / 1e6:,.0f} | "
+                    f"{(c['ids'] + c['columns']) / 1e6:.2f} | "
                     f"{c['gradients'] / 1e6:,.0f} | "
                     + " + ".join(f"{1000 * s:.1f}" for s in seconds.values())
                     + f" | {seconds['encoders'] / total:.0%} |"

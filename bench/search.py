@@ -5,9 +5,9 @@
 
 The library is an index of random unit vectors, read as `eval.py --task search` reads it (the cold
 start: read and check every row, then gather all windows in memory). The model is untrained: preset
-"toy" for E = 128, "small" for 256, "base" for 512, whose text towers those widths belong to. A query
-is 8 words. Median and worst of `--queries` different ones, printed to a string as the task prints
-them.
+"toy" for E = 128, "small" for 256, "base" for 512, whose text towers those widths belong to. A
+query is 8 words. Median and worst of `--queries` different ones, printed to a string as the task
+prints them.
 """
 
 import contextlib
@@ -31,7 +31,8 @@ from search.index import File, Index, Record
 from search.query import Library, answer, print_answer
 from training.checkpoint import Checkpoint
 
-WORDS = "a the dog cat man woman child runs rides eats throws red blue ball horse bike beach street kitchen".split()
+WORDS = """a the dog cat man woman child runs rides eats throws red blue ball horse bike beach
+street kitchen""".split()
 
 
 @dataclass
@@ -87,8 +88,10 @@ def measure(preset: str, config: BenchConfig, tokenizer: Tokenizer) -> None:
         rows.append((whole, given.seconds[0], given.seconds[1], cpu))
     whole, text, search, cpu = 1000 * np.array(rows[3:]).T
     print(
-        f"{sizes.embed_dim:5d} {len(library.paths):9,d} {len(library.emb):10,d} {megabytes:8.0f} {cold:8.2f} "
-        f"{np.median(text):8.1f} {np.median(search):8.1f} {np.median(whole):8.1f} {whole.max():8.1f} "
+        f"{sizes.embed_dim:5d} {len(library.paths):9,d} {len(library.emb):10,d} {megabytes:8.0f} "
+        f"{cold:8.2f} "
+        f"{np.median(text):8.1f} {np.median(search):8.1f} {np.median(whole):8.1f} "
+        f"{whole.max():8.1f} "
         f"{np.median(cpu):8.1f}",
         flush=True,
     )
@@ -102,7 +105,8 @@ def main():
         f"medians of {config.queries} queries, milliseconds"
     )
     print(
-        f"{'E':>5s} {'videos':>9s} {'windows':>10s} {'MB':>8s} {'cold, s':>8s} {'text':>8s} {'search':>8s} "
+        f"{'E':>5s} {'videos':>9s} {'windows':>10s} {'MB':>8s} {'cold, s':>8s} {'text':>8s} "
+        f"{'search':>8s} "
         f"{'whole':>8s} {'worst':>8s} {'CPU':>8s}"
     )
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 2, 400)

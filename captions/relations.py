@@ -22,7 +22,8 @@ from captions.tagger import SUBORDINATORS, Sentence
 # through the nouns among them: "folds a piece of paper" is "fold paper".
 STOP_NOUNS = set(
     """video clip footage lot kind type sort bunch piece group pair way thing stuff something
-    someone somebody anyone anything everyone everybody everything nothing nobody one other""".split()
+    someone somebody anyone anything everyone everybody everything nothing nobody one other
+    """.split()
 )
 STOP_VERBS = set("be have do can will".split())
 

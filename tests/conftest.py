@@ -9,7 +9,7 @@ from datasets import toyworld
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """A folder with 48 training, 12 validation and 12 test videos in the layout of the toy world."""
+    """A toy world of 48 training, 12 validation and 12 test videos."""
     folder = tmp_path_factory.mktemp("world")
     return toyworld.generate(folder, train=48, val=12, test=12, seed=0, workers=1, progress=False)
 

@@ -193,7 +193,8 @@ def build_webvid(root: Path):
             root / f"results_2M_{role}.csv",
             "videoid,contentUrl,duration,page_dir,name",
             *(
-                f'{1000 + i},https://example.org/{i}.mp4,PT00H00M10S,00{i}_0,"{captions_of(i)[0]}, up close"'
+                f'{1000 + i},https://example.org/{i}.mp4,PT00H00M10S,00{i}_0,"{captions_of(i)[0]}, '
+                'up close"'
                 for i in numbers(role)
             ),
         )

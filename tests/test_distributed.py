@@ -94,7 +94,10 @@ def loss_gradients(B, rank=0, parts=1):
     return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, wanted)]
 
 
-def step_gradients(case, ranks=Ranks(0, 1, torch.device("cpu"))):
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def step_gradients(case, ranks=ALONE):
     """{parameter: gradient} of one optimizer step of the tiny model on this rank's shares of the
     case's batches.
     """
@@ -150,7 +153,7 @@ def settings(world, folder, name, **other):
 
 
 def poison(rank, at_calls):
-    """Make train.py's loss NaN at these of its calls on this rank; returns the function to restore."""
+    """Make train.py's loss NaN at these of its calls; returns the function to restore."""
     real, calls = train.clop_loss, []
 
     def clop_loss_or_nan(*args, **kwargs):

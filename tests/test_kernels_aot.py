@@ -6,7 +6,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import aot  # noqa: E402: needs triton
+from bench import aot  # noqa: E402
 
 # Triton 3.6 spills 12 registers of the mining pass around the rare masked branch; the pinned
 # version none at all.

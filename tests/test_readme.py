@@ -68,7 +68,8 @@ STORIES = {
     "from CLIP": [
         ("-m training.clip FOLDER", "", "OpenAI layout"),
         (
-            "train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr 1e-4",
+            "train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr "
+            "1e-4",
             SMALL + " --num-frames 2 --out runs/clip",
             "runs/clip/curves.png",
         ),

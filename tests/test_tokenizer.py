@@ -192,11 +192,12 @@ CORPUS = ROOT.parent / "shared" / "msrvtt_mini" / "MSRVTT_data.json"
 
 @pytest.fixture(scope="session")
 def clip_pair():
-    """(ours, open_clip's SimpleTokenizer), both with CLIP's vocabulary from the installed package."""
+    """(ours, open_clip's SimpleTokenizer), both with CLIP's vocabulary from the package."""
     package = importlib.util.find_spec("open_clip")
     if package is None:
         pytest.skip(
-            "open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)"
+            "open_clip, the reference, is not installed (pip install --no-deps "
+            "open-clip-torch==3.3.0)"
         )
     folder = Path(package.submodule_search_locations[0])
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
@@ -210,7 +211,9 @@ def hugging_face(clip_pair):
     """transformers' CLIPTokenizer of the same vocabulary."""
     transformers = pytest.importorskip(
         "transformers",
-        reason="transformers, the reference, is not installed (pip install -r requirements-test.txt)",
+        reason=(
+            "transformers, the reference, is not installed (pip install -r requirements-test.txt)"
+        ),
     )
     names = [*list(clip_pair[1].encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(
