@@ -315,6 +315,7 @@ class KnowledgeBatchSampler:
         is_free = np.ones(self.size, bool)
         found = [np.empty((0, self.group_size), np.int64)]
         missing = wanted
+
         for floor in self.FLOORS:
             if missing == 0 or len(pool) < self.group_size:
                 break
@@ -327,6 +328,7 @@ class KnowledgeBatchSampler:
             missing -= len(groups)
             is_free[groups] = False
             pool = pool[is_free[pool]]
+
         return np.concatenate(found)
 
     def sort_as_dictionary(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -371,6 +373,7 @@ class KnowledgeBatchSampler:
         is_free = np.ones(stretches.shape, bool)
         may_lead = np.ones(stretches.shape, bool)
         groups = []
+
         for _ in range(per_stretch):
             # the anchor: the first free sample that was no anchor yet
             place = np.argmax(is_free & may_lead, axis=1)  # [M]
@@ -393,6 +396,7 @@ class KnowledgeBatchSampler:
             rows = stretch[is_whole][:, None]
             is_free[rows, places] = False
             groups.append(stretches[rows, places])
+
         return np.concatenate(groups)
 
     def overlaps(self, anchors: np.ndarray, stretches: np.ndarray) -> np.ndarray:

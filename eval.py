@@ -117,6 +117,7 @@ def count_ranks(scores, positive, video_of_text, n_video: int) -> dict[str, np.n
     above = torch.zeros(n_text, dtype=torch.float64, device=device)
     below = torch.zeros(n_video, dtype=torch.float64, device=device)
     groups_below = torch.zeros_like(below)
+
     for j in range(0, n_video, TILE):
         columns = slice(j, j + TILE)
         if has_several:  # each video's best caption
@@ -444,6 +445,7 @@ def count_what_is_there(task: Task, results: Results) -> tuple[dict, str]:
     reasons = [f"{missing} missing"] if missing else []
     if len(unusable) > missing:
         reasons.append(f"{len(unusable) - missing} broken")
+
     for name, count in official.items():
         if listed[name] != count:
             reasons.append(f"the files list {listed[name]:,} {name}")
@@ -460,6 +462,7 @@ def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics,
         protocol += GROUPED_PROTOCOL
     if config.dsl:
         protocol += DSL_PROTOCOL
+
     missing = sum(not os.path.exists(path) for path in unusable)
     return dict(
         task=config.task,
@@ -509,6 +512,7 @@ def save_similarities(path: str, results: Results) -> None:
         arrays["sim"] = similarity(results.text_emb, results.video_emb).numpy()
     elif entries:
         print(f"{path}: without sim, whose {entries:,} entries take {8 * entries / 2**30:.0f} GiB")
+
     # given a name, numpy would append .npz to it
     with write_whole(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
@@ -563,6 +567,7 @@ def evaluate(config: EvalConfig) -> dict:
     limits = dict(max_broken=config.max_broken, dsl=config.dsl)
     metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, **limits)
     record = make_record(config, checkpoint, task, metrics, results, device)
+
     with write_whole(out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if config.sim_out:

@@ -155,6 +155,7 @@ def tag_all(captions: list[str], workers: int | None, progress: bool) -> Iterabl
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(workers or cores, len(captions) // 2000)  # a start costs as much as 2,000
     bar = tqdm(total=len(captions), desc="knowledge", disable=not progress or len(captions) < 500)
+
     with bar:
         if workers < 2:
             for caption in captions:

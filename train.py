@@ -475,6 +475,7 @@ def backward_in_chunks(towers, logit_scale, batch: dict, config: TrainConfig) ->
             if is_last:
                 again, wanted = [*again, logit_scale], [*wanted, scale_gradient]
             torch.autograd.backward(again, wanted)
+
     return parts
 
 
@@ -496,6 +497,7 @@ def check_config(config: TrainConfig) -> None:
         if getattr(config, name) > 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(config, name)}: a share is from 0 to 1")
+
     for name in ("lr", "encoder_lr"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:

@@ -96,6 +96,7 @@ def make_chunks(s: Sentence) -> list[Chunk]:
         elif word in SUBORDINATORS:
             kind = "clause"
         chunks.append(Chunk(kind, i))
+
     return chunks + [Chunk("end", -1)] * 3
 
 
@@ -205,4 +206,5 @@ def subject_heads(s: Sentence, chunks: list[Chunk], c: int) -> list[int]:
             break
         j -= 2
         heads.insert(0, chunks[j].head)
+
     return heads

@@ -87,10 +87,12 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     counts = list(word_counts.values())
     frequency = collections.Counter()  # pair -> how often it occurs now
     where = collections.defaultdict(set)  # pair -> words that hold it, or held it once
+
     for index, word in enumerate(words):
         for left, right in itertools.pairwise(word):
             frequency[left + right] += counts[index]
             where[left + right].add(index)
+
     heap = [(-n, pair) for pair, n in frequency.items()]
     heapq.heapify(heap)
 
@@ -117,6 +119,7 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
             words[index] = new
         for pair in changed:
             heapq.heappush(heap, (-frequency[pair], pair))
+
     return tokens
 
 

@@ -76,6 +76,7 @@ def check_dataset(
             if reasons.get(path):
                 status = "missing" if reasons[path].endswith("no such video file") else "broken"
                 problems.append(dict(split=role, status=status, video=path, reason=reasons[path]))
+
     return counts, problems
 
 

@@ -202,6 +202,7 @@ def read_msrvtt(root: Path, parts: Iterable[str]) -> tuple[dict, dict]:
     official = {"train": "train_val_videodatainfo.json", "test": "test_videodatainfo.json"}
     captions, split_of = {}, {}
     paths = dict.fromkeys(find_file(root, "MSRVTT_data.json", official[part]) for part in parts)
+
     for path in paths:
         document = read_json(path, "an object with the lists videos and sentences")
         for where, row in read_entries(path, document, "videos", {"video_id": str, "split": str}):
@@ -217,6 +218,7 @@ def read_msrvtt(root: Path, parts: Iterable[str]) -> tuple[dict, dict]:
                     f"{where}: {video[:40]!r} is not among the file's videos; fetch it again"
                 )
             captions.setdefault(video, []).append(row["caption"])
+
     return captions, split_of
 
 
@@ -262,6 +264,7 @@ def load_didemo(root: Path, role: str) -> Split:
     path = find_file(root, f"{role}_data.json")
     entries = read_json(path, "a list of objects")
     sentences, file_of, names = {}, {}, []
+
     for where, row in read_entries(path, entries, None, {"video": str, "description": str}):
         name = os.path.splitext(row["video"])[0]
         if name not in sentences:
@@ -367,12 +370,14 @@ def load_msrvtt_mc(root: Path, path: str | Path | None = None) -> list[Question]
     is_last = any(answer == len(options) for *_, options, answer in rows)
     first = int(is_last and all(answer != 0 for *_, answer in rows))
     questions = []
+
     for where, name, options, answer in rows:
         if name.startswith("msr"):  # msr9770 is video9770
             name = "video" + name.removeprefix("msr")
         check_question(options, answer - first, where)
         video = finder.find(stem(name) + ".mp4", where)
         questions.append(Question(video, options, answer - first))
+
     return questions
 
 

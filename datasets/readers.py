@@ -105,6 +105,7 @@ def read_csv(
     expected = f"expected {', '.join(columns)}"
     reader = csv.reader(read_lines(path, expected), strict=True, delimiter=delimiter)
     header, start = None, 1
+
     try:
         for row in reader:
             where = f"{path}, line {start}"
@@ -126,6 +127,7 @@ def read_csv(
                 yield where, dict(zip(header, row))
     except csv.Error as error:
         raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
+
     if not header:
         raise UserError(f"{path}: the file is empty; {expected}")
 
@@ -226,6 +228,7 @@ def read_captions_pickle(path: Path) -> dict[str, list]:
             f"{path}: not a pickle of plain data ({short(str(error))}); expected {{video: "
             "captions}}; fetch it again"
         ) from error
+
     raise UserError(f"{path}: holds {short(data)}; expected {{video: captions}}")
 
 

@@ -293,6 +293,7 @@ def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
         for actor, state in zip(actors, states):
             draw(frame, actor.thing, actor.radius, state)
         video[t] = np.clip(frame * light[t] + noise[t], 0, 255)
+
     return video[:, :, ::-1] if rng.integers(2) else video
 
 

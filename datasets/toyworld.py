@@ -256,6 +256,7 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
     """
     scenes, misses = [], 0
     whole, parts = set(), set()  # all scenes as sets of events; the events of the double ones
+
     while len(scenes) < count:
         scene = draw_scene(split, rng)
         key = frozenset(scene)
@@ -272,6 +273,7 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
         if len(key) == 2:
             parts |= key
         scenes.append(scene)
+
     return scenes
 
 
@@ -367,6 +369,7 @@ def generate(
         raise UserError(
             f"{folder}: cannot hold the toy world ({error}); choose a writable folder"
         ) from error
+
     return folder
 
 
@@ -388,6 +391,7 @@ def read_mark(folder: Path, key: dict) -> dict[str, str]:
             "another folder"
         )
     whole = {}
+
     for name, expected in found["sha256"].items():
         split = re.match("[a-z]+", name)[0]
         videos = [folder / video_name(split, i) for i in range(key[split])]
@@ -398,6 +402,7 @@ def read_mark(folder: Path, key: dict) -> dict[str, str]:
                 f"{mark}: its files have been changed since; delete {folder} to write them anew"
             )
         whole[name] = expected
+
     return whole
 
 
@@ -428,6 +433,7 @@ def write_split(
         done = run_guarded(write, numbers, workers=workers)
     else:
         done = enumerate(map(write, numbers))
+
     for _, failure in tqdm(done, f"toy world, {split}", count, unit="video", disable=not progress):
         if failure:
             raise UserError(
@@ -443,6 +449,7 @@ def write_split(
         with write_whole(folder / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8", newline="\n")
         checksums[name] = sha256([folder / name])
+
     return checksums
 
 

@@ -43,6 +43,7 @@ def nce_stats(
     concepts, ids = pair(row_concepts, col_concepts), pair(row_ids, col_ids)
     if check:
         assert_finite(video, text, scale, beta, concepts)
+
     forward = tiled_forward
     if impl == "triton":
         from .triton_forward import triton_forward as forward  # only where a GPU asks for it
@@ -81,6 +82,7 @@ def nce_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_video [N, E], d_text [M, E], d_scale, d_beta)."""
     concepts, ids = pair(row_concepts, col_concepts), pair(row_ids, col_ids)
+
     backward = tiled_backward
     if impl == "triton":
         from .triton_backward import triton_backward as backward

@@ -73,10 +73,10 @@ def assert_finite(
         "concepts of the videos": row_concepts,
         "concepts of the texts": col_concepts,
     }
+
     for name, value in named.items():
-        if (
-            value is not None and not value.sum(dtype=torch.float64).isfinite()
-        ):  # one pass, no matrix of flags
+        # one pass, no matrix of flags
+        if value is not None and not value.sum(dtype=torch.float64).isfinite():
             at = (~value.isfinite()).nonzero()[:1].tolist()
             where = f" (first at {at[0]})" if at and at[0] else ""
             raise FloatingPointError(
@@ -138,11 +138,8 @@ def log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
     nothing is left.
     """
     empty = masked.all(dim, keepdim=True)
-    return (
-        logits.masked_fill(masked & ~empty, -torch.inf)
-        .logsumexp(dim)
-        .masked_fill(empty.squeeze(dim), -torch.inf)
-    )
+    log_sum = logits.masked_fill(masked & ~empty, -torch.inf).logsumexp(dim)
+    return log_sum.masked_fill(empty.squeeze(dim), -torch.inf)
 
 
 def reference_stats(
@@ -160,10 +157,12 @@ def reference_stats(
     """
     n, m, dtype = len(video), len(text), accumulate_dtype(video.dtype)
     video, text = video.to(dtype), text.to(dtype)
+
     logits = scale * (video @ text.T)  # [N, M]
     if concepts is not None:
         logits = logits + beta * (concepts[0].to(dtype) @ concepts[1].to(dtype).T)
     positive = scale * (video * text[offset : offset + n]).sum(1)
+
     row_ids, col_ids = signature or (None, None)
     masked = masked_pairs(row_ids, col_ids, 0, n, m, offset, video.device)
     if k:

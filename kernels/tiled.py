@@ -40,9 +40,7 @@ from .reference import accumulate_dtype, exact_topk, no_negatives
 
 TILE = 1 << 22  # logits in a tile
 ROW_GROUP = 32  # neighbours in a row: mining looks at their maximum first
-COLUMN_GROUP = (
-    8  # the same in a column, where a closer look costs more, since they lie apart in memory
-)
+COLUMN_GROUP = 8  # the same in a column, where a closer look costs more: they lie apart in memory
 
 
 def factors(video, text, scale, beta, concepts) -> tuple[Tensor, Tensor]:
@@ -79,17 +77,15 @@ class Tiles:
             count = rows.stop - first
             logits = torch.mm(self.left[rows], self.right.T, out=buffer[:count])
             logits.diagonal(first + self.offset).fill_(-torch.inf)
+
+            # each row's equals lie at start … stop of the sorted ids
             for row_ids, sorted_ids, order in self.joins:
-                start, stop = (
-                    torch.searchsorted(sorted_ids, row_ids[rows], right=side)
-                    for side in (False, True)
-                )
-                row = torch.arange(count, device=logits.device).repeat_interleave(stop - start)
-                place = (
-                    torch.arange(len(row), device=logits.device)
-                    - (stop - start).cumsum(0)[row]
-                    + stop[row]
-                )
+                start = torch.searchsorted(sorted_ids, row_ids[rows])
+                stop = torch.searchsorted(sorted_ids, row_ids[rows], right=True)
+                found = stop - start
+                row = torch.arange(count, device=logits.device).repeat_interleave(found)
+                number = torch.arange(len(row), device=logits.device)
+                place = number - found.cumsum(0)[row] + stop[row]
                 logits[row, order[place]] = -torch.inf
             yield rows, logits, scratch[:count]
 
@@ -109,28 +105,32 @@ def tiled_forward(
     t2v_score [M, k])
     """
     left, right = factors(video, text, scale, beta, concepts)
-    (n, m), width, device = (len(video), len(text)), video.shape[1], video.device
+    n, m, width = len(video), len(text), video.shape[1]
     positive = (left[:, :width] * right[offset : offset + n, :width]).sum(1)
     row_negatives = left.new_empty(n)
-    col_max, col_sum = left.new_full((m,), -torch.inf), left.new_zeros(m)
+    col_max, col_sum = left.new_full((m,), -torch.inf), left.new_zeros(m)  # running
     v2t = [no_negatives(0, k, left)]
-    t2v = torch.full((m, k), -1, device=device), left.new_full((m, k), -torch.inf)
+    t2v = torch.full((m, k), -1, device=video.device), left.new_full((m, k), -torch.inf)
+
     for rows, logits, scratch in Tiles(left, right, signature, offset):
         if k:
             v2t.append(hardest_of_rows(logits, k))
             tile_max = update_columns(*t2v, logits, rows.start)
         else:
             tile_max = logits.amax(0)
+
+        # rows are complete
         row_max = finite_or_zero(v2t[-1][1][:, 0] if k else logits.amax(1))
-        row_negatives[rows] = (
-            torch.sub(logits, row_max[:, None], out=scratch).exp_().sum(1).log_() + row_max
-        )
+        e = torch.sub(logits, row_max[:, None], out=scratch).exp_()
+        row_negatives[rows] = e.sum(1).log_() + row_max
+
+        # columns go on
         new_max = torch.maximum(col_max, tile_max)
         zero = finite_or_zero(new_max)
-        col_sum = col_sum * (col_max - zero).exp() + torch.sub(
-            logits, zero, out=scratch
-        ).exp_().sum(0)
+        e = torch.sub(logits, zero, out=scratch).exp_()
+        col_sum = col_sum * (col_max - zero).exp() + e.sum(0)
         col_max = new_max
+
     col_negatives = col_sum.log() + finite_or_zero(col_max)
     v2t = [torch.cat(part) for part in zip(*v2t)] if k else no_negatives(n, k, left)
     return row_negatives, col_negatives, positive, v2t[0], v2t[1].float(), t2v[0], t2v[1].float()
@@ -150,16 +150,14 @@ def hardest_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return exact_topk(logits, k)
     head = m - m % ROW_GROUP  # the few behind it always compete
     groups = logits[:, :head].unflatten(1, (-1, ROW_GROUP))  # [rows, M / ROW_GROUP, ROW_GROUP]
-    best = (
-        exact_topk(groups.amax(2), k)[0].sort(1).values
-    )  # in the order of columns, as ties want it
-    columns = (best[:, :, None] * ROW_GROUP + torch.arange(ROW_GROUP, device=best.device)).flatten(
-        1
-    )
-    columns = torch.cat([columns, torch.arange(head, m, device=best.device).expand(rows, -1)], 1)
-    scores = logits.gather(1, columns.clamp(min=0)).masked_fill_(
-        columns < 0, -torch.inf
-    )  # group −1: nothing in it
+    # in the order of columns, as ties want it
+    best = exact_topk(groups.amax(2), k)[0].sort(1).values
+    member = torch.arange(ROW_GROUP, device=best.device)
+    columns = (best[:, :, None] * ROW_GROUP + member).flatten(1)
+    tail = torch.arange(head, m, device=best.device).expand(rows, -1)
+    columns = torch.cat([columns, tail], 1)
+    # group −1: nothing in it
+    scores = logits.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -torch.inf)
     place, score = exact_topk(scores, k)
     return columns.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1), score
 
@@ -170,45 +168,36 @@ def update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int)
 
     Returns the columns' maxima [M].
     """
-    (m, k), done, maxima, member = (
-        score.shape,
-        0,
-        [],
-        torch.arange(COLUMN_GROUP, device=logits.device),
-    )
+    (m, k), done, maxima = score.shape, 0, []
+    member = torch.arange(COLUMN_GROUP, device=logits.device)
     while done < len(logits):
-        part = logits[
-            done : done + max(k, first_row + done)
-        ]  # as many rows as were seen before: about k·M of them enter
+        # as many rows as were seen before: about k·M of them enter
+        part = logits[done : done + max(k, first_row + done)]
         kth = score[:, -1].contiguous()  # what equals it comes too late: its index is higher
-        group_max = torch.stack(
-            [group.amax(0) for group in part.split(COLUMN_GROUP)]
-        )  # [groups of rows, M]
+        # [groups of rows, M]
+        group_max = torch.stack([group.amax(0) for group in part.split(COLUMN_GROUP)])
         group, column = (group_max > kth).nonzero().unbind(1)
         row = group[:, None] * COLUMN_GROUP + member  # [groups, COLUMN_GROUP]
         value = part.view(-1)[row.clamp(max=len(part) - 1) * m + column[:, None]]
         enters = (value > kth[column, None]) & (row < len(part))
-        column, order = (
-            column[:, None].expand_as(row)[enters].sort(stable=True)
-        )  # by column, then by row
+        # by column, then by row
+        column, order = column[:, None].expand_as(row)[enters].sort(stable=True)
         if len(column):
             hit, line, count = column.unique_consecutive(return_inverse=True, return_counts=True)
             # a line for each column that changes: the k kept, then the new, so that places stand in
             # the order of rows
-            place = (
-                k + torch.arange(len(line), device=line.device) - (count.cumsum(0) - count)[line]
-            )
+            number = torch.arange(len(line), device=line.device)
+            place = k + number - (count.cumsum(0) - count)[line]
             lines = len(hit), k + int(count.max())
             scores, rows = score.new_full(lines, -torch.inf), index.new_full(lines, -1)
             scores[:, :k], rows[:, :k] = score[hit], index[hit]
-            scores[line, place], rows[line, place] = (
-                value[enters][order],
-                row[enters][order] + first_row + done,
-            )
+            scores[line, place] = value[enters][order]
+            rows[line, place] = row[enters][order] + first_row + done
             best, score[hit] = exact_topk(scores, k)
             index[hit] = rows.gather(1, best.clamp(min=0)).masked_fill(best < 0, -1)
         maxima.append(group_max.amax(0))
         done += len(part)
+
     return torch.stack(maxima).amax(0)
 
 
@@ -234,19 +223,19 @@ def tiled_backward(
     left, right = factors(video, text, scale, beta, concepts)
     n, width = video.shape
     # no negatives: exp(−inf − ∞) = 0, where −inf − (−inf) would be NaN
-    row_lse, col_lse = (
-        lse.masked_fill(lse == -torch.inf, torch.inf) for lse in (row_negatives, col_negatives)
-    )
+    row_lse = row_negatives.masked_fill(row_negatives == -torch.inf, torch.inf)
+    col_lse = col_negatives.masked_fill(col_negatives == -torch.inf, torch.inf)
     used = right if wants_beta else right[:, :width]  # no dβ, no dA·C
     d_left = left.new_empty(n, used.shape[1])  # dA·R, [N, E + K]
     d_text = right.new_zeros(len(text), width)
+
     for rows, logits, scratch in Tiles(left, right, signature, offset):
-        d_logits = (
-            torch.sub(logits, row_lse[rows, None], out=scratch).exp_().mul_(g_row[rows, None])
-        )
+        d_logits = torch.sub(logits, row_lse[rows, None], out=scratch).exp_()
+        d_logits.mul_(g_row[rows, None])
         d_logits.addcmul_(logits.sub_(col_lse).exp_(), g_col)
         torch.mm(d_logits, used, out=d_left[rows])
         d_text.addmm_(d_logits.T, left[rows, :width])
+
     positives = slice(offset, offset + n)
     d_video = d_left[:, :width].addcmul_(g_pos[:, None], right[positives, :width])
     d_text[positives].addcmul_(g_pos[:, None], left[:, :width])

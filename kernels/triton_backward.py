@@ -77,11 +77,13 @@ def slab_kernel(
     within = program % (GROUP * y_tiles)
     x_slab = (group * GROUP + within % height) * BX
     x0, y0 = x_first + x_slab, within // height * BY
+
     acc = tl.zeros([BX, BY], tl.float32)
     for d in tl.range(0, D, BD):
         x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
         y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
         acc = tl.dot(x, y.T, acc, input_precision="ieee")
+
     scale2, shift = tl.load(scalars), tl.load(scalars + 1)
     exponent = tl.fma(acc, scale2, -shift)
     rows, cols = x0 + tl.arange(0, BX), y0 + tl.arange(0, BY)
@@ -94,9 +96,8 @@ def slab_kernel(
 
 def weights_of(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
     """g / sum of e in packed order [P]; 0 where there is no negative and at the padding."""
-    weight = g * torch.exp2(shift - log_sum.double() * LOG2E).float().masked_fill(
-        log_sum == -torch.inf, 0
-    )
+    inverse = torch.exp2(shift - log_sum.double() * LOG2E).float()
+    weight = g * inverse.masked_fill(log_sum == -torch.inf, 0)
     packed = weight.new_zeros(len(side.order))
     packed[side.place.long()] = weight
     return packed
@@ -132,21 +133,24 @@ def triton_backward(
     n, width = video.shape
     wants_beta = wants_beta and concepts is not None
     used = width + concepts[1].shape[1] if wants_beta else width  # no dβ, no dA·C
+
     # dA as stored is at most 2 · gain whatever the upstream gradient: float16 would lose g = 1 / 2B
-    largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax()).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
+    largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax())
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
     gain = 1024.0 if x.rows.dtype == torch.float16 else 1.0
     x_weight = weights_of(g_row / largest, row_negatives, x, layout.scalars[1])
     y_weight = weights_of(g_col / largest, col_negatives, y, layout.scalars[1])
     scalars = layout.scalars.clone()
     scalars[1] -= math.log2(gain)
+
+    # a slab of dA after the other
     tile = tile_for("slab", x.rows)
     rows = max(ROW_MULTIPLE, min(SLAB // len(y.rows) // ROW_MULTIPLE * ROW_MULTIPLE, len(x.rows)))
     slab = torch.empty(rows, len(y.rows), dtype=x.rows.dtype, device=video.device)
     d_video = torch.empty(n, used, device=video.device)
     d_text = torch.zeros(len(y.rows), width, device=video.device)
     order = x.order.long()
+
     for first in range(0, n, rows):
         count = min(rows, len(x.rows) - first)
         real = min(rows, n - first)
@@ -179,6 +183,7 @@ def triton_backward(
         )
         d_video[order[first : first + real]] = product(slab[:real], y.rows[:, :used])
         d_text += product(slab[:count].T, x.rows[first : first + count, :width])
+
     unit = largest / gain
     d_beta = torch.zeros_like(beta)
     if wants_beta:

@@ -106,22 +106,28 @@ def forward_kernel(
     """
     i, split = tl.program_id(0), tl.program_id(1)
     x0 = i * BX
+    start = split * split_size
     scale2, shift = tl.load(scalars), tl.load(scalars + 1)
     sums = tl.zeros([BY // 16, 8, BX], tl.float32)
     first = tl.zeros([BY // 16, 8, BX], tl.int32)
     second = tl.zeros([BY // 16, 8, BX], tl.int32)
-    start = split * split_size
+
     for y0 in tl.range(start, tl.minimum(start + split_size, n_y), BY, flatten=True):
+        # the product
         acc = tl.zeros([BY, BX], tl.float32)
         for d in tl.range(0, D, BD):
             y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
             x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
             acc = tl.dot(y, x.T, acc, input_precision="ieee")
+
+        # the exponential, 0 where a pair is no negative
         exponent = tl.fma(acc, scale2, -shift)
         if is_marked(marks, mark_stride_y, mark_stride_x, y0, x0, BY, BX, CELL):
             rows, cols = y0 + tl.arange(0, BY), x0 + tl.arange(0, BX)
             exponent = mask_pairs(exponent, y_ids, x_ids, n_y, n_x, rows, cols, IDS)
         e = tl.math.exp2(exponent)
+
+        # what is kept of the tile
         upper, lower = fold(e, BY, BX)
         sums += upper + lower
         if BOTH:
@@ -129,22 +135,18 @@ def forward_kernel(
         if MINE:
             code = (y0 - start) // BY * 2
             keep: tl.constexpr = -(1 << CODE_BITS)
-            first, second = keep_two(
-                first, second, (upper.to(tl.int32, bitcast=True) & keep) | code
-            )
-            first, second = keep_two(
-                first, second, (lower.to(tl.int32, bitcast=True) & keep) | (code + 1)
-            )
-    tl.store(
-        x_sums + split * n_x + x0 + tl.arange(0, BX), tl.sum(tl.reshape(sums, [BY // 2, BX]), 0)
-    )
+            upper = (upper.to(tl.int32, bitcast=True) & keep) | code
+            lower = (lower.to(tl.int32, bitcast=True) & keep) | (code + 1)
+            first, second = keep_two(first, second, upper)
+            first, second = keep_two(first, second, lower)
+
+    # lanes are added up once, here
+    total = tl.sum(tl.reshape(sums, [BY // 2, BX]), 0)
+    tl.store(x_sums + split * n_x + x0 + tl.arange(0, BX), total)
     if MINE:
         lane = tl.reshape(tl.arange(0, BY // 2), [BY // 16, 8, 1])
-        at = (
-            best
-            + (split * BY + lane).to(tl.int64) * n_x
-            + tl.reshape(x0 + tl.arange(0, BX), [1, 1, BX])
-        )
+        col = tl.reshape(x0 + tl.arange(0, BX), [1, 1, BX])
+        at = best + (split * BY + lane).to(tl.int64) * n_x + col
         tl.store(at, first)
         tl.store(at + (BY // 2) * n_x.to(tl.int64), second)
 
@@ -156,19 +158,22 @@ class Pass:
         self.x, self.y, self.scalars = x, y, scalars
         self.tile = tile = tile_for("mine" if mine else "sums", x.rows)
         n_x, n_y, device = len(x.rows), len(y.rows), x.rows.device
+
+        # splits of the streamed side: programs enough to fill the GPU, lanes enough to be complete
         tiles = n_y // tile.streamed
         splits = min(LANES_WANTED // (tile.streamed // 2), triton.next_power_of_2(tiles))
         self.split_size = triton.cdiv(tiles, splits) * tile.streamed
         self.code_bits = max(1, (self.split_size // tile.streamed * 2 - 1).bit_length())
+
         owners = n_x // tile.owned
         self.x_sums = torch.empty(splits, n_x, device=device)
         self.y_sums = self.best = self.x_sums  # not written where not asked for
         if mine:
-            self.best = torch.empty(
-                splits, 2, tile.streamed // 2, n_x, dtype=torch.int32, device=device
-            )
+            shape = (splits, 2, tile.streamed // 2, n_x)
+            self.best = torch.empty(shape, dtype=torch.int32, device=device)
         else:
             self.y_sums = torch.empty(owners, n_y, device=device)
+
         forward_kernel[owners, splits](
             as_argument(x.rows, tile.owned, tile.depth, tile.tma),
             as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
@@ -228,17 +233,14 @@ def triton_forward(
     n, m = len(video), len(text)
     layout = pack(video, text, scale, beta, concepts, signature, offset, dtype)
     positive = scale * (video.float() * text[offset : offset + n].float()).sum(1)
+
     videos_own = Pass(layout.video, layout.text, layout.marks, layout.scalars, mine=k > 0)
     row_negatives = log_of_sums(videos_own.x_sums, layout.video, layout.scalars)
     if k == 0:
         col_negatives = log_of_sums(videos_own.y_sums, layout.text, layout.scalars)
-        return (
-            row_negatives,
-            col_negatives,
-            positive,
-            *no_negatives(n, k, video),
-            *no_negatives(m, k, video),
-        )
+        nothing = (*no_negatives(n, k, video), *no_negatives(m, k, video))
+        return row_negatives, col_negatives, positive, *nothing
+
     v2t = hardest(videos_own, k, n)
     del videos_own  # its workspace is as large as the next one's
     texts_own = Pass(layout.text, layout.video, layout.marks.T, layout.scalars, mine=True)

@@ -200,6 +200,7 @@ def pack_side(
     depth: int,
     dtype: torch.dtype,
 ) -> Side:
+    """One side: rows [n, E] in the order of `key`, padded, with their concepts behind them."""
     n, width = embeddings.shape
     order = key.argsort(stable=True)
     packed = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -208,6 +209,7 @@ def pack_side(
     rows[:n, :width] = embeddings[order]
     if concepts is not None:
         rows[:n, width:total] = concepts[order]
+
     packed_ids = ids.new_full((len(ids), packed), -1, dtype=torch.int32)
     packed_ids[:, :n] = ids[:, order]
     padded_order = order.new_zeros(packed, dtype=torch.int32)
@@ -312,21 +314,21 @@ def pack(
     assert video.is_cuda or INTERPRETED, (
         "impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 in the environment"
     )
-    assert (
-        video.dtype in (torch.float32, torch.float16, torch.bfloat16) and video.dtype == text.dtype
-    ), (
-        f"impl='triton' takes float32, float16 or bfloat16, twice the same, not {video.dtype} and "
-        f"{text.dtype}"
+    is_known = video.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    assert is_known and video.dtype == text.dtype, (
+        f"impl='triton' takes float32, float16 or bfloat16, not {video.dtype} and {text.dtype}"
     )
+
+    # ids [C, N + M]: the pair, then the signature's, dense
     n, m, device = len(video), len(text), video.device
-    pair = torch.cat([torch.arange(n, device=device) + offset, torch.arange(m, device=device)])
-    ids = [pair] + (
-        []
-        if signature is None
-        else [dense(torch.cat(c)) for c in zip(*(s.long().T for s in signature))]
-    )
-    ids = torch.stack(ids)  # [C, N + M]
+    ids = [torch.cat([torch.arange(n, device=device) + offset, torch.arange(m, device=device)])]
+    if signature is not None:
+        row_ids, col_ids = (side.long().T for side in signature)
+        ids += [dense(torch.cat(both)) for both in zip(row_ids, col_ids)]
+    ids = torch.stack(ids)
     key = sort_key(ids)
+
+    # both sides in the form of the kernels
     dtype = torch.float32 if INTERPRETED else dtype
     depth = TILES["fp32" if dtype == torch.float32 else "hopper"]["mine"].depth
     row_concepts, col_concepts = concepts or (None, None)
@@ -335,6 +337,8 @@ def pack(
     row_has, col_has = have_negatives(ids[:, :n], ids[:, n:])
     video_side = pack_side(video, row_concepts, ids[:, :n], key[:n], row_has, depth, dtype)
     text_side = pack_side(text, col_concepts, ids[:, n:], key[n:], col_has, depth, dtype)
+
+    # where the masked pairs are
     cells = len(video_side.rows) // CELL, len(text_side.rows) // CELL
     marks = torch.empty(cells, dtype=torch.int8, device=device)
     mark_tiles[cells](

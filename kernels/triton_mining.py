@@ -29,9 +29,8 @@ from torch import Tensor
 
 from .triton_layout import INTERPRETED
 
-LAUNCH = dict(
-    num_warps=4, maxnreg=255
-)  # unless told, ptxas spills some to fit one more block into a multiprocessor
+# unless told, ptxas spills some registers to fit one more block into a multiprocessor
+LAUNCH = dict(num_warps=4, maxnreg=255)
 
 
 @triton.jit
@@ -133,14 +132,10 @@ def mining_kernel(
 
     # 2. certify
     candidate = tl.arange(0, KC)[None, :]
-    threshold = (
-        tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32
-    )  # the cut value at place K; −1: fewer than K
-    open_lanes = (
-        (second >> CODE_BITS > 0)
-        & ((second >> CODE_BITS).to(tl.int64) >= threshold[:, None])
-        & real[:, None]
-    )
+    # the cut value at place K; −1: fewer than K
+    threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32
+    is_above = (second >> CODE_BITS).to(tl.int64) >= threshold[:, None]
+    open_lanes = (second >> CODE_BITS > 0) & is_above & real[:, None]
 
     # 3. repair
     for _ in range(tl.max(tl.sum(open_lanes.to(tl.int32), 1), 0)):
@@ -171,6 +166,7 @@ def mining_kernel(
     nothing: tl.constexpr = -(1 << 63)
     key = tl.where(found, (ordered.to(tl.int64) << 32) | flip(original).to(tl.int64), nothing)
     out = tl.load(x_order + x).to(tl.int64) * K
+
     for i in range(K):
         top = tl.max(key, 1)
         key = tl.where(key == top[:, None], nothing, key)
@@ -190,8 +186,10 @@ def hardest(matrix_pass, k: int, n: int) -> tuple[Tensor, Tensor]:
     """
     x, y, tile, best = matrix_pass.x, matrix_pass.y, matrix_pass.tile, matrix_pass.best
     device = best.device
+
     index = torch.empty(n, k, dtype=torch.int64, device=device)
     score = torch.empty(n, k, device=device)
+
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs
     mining_kernel[len(x.rows) // rows,](
         best,

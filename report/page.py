@@ -243,6 +243,7 @@ def draw_curve(results: Results) -> dict:
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(place_x(ks), place_y(percent)))
         y = max(y + 16, float(place_y(percent[-1])) + 4)  # no label stands over another
         lines.append(dict(style=style, label=label, points=points, y=round(y)))
+
     return dict(
         last=last,
         lines=lines,

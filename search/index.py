@@ -94,6 +94,7 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
                     else:
                         add(path)
             folders[:] = enter
+
     notes = [f"skipped {count:,} {what}" for what, count in skipped.items() if count]
     return sorted(files), notes + troubles
 

@@ -76,6 +76,8 @@ def embed_new(
     num_frames, size = model.config.num_frames, model.config.image_size
     workers = min(workers or os.cpu_count(), len(todo))
     new = {}
+
+    # frames go from process to process through files, deleted with their folder
     with tempfile.TemporaryDirectory() as scratch:
         how = dict(num_frames=num_frames, size=size, window=window, scratch=scratch)
         decoded = run_guarded(partial(decode_windows, **how), paths, workers=workers)
@@ -96,6 +98,7 @@ def embed_new(
                     os.unlink(name)
                 index.add(todo[n], record)
                 new[todo[n]] = record
+
     return new
 
 
@@ -293,6 +296,7 @@ def search_folder(
         newest = [show(given, root) for given in answers[: -ANSWERS_SHOWN - 1 : -1]]
         about = dict(title="CLOP search", folder=str(root), library=facts, broken=broken)
         render("search.html", out / "report.html", answers=newest, **about)
+
     if answers:
         print(printable(str(out / "report.html")))
     return facts | dict(broken=broken, answers=answers)

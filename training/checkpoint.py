@@ -85,6 +85,7 @@ def save_checkpoint(
     tensors |= {f"training.{name}": t for name, t in (training or {}).items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sha256 = hash_tensors(tensors)
+
     header = json.dumps(
         dict(
             model=asdict(model.config),
@@ -96,6 +97,7 @@ def save_checkpoint(
             sha256=sha256,
         )
     )
+
     with write_whole(path) as unfinished:
         try:
             save_file(
@@ -105,6 +107,7 @@ def save_checkpoint(
             raise OSError(str(error)) from error
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
+
     return sha256
 
 
@@ -151,6 +154,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = F
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     header, tensors = read_verified(path)
+
     try:
         return Checkpoint(
             model=build_model(header["model"], take(tensors, "model.")).to(device).eval(),

@@ -361,6 +361,7 @@ def read_settings(file: Path, tensors: dict) -> tuple[str, dict]:
             "config.json or open_clip_config.json beside it "
             '(OpenAI\'s weights: {"model_cfg": {"quick_gelu": true}})'
         )
+
     path = beside[0]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -374,6 +375,7 @@ def read_settings(file: Path, tensors: dict) -> tuple[str, dict]:
             f"{path}: not the configuration of a CLIP ({type(error).__name__}: {error}); take the "
             "one from the model's page"
         ) from error
+
     return path.name, settings_of_hugging_face(path, *sides)
 
 
@@ -454,6 +456,7 @@ def check_weights(file: Path, sizes: ModelConfig, weights: dict, described: dict
             missing.append(f"{name} {list(shape)}")
         elif weights[name].shape != shape:
             unfit.append(f"{described[name]}, but {name} is {list(shape)}")
+
     for problem, names in (
         ("unknown tensors", unknown),
         ("no tensor for", missing),

@@ -75,12 +75,14 @@ def launch(processes: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
     words = ["--standalone", f"--nproc-per-node={processes}", *sys.argv]
+
     try:
         torchrun.run(torchrun.parse_args(words))
     except SignalException as stop:
         return 130 if stop.sigval == signal.SIGINT else 0
     except ChildFailedError as error:
         return blame(error.failures)
+
     return 0
 
 

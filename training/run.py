@@ -40,6 +40,7 @@ class Run:
             new = getattr(self.config, name, "gone")
             if name not in self.config.FREE and new != old:
                 changed.append(f"--{name.replace('_', '-')} {old} → {new}")
+
         if changed:
             raise UserError(
                 f"{self.out}: holds a run with other settings ({', '.join(changed)}); "

@@ -76,6 +76,7 @@ class FrameCache:
         stored = run_guarded(work, (paths[i] for i in todo), workers=workers)
         is_silent = not progress or not len(todo)
         reasons = {}
+
         for n, result in tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent):
             if isinstance(result, str):
                 reasons[todo[n]] = result

@@ -106,6 +106,7 @@ def read_frames(
             if image is None:
                 raise VideoError(f"{path}: not an image that OpenCV can decode; fetch it again")
             frames, wanted = {0: square(image, size)}, pick(1)
+
     return np.stack([frames[index] for index in wanted])  # [T, H, W, 3]
 
 
