@@ -30,7 +30,7 @@ from datasets.split import Split
 from knowledge import ConceptVocab, extract_many, read_cache, read_captions, write_cache
 from model import CLOP, build_config
 from report import page as report
-from training.checkpoint import _hash_text, load_checkpoint, save_checkpoint
+from training.checkpoint import hash_text, load_checkpoint, save_checkpoint
 from training.log import Log, read_log
 
 # the same examples every time: a test that fails now and then is fixed by nobody. Before a release:
@@ -393,7 +393,7 @@ def test_a_checkpoint_made_to_harm_is_refused_or_loads(checkpoint):
     @given(st.sampled_from(top) | st.sampled_from(places(header)), st.sampled_from(ODD_VALUES))
     def check(place, value):
         changed = json.dumps(with_value(header, place, value))
-        outer["__metadata__"] = dict(clop=changed, clop_sha256=_hash_text(changed))
+        outer["__metadata__"] = dict(clop=changed, clop_sha256=hash_text(changed))
         text = json.dumps(outer).encode()
         text += b" " * (-len(text) % 8)
         path.with_name("made").write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])

@@ -1,29 +1,36 @@
-"""log.jsonl: what a run says, one JSON object a line, the same for people on stdout, and a picture
-of it.
+"""log.jsonl: what a run says, one JSON object a line; the same for people on stdout; its curves.
 
-    {"config": …, "versions": …, "commit": …, "hardware": …, "world_size": …, "resumed_at": 0}     each start
-    {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …, "data_s": …}      each --log-every
-    {"step": 230, "validation": {"t2v_R@1": …}}                                                    each --eval-every
+    {"config": …, "versions": …, "hardware": …, "world_size": …, "resumed_at": 0}    each start
+    {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …}     --log-every
+    {"step": 240, "validation": {"t2v_R@1": …}}                                      --eval-every
 
-A run that was killed wrote lines of steps after its newest checkpoint. It will take these steps
-again, so a resumed run first cuts them off (and the half line that a kill may leave): each step is
-in the log once, as if nothing had happened, and only the lines of the starts tell. Lines are
-flushed as they come, and are on the disk before a checkpoint is. Durations are of the monotonic
-clock: setting the clock back does no harm.
+A run that was killed has lines of steps after its newest checkpoint. It will take these steps
+again. So a resumed run first cuts these lines off, and the half line that a kill may leave. Each
+step is in the log once, as if nothing had happened; only the lines of the starts tell. Lines are
+on the disk before the checkpoint of their step is. Durations come from the monotonic clock, so
+setting the clock back does no harm.
 
-    python runlog.py runs/toy/log.jsonl curves.png        # draw the curves of a log
+    python -m training.log runs/toy/log.jsonl curves.png        # draw the curves of a log
 """
 
 import json
 import math
 import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, run
+from tyro.conf import Positional
 
-WAYS = ("t2v", "v2t")
+from cli import UserError, parse_config, run, write_whole
+
 LOSSES = ("loss", "nce", "hard", "skp")
+SCORES = [f"{way}_R@{k}" for way in ("t2v", "v2t") for k in (1, 5, 10)]
+PANELS = {  # of curves.png
+    "loss and its parts": LOSSES,
+    "validation recall, %": ("t2v_R@1", "t2v_R@5", "v2t_R@1"),
+    "logit scale and gradient norm": ("logit_scale", "grad_norm"),
+    "seconds per step, and of them waiting for data": ("step_s", "data_s"),
+}
 
 
 class Log:
@@ -31,36 +38,34 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         self.path = path
+        if path.exists():
+            kept = [line for line in read_log(path) if line.get("step", 0) <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            with write_whole(path) as unfinished:
+                unfinished.write_text(text, encoding="utf-8")
         try:
-            if path.exists():
-                kept = [line for line in read_log(path) if line.get("step", 0) <= step]
-                unfinished = path.with_name(f".{path.name}.tmp")
-                unfinished.write_text(
-                    "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
-                )
-                os.replace(unfinished, path)
             self.file = open(path, "a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); choose another --out"
             ) from error
 
-    def write(self, entry: dict):
+    def write(self, entry: dict) -> None:
         """Append one line. JSON knows no NaN: what is not finite is written as null."""
-        entry = {
-            name: None if isinstance(x, float) and not math.isfinite(x) else x
-            for name, x in entry.items()
-        }
+        finite = {}
+        for name, value in entry.items():
+            is_lost = isinstance(value, float) and not math.isfinite(value)
+            finite[name] = None if is_lost else value
         try:
-            self.file.write(json.dumps(entry) + "\n")
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); free the disk and run the same "
-                "command again: it goes on from the newest checkpoint"
+                f"{self.path}: cannot be written ({error.strerror}); free the disk and run the "
+                "same command again: it goes on from the newest checkpoint"
             ) from error
 
-    def flush_to_disk(self):
+    def flush_to_disk(self) -> None:
         os.fsync(self.file.fileno())
 
     def step(self, line: dict, config) -> None:
@@ -68,6 +73,7 @@ class Log:
         step, step_s = line["step"], line["step_s"]
         pairs_per_s = config.batch_size / step_s
         self.write(dict(line, pairs_per_s=pairs_per_s))
+
         losses = "".join(f"  {name} {line[name]:.3f}" for name in LOSSES if name in line)
         minutes = (config.steps - step) * step_s / 60
         print(
@@ -79,26 +85,27 @@ class Log:
         )
 
     def validation(self, step: int, metrics: dict) -> float:
-        """Log them; returns the mean of R@1, R@5 and R@10 both ways, by which the best checkpoint
-        is chosen.
-        """
+        """Log metrics; their score, the mean of SCORES, chooses the best checkpoint."""
         self.write(dict(step=step, validation=metrics))
-        print(
-            f"step {step}  validation: "
-            + "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()),
-            flush=True,
-        )
-        return sum(metrics[f"{way}_R@{k}"] for way in WAYS for k in (1, 5, 10)) / 6
+        listed = "  ".join(f"{name} {value:.1f}" for name, value in metrics.items())
+        print(f"step {step}  validation: {listed}", flush=True)
+        return sum(metrics[name] for name in SCORES) / len(SCORES)
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log; one that is not whole JSON (the last, of a run that was killed) is left
-    out.
+    """The lines of a log. The last line of a killed run may be half a line: it is left out.
+
+    Raises UserError where the file cannot be read.
     """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a log.jsonl") from error
+
     lines = []
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for row in text.splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(row)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step", 0), int):
@@ -106,67 +113,44 @@ def read_log(path: str | Path) -> list[dict]:
     return lines
 
 
-def plot_curves(log_path: Path, picture: Path):
-    """Loss parts, logit scale, speed and validation recall over steps -> a PNG."""
+def plot_curves(log: str | Path, picture: str | Path) -> None:
+    """Draw losses, recall, scale and speed over the steps of a log, as a PNG."""
     # here, not above: it takes a second to import, and only the end of a run draws
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_log(log_path)
-    steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "validation" in x]
+    lines = [line | line.get("validation", {}) for line in read_log(log) if "step" in line]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-
-    def draw(axis, title, entries, names, value):
+    for axis, (title, names) in zip(axes.flat, PANELS.items()):
         for name in names:
-            points = [
-                (x["step"], value(x)[name]) for x in entries if value(x).get(name) is not None
-            ]
+            points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), label=name, linewidth=1.2)
+
         axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
 
-    draw(axes[0, 0], "loss and its parts", steps, ("loss", "nce", "hard", "skp"), lambda x: x)
-    draw(
-        axes[0, 1],
-        "validation recall, %",
-        checks,
-        ("t2v_R@1", "t2v_R@5", "v2t_R@1"),
-        lambda x: x["validation"],
-    )
-    draw(
-        axes[1, 0],
-        "logit scale and gradient norm",
-        steps,
-        ("logit_scale", "grad_norm"),
-        lambda x: x,
-    )
-    draw(
-        axes[1, 1],
-        "seconds a step, and of them waiting for data",
-        steps,
-        ("step_s", "data_s"),
-        lambda x: x,
-    )
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    try:
-        figure.savefig(picture, dpi=110)
-    except OSError as error:
-        raise UserError(
-            f"{picture}: cannot be written ({error.strerror}); free the disk"
-        ) from error
+    with write_whole(picture) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=110)
     plt.close(figure)
 
 
-def main():
-    if len(sys.argv) != 3:
-        raise UserError("runlog.py: takes a log.jsonl and the name of a picture, in this order")
-    plot_curves(Path(sys.argv[1]), Path(sys.argv[2]))
+@dataclass
+class CurvesConfig:
+    """Draw the curves of a run."""
+
+    log: Positional[str]  # a run's log.jsonl
+    picture: Positional[str]  # a PNG file to write
+
+
+def main() -> None:
+    config = parse_config(CurvesConfig)
+    plot_curves(config.log, config.picture)
 
 
 if __name__ == "__main__":
