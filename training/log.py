@@ -24,7 +24,7 @@ from tyro.conf import Positional
 from cli import UserError, parse_config, run, write_whole
 
 LOSSES = ("loss", "nce", "hard", "skp")
-SCORES = [f"{way}_R@{k}" for way in ("t2v", "v2t") for k in (1, 5, 10)]
+SCORES = ("t2v_R@1", "t2v_R@5", "t2v_R@10", "v2t_R@1", "v2t_R@5", "v2t_R@10")
 PANELS = {  # of curves.png
     "loss and its parts": LOSSES,
     "validation recall, %": ("t2v_R@1", "t2v_R@5", "v2t_R@1"),

@@ -86,11 +86,11 @@ def launch(processes: int) -> int:
 def explain_failure(failures: dict) -> int:
     """Print which rank failed first, and how; the exit status for the launcher."""
 
-    def blame(found):  # the first by time was often only taken along by another one
-        _, failure = found
-        return failure.exitcode in (LOST_RANK, -signal.SIGTERM), failure.timestamp
-
-    rank, failure = min(failures.items(), key=blame)
+    in_order = sorted(failures.items(), key=lambda found: found[1].timestamp)
+    # the first one was often only taken along: look for one with a reason of its own
+    taken_along = (LOST_RANK, -signal.SIGTERM)
+    own = [found for found in in_order if found[1].exitcode not in taken_along]
+    rank, failure = (own or in_order)[0]
     if failure.exitcode in (UserError.status, 130):  # its one line is on the screen
         return failure.exitcode
     if failure.exitcode < 0:

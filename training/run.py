@@ -7,7 +7,6 @@ A folder holds one run. The first rank writes there; the others only count along
     best.safetensors         the best on validation, weights only
 """
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -124,9 +123,14 @@ class Run:
             self.log.flush_to_disk()
             training = optimizer_tensors(self.optimizer, self.model)
             self.saved = self.write_checkpoint(f"step-{self.step:06d}", training)
+            if not self.log.path.exists():
+                raise UserError(
+                    f"{self.out}: was deleted or moved while the run went on; its log is lost, its "
+                    f"newest state is saved as {self.saved}: the same command goes on from there"
+                )
             if self.config.keep:
                 for old in list_checkpoints(self.out)[: -self.config.keep]:
-                    os.remove(old)
+                    old.unlink()
         self.ranks.wait()
 
     def write_checkpoint(self, name: str, training: dict | None = None) -> Path:
