@@ -10,7 +10,9 @@ With sim [n_text, n_video] (row = caption, column = video) each caption ranks it
 Two details make or break the number. *A tie counts half*: a model that scores everything alike gets
 the middle rank, which is chance. (Counting only the strictly better ones would give it R@1 = 100.)
 *Several captions per video*: each caption is a t2v query of its own. In v2t a video takes the best
-rank that any of its captions reaches, and its other captions never compete.
+rank that any of its captions reaches, and its other captions never compete. The candidates are the
+captions of all other videos (v2t), or of each other video its best caption only (v2t_grouped, as
+CLIP4Clip and X-Pool count). The two agree in R@1 and differ below.
 
 A *task* is a gallery with captions, or questions, and a protocol: datasets/tasks.py.
 
@@ -45,6 +47,7 @@ from datasets.tasks import TASKS, Task
 from report.page import DIRECTIONS, Results, write_report
 from search.query import search_folder
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.clip import is_clip, zero_shot
 from videos.cache import FrameCache
 
 # by the README's first command; fp16, weights only
@@ -89,8 +92,10 @@ def check_pairs(video_of_text, n_text: int, n_video: int, device) -> torch.Tenso
     return video_of_text
 
 
-def count_ranks(scores, positive, video_of_text, n_video: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t2v [n_text], v2t [videos with captions]), float64, 1-based: a rank may end in .5.
+def count_ranks(scores, positive, video_of_text, n_video: int) -> dict[str, np.ndarray]:
+    """{"t2v": [n_text], "v2t": [videos with captions]}, float64, 1-based: a rank may end in .5.
+
+    And "v2t_grouped", as "v2t", where a video has several captions.
 
     scores(rows, columns) gives one float64 tile of sim; positive [n_text] are the scores of the
     right pairs. Counting half of the ties makes one formula of the rank, since (1 + sign(x)) / 2 is
@@ -106,29 +111,42 @@ def count_ranks(scores, positive, video_of_text, n_video: int) -> tuple[np.ndarr
     best = torch.full((n_video,), -torch.inf, dtype=torch.float64, device=device)
     best.scatter_reduce_(0, video_of_text, positive, "amax")
 
+    has_several = n_text > int((best > -torch.inf).sum())
+
     # Σ sign over all candidates, the right ones too
     above = torch.zeros(n_text, dtype=torch.float64, device=device)
     below = torch.zeros(n_video, dtype=torch.float64, device=device)
-    for i in range(0, n_text, TILE):
-        for j in range(0, n_video, TILE):
-            rows, columns = slice(i, i + TILE), slice(j, j + TILE)
+    groups_below = torch.zeros_like(below)
+    for j in range(0, n_video, TILE):
+        columns = slice(j, j + TILE)
+        if has_several:  # each video's best caption
+            groups = torch.full_like(best[:, None] * best[columns], -torch.inf)
+        for i in range(0, n_text, TILE):
+            rows = slice(i, i + TILE)
             tile = scores(rows, columns)
-            above[rows] += (tile - positive[rows, None]).sign_().sum(1)
-            below[columns] += (tile - best[columns]).sign_().sum(0)
+            if has_several:
+                group = video_of_text[rows, None].expand_as(tile)
+                groups.scatter_reduce_(0, group, tile, "amax")
+            above[rows] += (tile - positive[rows, None]).sign().sum(1)
+            below[columns] += (tile - best[columns]).sign().sum(0)
+        if has_several:
+            groups_below[columns] = (groups - best[columns]).sign().sum(0)
 
     # take the right candidates out again: one of a caption, of a video all its captions
     half_ties = (1 + (positive - best[video_of_text]).sign()) / 2
     own = torch.zeros_like(best).index_add_(0, video_of_text, half_ties)
-    t2v = 1 + (n_video + above) / 2 - 0.5
-    v2t = 1 + (n_text + below) / 2 - own
-    return t2v.cpu().numpy(), v2t[best > -torch.inf].cpu().numpy()
+    asks = best > -torch.inf
+    ranks = dict(t2v=1 + (n_video + above) / 2 - 0.5, v2t=(1 + (n_text + below) / 2 - own)[asks])
+    if has_several:
+        ranks["v2t_grouped"] = (1 + (n_video + groups_below) / 2 - 0.5)[asks]
+    return {name: rank.cpu().numpy() for name, rank in ranks.items()}
 
 
-def retrieval_ranks(text_emb, video_emb, video_of_text) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks (t2v [n_text], v2t [videos with captions]) of embeddings [n_text, E], [n_video, E].
+def retrieval_ranks(text_emb, video_emb, video_of_text) -> dict[str, np.ndarray]:
+    """`count_ranks` of embeddings [n_text, E], [n_video, E].
 
-    Equals the ranks of `similarity(text_emb, video_emb)`, in memory that grows with n, not n².
-    Raises UserError where an embedding is not finite.
+    Equals the ranks of `similarity(text_emb, video_emb)`, without a matrix of that size. Raises
+    UserError where an embedding is not finite.
     """
     text, video = to_grid(text_emb), to_grid(video_emb)
     check_finite(text, "text embeddings")
@@ -144,14 +162,14 @@ def retrieval_ranks(text_emb, video_emb, video_of_text) -> tuple[np.ndarray, np.
     return count_ranks(scores, positive, video_of_text, len(video))
 
 
-def summarize_ranks(t2v: np.ndarray, v2t: np.ndarray) -> dict[str, float]:
-    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, and the same for v2t}."""
+def summarize_ranks(ranks: dict[str, np.ndarray]) -> dict[str, float]:
+    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, and the same for v2t and v2t_grouped}."""
     metrics = {}
-    for direction, ranks in (("t2v", t2v), ("v2t", v2t)):
+    for way, rank in ranks.items():
         for k in (1, 5, 10):
-            metrics[f"{direction}_R@{k}"] = 100 * float(np.mean(ranks <= k))
-        metrics[f"{direction}_MdR"] = float(np.median(ranks))
-        metrics[f"{direction}_MnR"] = float(np.mean(ranks))
+            metrics[f"{way}_R@{k}"] = 100 * float(np.mean(rank <= k))
+        metrics[f"{way}_MdR"] = float(np.median(rank))
+        metrics[f"{way}_MnR"] = float(np.mean(rank))
     return metrics
 
 
@@ -170,7 +188,7 @@ def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
     def scores(rows, columns):
         return sim[rows, columns].double()
 
-    return summarize_ranks(*count_ranks(scores, positive, video_of_text, sim.shape[1]))
+    return summarize_ranks(count_ranks(scores, positive, video_of_text, sim.shape[1]))
 
 
 def dual_softmax_metrics(sim, video_of_text, scale: float) -> dict[str, float]:
@@ -261,7 +279,7 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
     The model has neither dropout nor batch statistics: it is the same in training and evaluation.
     """
     text_emb, video_emb = embed_split(model, tokenizer, split, cache)
-    return summarize_ranks(*retrieval_ranks(text_emb, video_emb, split.video_of_caption))
+    return summarize_ranks(retrieval_ranks(text_emb, video_emb, split.video_of_caption))
 
 
 # ---- one evaluation ------------------------------------------------------------------------------
@@ -275,7 +293,8 @@ TaskName = Literal[
 class EvalConfig:
     """Evaluate a checkpoint: retrieval, and multiple choice where the task has it."""
 
-    checkpoint: str | None = None  # file, or a run's folder (its newest); None: the one that ships
+    # a file, a run's folder (its newest), or CLIP's weights; None: the one that ships
+    checkpoint: str | None = None
     task: TaskName = "toy"  # toy: embedded; csv: your own, --data; search: --videos; else published
     data_root: str | None = None  # annotations and videos of a published set: docs/benchmarks.md
     data: str | None = None  # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
@@ -315,12 +334,12 @@ def measure(
         raise UserError(f"no caption is left whose video decodes; the first: {first}")
 
     video_emb = embed_videos(model, cache, usable.video_paths, usable.window)
-    metrics, ranks = {}, (np.zeros(0), np.zeros(0))
+    metrics, ranks = {}, dict(t2v=np.zeros(0), v2t=np.zeros(0))
     text_emb, gallery_emb = video_emb[:0], video_emb[: len(split.video_paths)]
     if split.captions:
         text_emb = embed_texts(model, tokenizer, split.captions)
         ranks = retrieval_ranks(text_emb, gallery_emb, split.video_of_caption)
-        metrics |= summarize_ranks(*ranks)
+        metrics |= summarize_ranks(ranks)
     if dsl:
         check_matrix_size(len(text_emb), len(gallery_emb))
         sim, scale = similarity(text_emb, gallery_emb), model.logit_scale.exp().item()
@@ -335,7 +354,8 @@ def measure(
         kinds = [question.kind for question in questions]
         metrics |= multiple_choice_accuracy(option_scores, answers, kinds)
     embedded = (text_emb.numpy(), gallery_emb.numpy())
-    return metrics, Results(split, *embedded, *ranks, questions, option_scores)
+    shown = (ranks["t2v"], ranks["v2t"])
+    return metrics, Results(split, *embedded, *shown, questions, option_scores)
 
 
 def score_options(model, tokenizer, questions: list[Question], asked_emb) -> np.ndarray:
@@ -366,6 +386,10 @@ def check_matrix_size(n_text: int, n_video: int) -> None:
 
 # ---- the record ----------------------------------------------------------------------------------
 
+GROUPED_PROTOCOL = (
+    " v2t_grouped compares with CLIP4Clip's and X-Pool's tables, where each video of the gallery "
+    "is represented by its best caption; v2t lets every caption compete."
+)
 DSL_PROTOCOL = (
     " Metrics named dsl_ use the dual softmax over the whole query set: they compare only with "
     "others that do."
@@ -431,11 +455,16 @@ def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics,
     """What metrics.json holds: every metric, and all that is needed to compare it with another."""
     counts, note = count_what_is_there(task, results)
     sizes, unusable = checkpoint.model.config, results.split.broken
+    protocol = task.protocol
+    if "v2t_grouped_R@1" in metrics:
+        protocol += GROUPED_PROTOCOL
+    if config.dsl:
+        protocol += DSL_PROTOCOL
     missing = sum(not os.path.exists(path) for path in unusable)
     return dict(
         task=config.task,
         split=config.split,
-        protocol=task.protocol + (DSL_PROTOCOL if config.dsl else ""),
+        protocol=protocol,
         **metrics,
         note="; ".join(filter(None, (note, task.doubt))),
         **counts,
@@ -504,7 +533,12 @@ def evaluate(config: EvalConfig) -> dict:
     device = choose_device(config)
     if config.checkpoint is None:
         print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
-    checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
+    if config.checkpoint and is_clip(Path(config.checkpoint)):
+        checkpoint = zero_shot(config.checkpoint)
+        checkpoint.model.to(device)
+        print(f"{checkpoint.path}: CLIP, frame by frame, never trained on videos")
+    else:
+        checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
     beside = checkpoint.path.parent if config.checkpoint else Path("runs")
     if config.task == "search":
         return search_folder(
@@ -544,11 +578,11 @@ def evaluate(config: EvalConfig) -> dict:
 def format_table(record: dict) -> str:
     """The record's metrics as lines of text."""
     columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
-    lines = [" " * 19 + "".join(f"{column:>8s}" for column in columns)]
+    lines = [" " * 22 + "".join(f"{column:>8s}" for column in columns)]
     for name, way in DIRECTIONS.items():
         if f"{way}_R@1" in record:
             values = [record[f"{way}_{column}"] for column in columns]
-            lines.append(f"{name:19s}" + "".join(f"{value:8.1f}" for value in values))
+            lines.append(f"{name:22s}" + "".join(f"{value:8.1f}" for value in values))
 
     if record["questions"]:
         kinds = []

@@ -54,7 +54,7 @@ from knowledge import ConceptVocab, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig, build_config
 from training.checkpoint import Checkpoint, resume_checkpoint
-from training.clip import Pretrained, is_new, read_clip
+from training.clip import Pretrained, is_new, read_pretrained
 from training.log import plot_curves
 from training.processes import Ranks, StopSignals, launch
 from training.run import Run
@@ -83,7 +83,7 @@ class TrainConfig(LossConfig):
     workers: int = 2  # processes that decode and tag before training
     # model
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
-    init: str | None = None  # weights of a CLIP: sizes and tokenizer follow from them
+    init: str | None = None  # weights of a CLIP, or a run: sizes and tokenizer follow from them
     image_size: int | None = None  # H = W of a frame, pixels; None: the preset's, or that of --init
     num_frames: str = "4,8"  # T, frames of a video; several: an equal share of the steps each
     # optimisation
@@ -92,7 +92,7 @@ class TrainConfig(LossConfig):
     batch_size: int = 128  # pairs in the global batch, over all processes
     chunk: int = 0  # pairs that a process encodes at a time, same negatives; 0 = all
     lr: float = 1e-3  # peak learning rate
-    encoder_lr: float | None = None  # --init: peak rate of CLIP's weights, --lr of what is new
+    encoder_lr: float | None = None  # --init: peak rate of its weights, --lr of what is new
     warmup: int = 60  # steps of linear warm-up; then cosine to zero
     weight_decay: float = 0.1  # of matrices only
     # machine
@@ -215,7 +215,7 @@ class Data:
     samples: PairDataset
     sampler: KnowledgeBatchSampler
     sizes: ModelConfig  # of the model
-    clip: Pretrained | None  # the weights of --init, on the first start
+    init: Pretrained | None  # the weights of --init, on the first start
     seed: int
 
     def load(self, job: "Job") -> dict[str, torch.Tensor]:
@@ -241,7 +241,7 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     started = time.perf_counter()
     folder, show = Path(config.cache), ranks.is_first
     train_split, val_split = load_splits(config)
-    sizes, tokenizer, clip = starting_point(config, resumed)
+    sizes, tokenizer, init = starting_point(config, resumed)
 
     cache = open_cache(folder / "frames", sizes)
     decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
@@ -272,11 +272,11 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         seconds = time.perf_counter() - started
         print(f"{counts}, {len(vocab)} concepts; ready after {seconds:.0f} s", flush=True)
     splits = (train_split, val_split)
-    return Data(*splits, tokenizer, vocab, samples, sampler, sizes, clip, config.seed)
+    return Data(*splits, tokenizer, vocab, samples, sampler, sizes, init, config.seed)
 
 
 def starting_point(config: TrainConfig, resumed: Checkpoint | None) -> tuple:
-    """(sizes of the model, tokenizer or None: to be trained, CLIP's weights or None).
+    """(sizes of the model, tokenizer or None: to be trained, weights of --init or None).
 
     A resumed run has its own, and never needs --init again.
     """
@@ -284,8 +284,8 @@ def starting_point(config: TrainConfig, resumed: Checkpoint | None) -> tuple:
     if resumed:
         return resumed.model.config, resumed.tokenizer, None
     if config.init:
-        clip = read_clip(config.init, num_frames=last, image_size=config.image_size)
-        return clip.sizes, Tokenizer.from_clip(clip.path.parent, clip.sizes.vocab_size), clip
+        found = read_pretrained(config.init, num_frames=last, image_size=config.image_size)
+        return found.sizes, found.tokenizer, found
 
     sizes = build_config(config.preset, num_frames=last)
     sizes = replace(sizes, image_size=config.image_size or sizes.image_size)
@@ -308,7 +308,8 @@ def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
         return train_split, load_split("csv", val, "val", root=root) if val else None
 
     if name == "toy":
-        root = toyworld.generate(Path(config.cache) / "toy", workers=config.workers)
+        folder = Path(config.cache) / "toy"
+        root = toyworld.generate(folder, splits=("train", "val"), workers=config.workers)
     if not root:
         raise UserError(f"--dataset {name}: needs --data-root FOLDER with annotations and videos")
     train_split = load_split(name, root)
@@ -357,16 +358,16 @@ def num_frames(config: TrainConfig) -> list[int]:
 
 
 def build_model(config: TrainConfig, data: Data) -> CLOP:
-    """A fresh model, with CLIP's weights in it if --init names some."""
+    """A fresh model, with the weights in it that --init names."""
     torch.manual_seed(config.seed)
     num_concepts = len(data.vocab) if config.skp_weight else 0
     sizes = replace(data.sizes, vocab_size=data.tokenizer.vocab_size, num_concepts=num_concepts)
     model = CLOP(sizes)
     if num_concepts:
         model.init_concept_bias(torch.from_numpy(data.vocab.log_odds))
-    if data.clip:
-        new = data.clip.load_into(model)
-        print(f"{data.clip.describe()}; newly made: {len(new)} tensors (time path, concept head)")
+    if data.init:
+        new = data.init.load_into(model)
+        print(f"{data.init.describe()}; newly made: {len(new)} tensors")
     model.use_checkpointing(config.checkpointing)
     return model
 

@@ -37,7 +37,7 @@ from cli import parse_config, run
 from data import KnowledgeBatchSampler, load_videos
 from knowledge import unit_rows
 from videos.cache import FrameCache
-from videos.decode import _square as cut_square
+from videos.decode import square as cut_square
 from videos.decode import frame_indices, read_frames, write_video
 
 

@@ -300,7 +300,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
 def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]:
     """Ranks and multiple choice on a gallery."""
     video_emb, text_emb = F.normalize(heads.video(side.video)), F.normalize(heads.text(side.text))
-    metrics = summarize_ranks(*retrieval_ranks(text_emb, video_emb, side.video_of_text))
+    metrics = summarize_ranks(retrieval_ranks(text_emb, video_emb, side.video_of_text))
     if len(questions):
         video = video_emb[side.video_of_text[questions[:, 0]]].double()  # [n, E]
         options = text_emb[questions].double()  # [n, options, E]

@@ -1,15 +1,13 @@
-"""How long does a query take in a large library? From its text to printed ranks, split into its two
-parts.
+"""How long does a query take in a large library? From its text to printed ranks, in two parts.
 
-    python -m bench.search                                          # 100,000 videos of 1 window; E
-                                                                    = 128, 256, 512
-    python -m bench.search --videos 100000 --windows 10             # 1,000,000 windows
+    python -m bench.search                                # 100,000 videos of 1 window each
+    python -m bench.search --videos 100000 --windows 10   # 1,000,000 windows
 
-The library is an index on disk of random unit vectors, read as `eval.py --task search` reads it
-(the cold start: read and check the shards, look at nothing else; then gather all windows in
-memory). The model is untrained: preset "toy" for E = 128, "small" for 256, "base" for 512, whose
-text towers those widths belong to. A query is 8 words; median and worst of `--queries` different
-ones, printed to a string as the task prints them.
+The library is an index of random unit vectors, read as `eval.py --task search` reads it (the cold
+start: read and check every row, then gather all windows in memory). The model is untrained: preset
+"toy" for E = 128, "small" for 256, "base" for 512, whose text towers those widths belong to. A query
+is 8 words. Median and worst of `--queries` different ones, printed to a string as the task prints
+them.
 """
 
 import contextlib
@@ -23,15 +21,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from captions.tokenizer import Tokenizer  # noqa: E402
-from cli import parse_config, run  # noqa: E402
-from model import CLOP, build_config  # noqa: E402
-from search.index import File, Index, Record  # noqa: E402
-from search.query import Library, answer, print_answer  # noqa: E402
-from training.checkpoint import Checkpoint  # noqa: E402
+from captions.tokenizer import Tokenizer
+from cli import parse_config, run
+from model import CLOP, build_config
+from search.index import File, Index, Record
+from search.query import Library, answer, print_answer
+from training.checkpoint import Checkpoint
 
 WORDS = "a the dog cat man woman child runs rides eats throws red blue ball horse bike beach street kitchen".split()
 
@@ -47,22 +45,21 @@ class BenchConfig:
     top: int = 10  # matches
 
 
-def fill(folder: Path, config: BenchConfig, embed_dim: int) -> tuple[list[File], dict]:
-    """Write the index; (its files, its recipe)."""
-    rng, recipe = np.random.default_rng(0), dict(checkpoint="random", window=8.0)
+def fill(path: Path, config: BenchConfig, embed_dim: int) -> tuple[list[File], dict]:
+    """Write the index; (its files, what opens it)."""
+    recipe = dict(checkpoint="random", window=8.0, embed_dim=embed_dim)
     files = [
         File(f"holidays/{i // 1000:03d}/clip {i:06d}.mp4", i, 10**6) for i in range(config.videos)
     ]
-    index = Index(folder, recipe, files, embed_dim)
-    seconds = np.arange(config.windows, dtype=np.float32)[:, None] * 8 + np.float32(
-        [0, 8]
-    )  # [windows, 2]
-    for i in range(0, len(files), 10_000):
-        emb = rng.standard_normal(
-            (len(files[i : i + 10_000]), config.windows, embed_dim), np.float32
-        )
-        emb /= np.linalg.norm(emb, axis=2, keepdims=True)
-        index.add({file: Record("", seconds, rows) for file, rows in zip(files[i:], emb)})
+    index, rng = Index(path, **recipe), np.random.default_rng(0)
+    starts = np.arange(config.windows, dtype=np.float32)[:, None] * 8
+    spans = starts + np.float32([0, 8])  # [windows, 2]
+
+    index.database.execute("PRAGMA synchronous = OFF")  # only here: it is thrown away
+    for file in files:
+        emb = rng.standard_normal((config.windows, embed_dim), np.float32)
+        emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+        index.add(file, Record("", spans, emb))
     return files, recipe
 
 
@@ -73,10 +70,11 @@ def measure(preset: str, config: BenchConfig, tokenizer: Tokenizer) -> None:
         CLOP(sizes).eval(), tokenizer, None, {}, 0, {}, "random", Path("random"), {}
     )
     with tempfile.TemporaryDirectory() as folder:
-        files, recipe = fill(Path(folder), config, sizes.embed_dim)
-        megabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
+        path = Path(folder) / "index.sqlite"
+        files, recipe = fill(path, config, sizes.embed_dim)
+        megabytes = path.stat().st_size / 1e6
         started = time.perf_counter()
-        library = Library(Index(Path(folder), recipe, files, sizes.embed_dim).known())
+        library = Library(Index(path, **recipe).known(files))
         cold = time.perf_counter() - started
     rng, rows = np.random.default_rng(1), []
     for _ in range(3 + config.queries):

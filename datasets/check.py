@@ -1,7 +1,7 @@
 """Is a data set whole? What should be there, what is, what is missing, what does not decode.
 
-Half of the published numbers that cannot be repeated were made on what was left of a data set:
-videos vanish from the web, downloads break off, archives unpack into the wrong folder. So before a
+Half of the published numbers that cannot be repeated were made on what was left of a data set.
+Videos vanish from the web, downloads break off, archives unpack into the wrong folder. So before a
 week of training comes
 
     python -m datasets.check msrvtt --root FOLDER --out problems.csv
@@ -10,130 +10,95 @@ week of training comes
      train      9000      9000    180000      8990        10         0        50
       test      1000      1000      1000       999         1         1        49
 
-expected: what the protocol has (datasets.py); listed: what the annotation files name; missing:
-listed, but not on disk; broken: empty, or one of a random sample that does not decode. (All are
-decoded when the frame cache is filled; this takes seconds.) The exit status is 0 if the data set is
-whole, else 1. A result on an incomplete one says so by itself.
-
+expected: what the protocol has; listed: what the annotation files name; missing: listed, but not on
+disk; broken: empty, or one of a random sample that does not decode. (All are decoded when the frame
+cache is filled; this takes seconds.) The exit status is 0 if the data set is whole, else 1.
 """
 
 import csv
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from cli import UserError, parse_config, run
+from cli import UserError, parse_config, run, write_whole
 from datasets.published import DATASETS, load_split
+from datasets.split import Split
 from videos.decode import VideoError, read_frames
+from videos.workers import run_guarded
+
+COLUMNS = ("split", "expected", "listed", "captions", "found", "missing", "broken", "decoded")
 
 
 def check_dataset(
     dataset: str, root: str | Path, *, sample: int = 50, seed: int = 0
 ) -> tuple[list[dict], list[dict]]:
-    """(a row {split, expected, listed, captions, found, missing, broken, decoded} for each split,
-    and for each problem {split, status, video, reason}).
+    """(a row of COLUMNS for each split, {split, status, video, reason} for each problem).
 
-    expected: how many videos the protocol has; listed: how many the files name. Of those found, all
-    empty files and those of a random `sample` that do not decode are broken; decoded: how many of
-    the sample do. The status of a problem is "missing", "broken", "count" (the files list more or
-    less than the protocol has) or "no split" (they cannot be read).
+    Of those found, all empty files and those of a random `sample` that do not decode are broken.
+    The status of a problem is "missing", "broken", "count" (the files list more or less than the
+    protocol has) or "no split" (they cannot be read).
     """
     if dataset not in DATASETS:
         raise UserError(f"{dataset}: no such data set; one of {', '.join(DATASETS)}")
     counts, problems = [], []
     for role, expected in DATASETS[dataset].videos.items():
-        row = dict(
-            split=role,
-            expected=expected,
-            listed=0,
-            captions=0,
-            found=0,
-            missing=0,
-            broken=0,
-            decoded=0,
-        )
+        row = dict.fromkeys(COLUMNS, 0) | dict(split=role, expected=expected)
         counts.append(row)
         try:
             split = load_split(dataset, root, role)
         except UserError as error:
             problems.append(dict(split=role, status="no split", video="", reason=str(error)))
             continue
-        found = [path for path in split.video_paths if os.path.isfile(path)]
-        drawn = set(np.random.default_rng(seed).permutation(len(found))[:sample].tolist())
-        reasons = {path: f"{path}: no such video file" for path in {*split.video_paths} - {*found}}
-        row |= dict(
-            listed=len(split.video_paths),
-            captions=len(split.captions),
-            found=len(found),
-            missing=len(reasons),
-        )
-        for what, listed, fixed in (
-            ("videos", row["listed"], expected),
-            ("captions", row["captions"], DATASETS[dataset].captions.get(role)),
-        ):
-            if fixed not in (None, listed):
-                reason = f"its files list {listed:,} {what}, the protocol has {fixed:,}"
+
+        missing = [path for path in split.video_paths if not os.path.isfile(path)]
+        broken = find_broken(split, sample, seed)
+        row["listed"] = len(split.video_paths)
+        row["captions"] = len(split.captions)
+        row["missing"] = len(missing)
+        row["found"] = row["listed"] - row["missing"]
+        row["broken"] = sum(reason is not None for reason in broken.values())
+        row["decoded"] = len(broken) - row["broken"]
+
+        fixed = dict(videos=expected, captions=DATASETS[dataset].captions.get(role))
+        listed = dict(videos=row["listed"], captions=row["captions"])
+        for what, count in fixed.items():
+            if count not in (None, listed[what]):
+                reason = f"its files list {listed[what]:,} {what}, the protocol has {count:,}"
                 problems.append(dict(split=role, status="count", video="", reason=reason))
-        for i, path in enumerate(
-            tqdm(found, desc=f"check {role}", unit="video", leave=False, disable=None)
-        ):
-            try:
-                if os.path.getsize(path) == 0 or i in drawn:
-                    read_frames(path, 4, size=32, start=split.window[0], end=split.window[1])
-                    row["decoded"] += 1
-            except VideoError as error:
-                row["broken"] += 1
-                reasons[path] = str(error)
-        problems += [
-            dict(
-                split=role,
-                status="broken" if os.path.isfile(path) else "missing",
-                video=path,
-                reason=reasons[path],
-            )
-            for path in split.video_paths
-            if path in reasons
-        ]
+        reasons = broken | {path: f"{path}: no such video file" for path in missing}
+        for path in split.video_paths:
+            if reasons.get(path):
+                status = "missing" if reasons[path].endswith("no such video file") else "broken"
+                problems.append(dict(split=role, status=status, video=path, reason=reasons[path]))
     return counts, problems
 
 
-def print_check(
-    dataset: str, root: str | Path, *, sample: int = 50, seed: int = 0, out: str | None = None
-) -> bool:
-    """Print the counts and the problems, write them as csv to `out`; is the data set whole? Raises
-    UserError.
-    """
-    counts, problems = check_dataset(dataset, root, sample=sample, seed=seed)
-    print("".join(f"{column:>10s}" for column in counts[0]))
-    for row in counts:
-        print("".join(f"{'-' if value is None else value:>10}" for value in row.values()))
-    print(
-        f"decoded: of a random sample of {sample} videos a split (seed {seed}); - = no fixed number"
+def find_broken(split: Split, sample: int, seed: int) -> dict[str, str | None]:
+    """{path: why it does not decode, or None} of all empty files and of a random sample."""
+    found = [path for path in split.video_paths if os.path.isfile(path)]
+    drawn = set(np.random.default_rng(seed).permutation(len(found))[:sample].tolist())
+    tried = [path for i, path in enumerate(found) if i in drawn or not os.path.getsize(path)]
+    start, end = split.window
+    decoded = run_guarded(
+        partial(try_to_decode, start=start, end=end), tried, workers=min(os.cpu_count(), len(tried))
     )
-    for problem in problems[:20]:
-        print(f"    {problem['split']}: {problem['reason']}")
-    if len(problems) > 20:
-        print(
-            f"    … and {len(problems) - 20} more" + ("" if out else "; --out FILE lists them all")
-        )
-    if out:
-        try:
-            with open(out, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, ["split", "status", "video", "reason"])
-                writer.writeheader()
-                writer.writerows(problems)
-        except OSError as error:
-            raise UserError(
-                f"{out}: cannot be written ({error.strerror}); choose another --out"
-            ) from error
-        print(f"{out}: {len(problems)} problems")
-    print(f"{dataset}: " + ("not whole; results on it are not comparable" if problems else "whole"))
-    return not problems
+    bar = tqdm(decoded, "decode", len(tried), unit="video", leave=False, disable=None)
+    return {tried[n]: why or None for n, why in bar}
+
+
+def try_to_decode(path: str, start: float, end: float | None) -> str:
+    """In a worker: why not, or ""."""
+    try:
+        read_frames(path, 4, size=32, start=start, end=end)
+    except VideoError as error:
+        return str(error)
+    return ""
 
 
 @dataclass
@@ -148,8 +113,25 @@ class CheckConfig:
 
 def main() -> None:
     config = parse_config(CheckConfig)
-    is_whole = print_check(config.dataset, config.root, sample=config.sample, out=config.out)
-    sys.exit(0 if is_whole else 1)
+    counts, problems = check_dataset(config.dataset, config.root, sample=config.sample)
+    print("".join(f"{column:>10s}" for column in COLUMNS))
+    for row in counts:
+        print("".join(f"{'-' if row[c] is None else row[c]:>10}" for c in COLUMNS))
+    print(f"decoded: of a random sample of {config.sample} videos a split (seed 0)")
+
+    for problem in problems[:20]:
+        print(f"    {problem['split']}: {problem['reason']}")
+    if len(problems) > 20:
+        print(f"    … and {len(problems) - 20} more; --out FILE lists them all")
+    if config.out:
+        with write_whole(config.out) as unfinished, open(unfinished, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["split", "status", "video", "reason"])
+            writer.writeheader()
+            writer.writerows(problems)
+        print(f"{config.out}: {len(problems)} problems")
+    whole = "not whole; results on it are not comparable" if problems else "whole"
+    print(f"{config.dataset}: {whole}")
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":

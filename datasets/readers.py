@@ -1,28 +1,27 @@
-"""What a data set says: videos, captions, and which caption is of which video; its files are read
-with suspicion.
+"""The kinds of files that data sets come in, read with suspicion.
 
-An annotation file was written by strangers, with a script of their own, and a caption that silently
+An annotation file was written by strangers, with a script of their own. A caption that silently
 vanished changes every number that is measured afterwards. So nothing is guessed and nothing is
-skipped: a column that is missing, a number where a text should be, a broken quote, a byte that is
-no UTF-8 ends in one line (UserError) that says where,
+skipped. A column that is missing, a number where a text should be, a broken quote, a byte that is
+no UTF-8: each ends in one line (UserError) that says where, and what was expected,
 
     train.csv, line 3: 1 columns, the header has 2; expected video, caption
     MSRVTT_data.json, sentences[17]: the entry has no caption; expected video_id, caption
 
-and what was expected. The readers here know kinds of files, not data sets (those are in
-datasets.py); each yields (where, row) and holds one row at a time, whatever the size of the file:
+The readers know kinds of files, not data sets (published.py). Each yields (where, row) and holds
+one row at a time, whatever the size of the file:
 
-    read_csv      a header, then rows                    read_columns   no header: a fixed number of columns, no quotes
-    read_jsonl    a JSON object a line                   read_list      a name a line
-    read_json     one JSON document, whole               read_captions_pickle   {video: captions} in a pickle
+    read_csv               a header, then rows
+    read_columns           no header, a fixed number of columns, no quotes
+    read_jsonl             a JSON object a line
+    read_list              a name a line
+    read_json              one JSON document, whole
+    read_captions_pickle   {video: captions} in a pickle
 
 Three things that a file from elsewhere must not do: run code (a pickle may call any function, so
 ours is read by a reader that can build plain data only), point out of the folder of the data
 (`check_name`), and bring characters that no name or text holds (control characters in a path,
 halves of characters in a caption).
-
-    python -m datasets.readers FILE.csv        the first rows of a csv or jsonl file with the
-                                               columns video and caption
 """
 
 import csv
@@ -40,19 +39,16 @@ KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"
 
 
 def check_row(row, where: str, columns: dict[str, type]) -> None:
-    """Raise UserError unless `row` is a dict in which each column is there, of its type, and whole
-    characters.
-    """
+    """Raise UserError unless `row` is a dict in which each column is there, and of its type."""
     expected = f"expected {', '.join(columns)}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: the entry is not an object; {expected}")
     if missing := [name for name in columns if name not in row]:
         raise UserError(f"{where}: the entry has no {' or '.join(missing)}; {expected}")
+
     for name, kind in columns.items():
         if type(row[name]) is not kind:
-            raise UserError(
-                f"{where}: {name} is {_short(row[name])}, not {KINDS[kind]}; {expected}"
-            )
+            raise UserError(f"{where}: {name} is {short(row[name])}, not {KINDS[kind]}; {expected}")
         if kind is str:
             check_text(row[name], where, name)
 
@@ -60,19 +56,19 @@ def check_row(row, where: str, columns: dict[str, type]) -> None:
 def check_text(text, where: str, name: str) -> str:
     """`text`, if it is one that can be written as UTF-8. Raises UserError."""
     if not isinstance(text, str):
-        raise UserError(f"{where}: {name} is {_short(text)}, not a text")
-    if not text.isascii() and _SURROGATE.search(text):
+        raise UserError(f"{where}: {name} is {short(text)}, not a text")
+    if not text.isascii() and SURROGATE.search(text):
         raise UserError(
             f"{where}: {name} holds half of a character (a lone surrogate); repair the file"
         )
     return text
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def _short(value) -> str:
+def short(value) -> str:
     return repr(value)[:40]
 
 
@@ -83,13 +79,14 @@ def check_name(name: str, where: str, *, inside: bool = True) -> str:
     """
     if not name.strip():
         raise UserError(f"{where}: video is empty; expected the name of a file")
-    if _CONTROL.search(name):
+    if CONTROL.search(name):
         raise UserError(
-            f"{where}: the video {_short(name)} has control characters in its name; repair the file"
+            f"{where}: the video {short(name)} has control characters in its name; repair the file"
         )
     if inside and (name[0] in "/\\" or name[1:2] == ":" or ".." in re.split(r"[/\\]", name)):
         raise UserError(
-            f"{where}: the video {_short(name)} lies outside of the data root; expected a path below it"
+            f"{where}: the video {short(name)} lies outside of the data root; expected a path "
+            "below it"
         )
     return name
 
@@ -100,37 +97,33 @@ def check_name(name: str, where: str, *, inside: bool = True) -> str:
 def read_csv(
     path: Path, columns: Sequence[str], delimiter: str = ","
 ) -> Iterator[tuple[str, dict]]:
-    """(where, {column: text}) of each row of a file whose header holds these columns (and perhaps
-    others).
+    """(where, {column: text}) of each row of a file whose header holds these columns.
 
-    Raises UserError as the top of this file says; also where the file has no header. Blank lines
-    are no rows.
+    Blank lines are no rows. Raises UserError as the top of this file says; also where the file has
+    no header.
     """
     expected = f"expected {', '.join(columns)}"
-    reader, header, start = (
-        csv.reader(_lines(path, expected), strict=True, delimiter=delimiter),
-        None,
-        1,
-    )
+    reader = csv.reader(read_lines(path, expected), strict=True, delimiter=delimiter)
+    header, start = None, 1
     try:
         for row in reader:
+            where = f"{path}, line {start}"
+            # a quoted caption may run over several lines: the row begins at `start`
+            start = reader.line_num + 1
             if header is None and any(map(str.strip, row)):
                 header = row
                 if missing := [name for name in columns if name not in header]:
+                    shown = delimiter.join(header)[:80]
                     raise UserError(
-                        f"{path}, line {start}: the header {delimiter.join(header)[:80]!r} has no "
-                        f"{' or '.join(missing)}; {expected}"
+                        f"{where}: the header {shown!r} has no {' or '.join(missing)}; {expected}"
                     )
             elif header and row:
                 if len(row) != len(header):
                     raise UserError(
-                        f"{path}, line {start}: {len(row)} columns, the header has {len(header)}; "
-                        f"{expected} (a caption with a comma stands in double quotes)"
+                        f"{where}: {len(row)} columns, the header has {len(header)}; {expected} "
+                        "(a caption with a comma stands in double quotes)"
                     )
-                yield f"{path}, line {start}", dict(zip(header, row))
-            start = (
-                reader.line_num + 1
-            )  # a quoted caption may run over several lines: the row begins at `start`
+                yield where, dict(zip(header, row))
     except csv.Error as error:
         raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
     if not header:
@@ -144,7 +137,7 @@ def read_columns(
     these columns.
     """
     expected, empty = f"expected {', '.join(columns)}, separated by tabs, without a header", True
-    for number, line in enumerate(_lines(path, expected), 1):
+    for number, line in enumerate(read_lines(path, expected), 1):
         values = line.rstrip("\r\n").split(delimiter)
         if line.strip():
             if len(values) != len(columns):
@@ -157,11 +150,11 @@ def read_columns(
 
 def read_list(path: Path) -> list[tuple[str, str]]:
     """(where, name) of each line of a file of names, one a line, without a header."""
-    names = [
-        (f"{path}, line {number}", check_text(line.strip(), f"{path}, line {number}", "the name"))
-        for number, line in enumerate(_lines(path, "expected one name a line"), 1)
-        if line.strip()
-    ]
+    names = []
+    for number, line in enumerate(read_lines(path, "expected one name a line"), 1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            names.append((where, check_text(line.strip(), where, "the name")))
     if not names:
         raise UserError(f"{path}: the file is empty; expected one name a line")
     return names
@@ -170,9 +163,9 @@ def read_list(path: Path) -> list[tuple[str, str]]:
 def read_jsonl(path: Path, columns: dict[str, type]) -> Iterator[tuple[str, dict]]:
     """(where, object) of each line, in which these columns are there, of their types."""
     expected, empty = f"expected an object with {', '.join(columns)} on each line", True
-    for number, line in enumerate(_lines(path, expected), 1):
+    for number, line in enumerate(read_lines(path, expected), 1):
         if line.strip():
-            row = _parse_json(line, f"{path}, line {number}", expected)
+            row = parse_json(line, f"{path}, line {number}", expected)
             check_row(row, f"{path}, line {number}", columns)
             empty = False
             yield f"{path}, line {number}", row
@@ -182,8 +175,8 @@ def read_jsonl(path: Path, columns: dict[str, type]) -> Iterator[tuple[str, dict
 
 def read_json(path: Path, expected: str):
     """The value of a JSON file. Raises UserError with the line of a mistake in its syntax."""
-    return _parse_json(
-        "".join(_lines(path, f"expected {expected}")), str(path), f"expected {expected}"
+    return parse_json(
+        "".join(read_lines(path, f"expected {expected}")), str(path), f"expected {expected}"
     )
 
 
@@ -230,13 +223,13 @@ def read_captions_pickle(path: Path) -> dict[str, list]:
     # a damaged pickle raises nearly anything; a list may be its own member, or a key a list
     except Exception as error:
         raise UserError(
-            f"{path}: not a pickle of plain data ({_short(str(error))}); expected {{video: captions}}; "
-            "fetch it again"
+            f"{path}: not a pickle of plain data ({short(str(error))}); expected {{video: "
+            "captions}}; fetch it again"
         ) from error
-    raise UserError(f"{path}: holds {_short(data)}; expected {{video: captions}}")
+    raise UserError(f"{path}: holds {short(data)}; expected {{video: captions}}")
 
 
-def _lines(path: Path, expected: str) -> Iterator[str]:
+def read_lines(path: Path, expected: str) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends, one at a time."""
     try:
         with open(path, "rb") as file:
@@ -253,9 +246,9 @@ def _lines(path: Path, expected: str) -> Iterator[str]:
         ) from error
 
 
-def _parse_json(text: str, where: str, expected: str):
+def parse_json(text: str, where: str, expected: str):
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _no_twins(pairs, where))
+        return json.loads(text, object_pairs_hook=lambda pairs: refuse_twins(pairs, where))
     except json.JSONDecodeError as error:
         at = f" (line {error.lineno})" if "\n" in text.strip() else ""
         raise UserError(f"{where}: not valid JSON{at}; {expected}") from error
@@ -263,14 +256,13 @@ def _parse_json(text: str, where: str, expected: str):
         raise UserError(f"{where}: not valid JSON; {expected}") from error
 
 
-def _no_twins(pairs: list, where: str) -> dict:
+def refuse_twins(pairs: list, where: str) -> dict:
     """A dict; a key that comes twice would lose the first one's value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise UserError(
-            f"{where}: {_short(next(name for name in names if names.count(name) > 1))} stands there twice"
-        )
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise UserError(f"{where}: {short(name)} stands there twice")
+        found[name] = value
     return found
 
 

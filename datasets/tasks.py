@@ -33,11 +33,11 @@ class Task:
 
 
 def load_toy(config, trained_on: str | None) -> Task:
-    """The toy world's gallery and its questions. What is missing of the world is rendered."""
+    """The toy world's gallery and its questions. Only its split is rendered, if it is missing."""
     if config.data:
         folder = Path(config.data)
     else:
-        folder = toyworld.generate(Path(config.cache) / "toy")
+        folder = toyworld.generate(Path(config.cache) / "toy", splits=[config.split])
     split = load_split("toy", folder, config.split)
     return Task(TOY_PROTOCOL, split, load_questions(folder / f"{config.split}_mc.jsonl"))
 

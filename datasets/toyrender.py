@@ -1,32 +1,23 @@
-"""Toy world, the pixels: a scene (what acts, and how) becomes a video of 16 frames of 64×64 pixels.
+"""Toy world, the pixels: a scene (who does what) becomes a video of 16 frames of 64 × 64 pixels.
 
-    Scene ──▶ polygons of each thing's kind                                                      (1: what a kind is)
-          ──▶ tracks: where the thing is, how large, how turned, how opaque, frame by frame      (2: what an action is)
-          ──▶ drawn on a textured backdrop with drifting blobs, seen by a shaky, noisy camera    (3: what a video is)
+    Scene -> outlines of each thing's kind                                          1. shapes
+          -> a track of each thing: place, size, angle, opacity, frame by frame     2. motion
+          -> drawn on a textured backdrop, seen by a shaky, noisy camera            3. pixels
 
-Training reads these videos at 32×32 pixels and 8 of the 16 frames, so that is the resolution at
-which kinds and actions have to be told apart: silhouettes differ, a thing is a quarter to a third
-of the frame's side, a spin turns by about 45° from one sampled frame to the next (no symmetry of
-any kind). Who does what to whom shows in the motion alone, never in the looks: the chaser is the
+Training reads these videos at 32 × 32 pixels and 8 of the 16 frames. So that is the resolution at
+which kinds and actions have to be told apart. Outlines differ. A thing is a quarter to a third of
+the frame's side. A spin turns by about 45° from one sampled frame to the next, which is no symmetry
+of any kind. Who does what to whom shows in the motion alone, never in the looks: the chaser is the
 one behind, the puller is ahead on its rope, the passer is the faster one.
 
-Realism is not the aim; that a person would find the right one of 1,000 videos is. What is random in
-a video beyond its scene (place, speed, mirror image, backdrop, camera) is a pure function of a
-seed. What is shown, and the words for it, are decided in toyworld.py.
-
-    python toyrender.py chase         # writes chase.png: each kind of thing chasing the next, as a
-                                      training run sees it
+What is random beyond the scene (place, speed, mirror image, backdrop, camera) is a pure function of
+a seed. Which scenes there are, and the words for them, is in toyworld.py.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tyro.conf import Positional
-
-import cli
-from cli import UserError
 
 SIDE, FRAMES = 64, 16
 COLOURS = {  # name: (body, mark), RGB
@@ -38,41 +29,19 @@ COLOURS = {  # name: (body, mark), RGB
     "black": ((12, 12, 12), (200, 200, 200)),
 }
 SIZES = {"small": 0.115, "big": 0.18}  # radius in frame sides: 15 and 23 of 64 pixels across
-SINGLE_ACTIONS = (
-    "spin",
-    "bounce",
-    "grow",
-    "shrink",
-    "blink",
-    "shake",
-    "slide",
-    "rise",
-    "fall",
-    "zigzag",
-    "fade",
-    "swing",
-    "roll",
+SINGLE_ACTIONS = tuple(
+    "spin bounce grow shrink blink shake slide rise fall zigzag fade swing roll".split()
 )
-RELATIONS = ("chase", "push", "pull", "orbit", "pass", "hit", "eat", "raise", "drop")
-SIDEWAYS = (
-    "slide",
-    "roll",
-    "zigzag",
-    "chase",
-    "push",
-    "pull",
-    "hit",
-    "eat",
-)  # groups stand one above the other
+RELATIONS = tuple("chase push pull orbit pass hit eat raise drop".split())
+# groups that do this stand one above the other
+SIDEWAYS = tuple("slide roll zigzag chase push pull hit eat".split())
 
 
 class Thing(NamedTuple):
-    """What one noun phrase speaks of; `size` is None for groups and for things that change their
-    size.
-    """
+    """What one noun phrase speaks of."""
 
     count: int
-    size: str | None
+    size: str | None  # None for groups, and for things that change their size
     colour: str
     kind: str
 
@@ -85,393 +54,222 @@ class Event(NamedTuple):
 
 Scene = tuple[Event, ...]  # one event, or two of them in a double scene (left, right)
 
-# --------------------------------------------------------------------------------------------------
-# 1. Shapes: polygons in a box of about [-1, 1]², y down. A kind is a list of layers (contours, BODY
-# or MARK: which of
-# its two colours). Contours of a layer are filled even-odd: one within another is a hole. Marks
-# show a ball's spin.
+# ---- 1. shapes -----------------------------------------------------------------------------------
+# Outlines in a box of about [-1, 1]², y down. A kind is a list of layers with ";" between them. A
+# layer is the body or the mark (which shows a ball's spin), and outlines with "|" between them. An
+# outline within another of its layer is a hole. "+" joins two pieces of an outline.
+#
+#     line  x y x y …        box  x0 y0 x1 y1        arc  x y rx ry [from to, degrees]
 
-BODY, MARK = 0, 1
+LAYERS = {
+    "ball": "body arc 0 0 1 1; mark arc 0 0 1 1 -50 50",
+    "star": "body star",
+    "heart": "body heart",
+    "moon": "body arc 0 0 1 1 50 310 + arc .45 0 .8 .8 285 75",
+    "ring": "body arc 0 .2 .85 .85 | arc 0 .2 .48 .48; mark box -.35 -1.1 .35 -.5",
+    "cross": "body line -.3 -1 .3 -1 .3 -.3 1 -.3 1 .3 .3 .3 "
+    ".3 1 -.3 1 -.3 .3 -1 .3 -1 -.3 -.3 -.3",
+    "tree": "mark box -.18 .5 .18 1;"
+    "body line 0 -1.1 .55 -.3 .3 -.3 .85 .55 -.85 .55 -.3 -.3 -.55 -.3",
+    "house": "body line 0 -1 1 -.2 .75 -.2 .75 .9 -.75 .9 -.75 -.2 -1 -.2;mark box -.25 .2 .25 .9",
+    "fish": "body arc .25 0 .85 .58; body line -.4 0 -1.1 -.65 -.9 0 -1.1 .65;"
+    "mark arc .7 -.15 .14 .14",
+    "car": "body line -1.1 .45 -1.1 -.05 -.65 -.15 -.4 -.65 .35 -.65 .65 -.15 1.1 0 1.1 .45;"
+    "mark arc -.6 .5 .3 .3; mark arc .6 .5 .3 .3",
+    "key": "body arc -.65 0 .55 .55 | arc -.65 0 .25 .25;"
+    "body line -.15 -.15 1.2 -.15 1.2 .6 .92 .6 .92 .15 .7 .15 .7 .5 .45 .5 .45 .15 -.15 .15",
+    "cup": "body line -.95 -.8 .5 -.8 .35 .85 -.8 .85;"
+    "body arc .55 -.15 .52 .5 -90 90 + arc .5 -.15 .27 .25 90 -90; mark arc -.22 -.8 .72 .17",
+    "flower": "body petals; mark arc 0 0 .34 .34",
+    "umbrella": "body arc 0 .1 1.1 1.05 180 360;mark box -.09 .1 .09 .85 | box -.45 .78 .09 .95",
+    "boat": "body line -1.1 .4 1.1 .4 .7 .95 -.7 .95; body line .05 -1.1 .95 .22 .05 .22;"
+    "mark box -.13 -1.1 .05 .4",
+    "crown": "body line -1 .75 -1.1 -.7 -.5 0 0 -.95 .5 0 1.1 -.7 1 .75;mark box -.98 .4 .98 .62",
+}
+KINDS = tuple(LAYERS)
 
 
-def _arc(
-    x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 20
-) -> list:
-    angle = np.radians(np.linspace(start, end, n))
-    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angle]
+def line(*numbers: float) -> list:
+    return list(zip(numbers[::2], numbers[1::2]))
 
 
-def _box(x0: float, y0: float, x1: float, y1: float) -> list:
+def box(x0: float, y0: float, x1: float, y1: float) -> list:
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
-def _petals(n: int, inner: float, outer: float) -> list:
-    angle = np.linspace(-np.pi / 2, 1.5 * np.pi, 48, endpoint=False)
-    radius = inner + (outer - inner) * np.abs(np.cos(n * (angle + np.pi / 2) / 2))
-    return list(zip(radius * np.cos(angle), radius * np.sin(angle)))
+def arc(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> list:
+    angles = np.radians(np.linspace(start, end, 20))
+    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles]
 
 
-def _shapes() -> dict[str, list[tuple[list[np.ndarray], int]]]:
-    star = [
-        (r * np.sin(i * np.pi / 5), -r * np.cos(i * np.pi / 5)) for i, r in enumerate([1, 0.42] * 5)
-    ]
-    heart = [
-        (
-            np.sin(t) ** 3,
-            -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16,
-        )
-        for t in np.linspace(0, 2 * np.pi, 32)
-    ]
-    raw = {
-        "ball": [([_arc(0, 0, 1, 1)], BODY), ([_arc(0, 0, 1, 1, -50, 50)], MARK)],
-        "star": [([star], BODY)],
-        "heart": [([heart], BODY)],
-        "moon": [([_arc(0, 0, 1, 1, 50, 310) + _arc(0.45, 0, 0.8, 0.8, 285, 75)], BODY)],
-        "ring": [
-            ([_arc(0, 0.2, 0.85, 0.85), _arc(0, 0.2, 0.48, 0.48)], BODY),
-            ([_box(-0.35, -1.1, 0.35, -0.5)], MARK),
-        ],
-        "cross": [
-            (
-                [
-                    [
-                        (-0.3, -1),
-                        (0.3, -1),
-                        (0.3, -0.3),
-                        (1, -0.3),
-                        (1, 0.3),
-                        (0.3, 0.3),
-                        (0.3, 1),
-                        (-0.3, 1),
-                        (-0.3, 0.3),
-                        (-1, 0.3),
-                        (-1, -0.3),
-                        (-0.3, -0.3),
-                    ]
-                ],
-                BODY,
-            )
-        ],
-        "tree": [
-            ([_box(-0.18, 0.5, 0.18, 1)], MARK),
-            (
-                [
-                    [
-                        (0, -1.1),
-                        (0.55, -0.3),
-                        (0.3, -0.3),
-                        (0.85, 0.55),
-                        (-0.85, 0.55),
-                        (-0.3, -0.3),
-                        (-0.55, -0.3),
-                    ]
-                ],
-                BODY,
-            ),
-        ],
-        "house": [
-            (
-                [
-                    [
-                        (0, -1),
-                        (1, -0.2),
-                        (0.75, -0.2),
-                        (0.75, 0.9),
-                        (-0.75, 0.9),
-                        (-0.75, -0.2),
-                        (-1, -0.2),
-                    ]
-                ],
-                BODY,
-            ),
-            ([_box(-0.25, 0.2, 0.25, 0.9)], MARK),
-        ],
-        "fish": [
-            ([_arc(0.25, 0, 0.85, 0.58)], BODY),
-            ([[(-0.4, 0), (-1.1, -0.65), (-0.9, 0), (-1.1, 0.65)]], BODY),
-            ([_arc(0.7, -0.15, 0.14, 0.14)], MARK),
-        ],
-        "car": [
-            (
-                [
-                    [
-                        (-1.1, 0.45),
-                        (-1.1, -0.05),
-                        (-0.65, -0.15),
-                        (-0.4, -0.65),
-                        (0.35, -0.65),
-                        (0.65, -0.15),
-                        (1.1, 0.0),
-                        (1.1, 0.45),
-                    ]
-                ],
-                BODY,
-            ),
-            ([_arc(-0.6, 0.5, 0.3, 0.3)], MARK),
-            ([_arc(0.6, 0.5, 0.3, 0.3)], MARK),
-        ],
-        "key": [
-            ([_arc(-0.65, 0, 0.55, 0.55), _arc(-0.65, 0, 0.25, 0.25)], BODY),
-            (
-                [
-                    [
-                        (-0.15, -0.15),
-                        (1.2, -0.15),
-                        (1.2, 0.6),
-                        (0.92, 0.6),
-                        (0.92, 0.15),
-                        (0.7, 0.15),
-                        (0.7, 0.5),
-                        (0.45, 0.5),
-                        (0.45, 0.15),
-                        (-0.15, 0.15),
-                    ]
-                ],
-                BODY,
-            ),
-        ],
-        "cup": [
-            ([[(-0.95, -0.8), (0.5, -0.8), (0.35, 0.85), (-0.8, 0.85)]], BODY),
-            ([_arc(0.55, -0.15, 0.52, 0.5, -90, 90) + _arc(0.5, -0.15, 0.27, 0.25, 90, -90)], BODY),
-            ([_arc(-0.22, -0.8, 0.72, 0.17)], MARK),
-        ],
-        "flower": [([_petals(6, 0.38, 1.0)], BODY), ([_arc(0, 0, 0.34, 0.34)], MARK)],
-        "umbrella": [
-            ([_arc(0, 0.1, 1.1, 1.05, 180, 360)], BODY),
-            ([_box(-0.09, 0.1, 0.09, 0.85), _box(-0.45, 0.78, 0.09, 0.95)], MARK),
-        ],
-        "boat": [
-            ([[(-1.1, 0.4), (1.1, 0.4), (0.7, 0.95), (-0.7, 0.95)]], BODY),
-            ([[(0.05, -1.1), (0.95, 0.22), (0.05, 0.22)]], BODY),
-            ([_box(-0.13, -1.1, 0.05, 0.4)], MARK),
-        ],
-        "crown": [
-            (
-                [
-                    [
-                        (-1, 0.75),
-                        (-1.1, -0.7),
-                        (-0.5, 0.0),
-                        (0, -0.95),
-                        (0.5, 0.0),
-                        (1.1, -0.7),
-                        (1, 0.75),
-                    ]
-                ],
-                BODY,
-            ),
-            ([_box(-0.98, 0.4, 0.98, 0.62)], MARK),
-        ],
-    }
-    shapes = {}
-    for kind, layers in raw.items():
-        points = np.concatenate([np.array(c) for contours, _ in layers for c in contours])
-        low, high = points.min(0), points.max(0)
-        width, height = (
-            high - low
-        )  # equal areas of the bounding box: "big" is the same for long and for round things
-        scale = min(2 / np.sqrt(width * height), 2.4 / max(width, height))
-        shapes[kind] = [
-            ([(np.array(c) - (low + high) / 2) * scale for c in contours], part)
-            for contours, part in layers
-        ]
-    return shapes
+def star() -> list:
+    radii = [1, 0.42] * 5
+    return [(r * np.sin(i * np.pi / 5), -r * np.cos(i * np.pi / 5)) for i, r in enumerate(radii)]
 
 
-SHAPES = _shapes()
-KINDS = tuple(SHAPES)
+def heart() -> list:
+    points = []
+    for t in np.linspace(0, 2 * np.pi, 32):
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        points.append((np.sin(t) ** 3, -y / 16))
+    return points
 
-# --------------------------------------------------------------------------------------------------
-# 2. Motion: what each action looks like, as tracks [FRAMES, 5] = (x, y, scale, angle in radians,
-# alpha); x, y in frame
-#    sides. Everything goes from left to right; `render` mirrors half of the scenes.
+
+def petals() -> list:
+    angles = np.linspace(-np.pi / 2, 1.5 * np.pi, 48, endpoint=False)
+    radius = 0.38 + (1.0 - 0.38) * np.abs(np.cos(6 * (angles + np.pi / 2) / 2))
+    return list(zip(radius * np.cos(angles), radius * np.sin(angles)))
 
 
-def _track(x, y, scale=1.0, angle=0.0, alpha=1.0) -> np.ndarray:
-    return np.stack(
-        [np.broadcast_to(column, FRAMES) for column in (x, y, scale, angle, alpha)], axis=1
-    )
+PIECES = {piece.__name__: piece for piece in (line, box, arc, star, heart, petals)}
+BODY, MARK = 0, 1
+PARTS = {"body": BODY, "mark": MARK}
+Layer = tuple[list, int]  # outlines, and which of the kind's two colours they have
+
+
+def read_layer(text: str) -> Layer:
+    """A layer of the table above."""
+    part, _, rest = text.strip().partition(" ")
+    outlines = []
+    for outline in rest.split("|"):
+        points = []
+        for piece in outline.split("+"):
+            name, *numbers = piece.split()
+            points += PIECES[name](*map(float, numbers))
+        outlines.append(points)
+    return outlines, PARTS[part]
+
+
+def fit(layers: list[Layer]) -> list[Layer]:
+    """Centre a kind, and scale it to the same area as all others: "big" means the same for each."""
+    points = []
+    for outlines, _ in layers:
+        points += sum(outlines, [])
+    low, high = np.min(points, axis=0), np.max(points, axis=0)
+    width, height = high - low
+    scale = min(2 / np.sqrt(width * height), 2.4 / max(width, height))
+
+    fitted = []
+    for outlines, part in layers:
+        fitted.append(([(np.array(o) - (low + high) / 2) * scale for o in outlines], part))
+    return fitted
+
+
+SHAPES = {kind: fit(list(map(read_layer, text.split(";")))) for kind, text in LAYERS.items()}
+
+# ---- 2. motion -----------------------------------------------------------------------------------
+# Tracks [FRAMES, 5] = (x, y, scale, angle in radians, alpha); x, y in frame sides. All that moves
+# sideways goes from left to right: `render` mirrors half of the scenes.
+
+
+def make_track(x, y, scale=1.0, angle=0.0, alpha=1.0) -> np.ndarray:
+    columns = [np.broadcast_to(column, FRAMES) for column in (x, y, scale, angle, alpha)]
+    return np.stack(columns, axis=1)
 
 
 def single_track(action: str, x: float, rng: np.random.Generator) -> np.ndarray:
-    """The track [FRAMES, 5] of an intransitive action around the column `x` of the frame (0.5 = the
-    middle).
-    """
+    """The track of an intransitive action around the column `x` of the frame (0.5: the middle)."""
     u = np.linspace(0, 1, FRAMES)
     y = 0.5 + rng.uniform(-0.06, 0.06)
     turn = rng.uniform(0.8, 1.2)
     wave = 2 * np.pi * u
-    if (
-        action == "spin"
-    ):  # one turn: 45° between two of 8 sampled frames, not a symmetry of any shape
-        return _track(x, y, angle=wave * turn)
+    across = x - 0.28 + 0.56 * u
+
+    if action == "spin":
+        return make_track(x, y, angle=wave * turn)
     if action == "bounce":
-        return _track(x, 0.75 - 0.5 * np.abs(np.sin(wave * turn)))
+        return make_track(x, 0.75 - 0.5 * np.abs(np.sin(wave * turn)))
     if action == "grow":
-        return _track(x, y, scale=0.3 + 0.9 * u)
+        return make_track(x, y, scale=0.3 + 0.9 * u)
     if action == "shrink":
-        return _track(x, y, scale=1.2 - 0.9 * u)
-    if (
-        action == "blink"
-    ):  # three frames on, three off: visible to 8 and to 4 uniformly sampled frames
-        return _track(x, y, alpha=(np.arange(FRAMES) + rng.integers(6)) // 3 % 2)
+        return make_track(x, y, scale=1.2 - 0.9 * u)
+    if action == "blink":  # three frames on, three off: seen in 8 and in 4 sampled frames
+        return make_track(x, y, alpha=(np.arange(FRAMES) + rng.integers(6)) // 3 % 2)
     if action == "shake":
         side = np.where(np.arange(FRAMES) % 2, 1, -1) * rng.choice([-1, 1], FRAMES)
-        return _track(
-            x + 0.06 * side,
-            y + rng.uniform(-0.03, 0.03, FRAMES),
-            angle=0.35 * rng.choice([-1, 1], FRAMES),
-        )
+        height = y + rng.uniform(-0.03, 0.03, FRAMES)
+        return make_track(x + 0.06 * side, height, angle=0.35 * rng.choice([-1, 1], FRAMES))
     if action == "slide":
-        return _track(x - 0.28 + 0.56 * u, y)
+        return make_track(across, y)
     if action == "roll":
-        return _track(x - 0.28 + 0.56 * u, y, angle=wave * turn)
+        return make_track(across, y, angle=wave * turn)
     if action == "zigzag":
-        return _track(
-            x - 0.28 + 0.56 * u, y + 0.16 * (2 / np.pi) * np.arcsin(np.sin(2 * wave * turn))
-        )
+        return make_track(across, y + 0.16 * (2 / np.pi) * np.arcsin(np.sin(2 * wave * turn)))
     if action == "rise":
-        return _track(x, 0.8 - 0.6 * u)
+        return make_track(x, 0.8 - 0.6 * u)
     if action == "fall":
-        return _track(x, 0.2 + 0.6 * u**1.5)
+        return make_track(x, 0.2 + 0.6 * u**1.5)
     if action == "fade":
-        return _track(x, y, alpha=np.clip(1.1 - 1.2 * u, 0, 1))
-    assert action == "swing", action
-    angle = 0.85 * np.sin(1.25 * wave * turn + rng.uniform(0, np.pi))  # a pendulum below its pivot
-    return _track(x - 0.3 * np.sin(angle), y - 0.25 + 0.3 * np.cos(angle), angle=angle)
+        return make_track(x, y, alpha=np.clip(1.1 - 1.2 * u, 0, 1))
+    assert action == "swing", action  # a pendulum below its pivot
+    angle = 0.85 * np.sin(1.25 * wave * turn + rng.uniform(0, np.pi))
+    return make_track(x - 0.3 * np.sin(angle), y - 0.25 + 0.3 * np.cos(angle), angle=angle)
 
 
-def relation_tracks(
-    action: str, r1: float, r2: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tracks ([FRAMES, 5], [FRAMES, 5]) of subject and object of a relation; r1, r2 are their
-    radii.
-    """
+def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator) -> tuple:
+    """The tracks of subject and object of a relation; r1, r2 are their radii."""
     u = np.linspace(0, 1, FRAMES)
     y = 0.5 + rng.uniform(-0.08, 0.08)
     touch = 0.9 * (r1 + r2)
+
     if action == "chase":  # the same wavy path, the chaser behind and closing in
         x1, x2 = 0.08 + 0.55 * u, 0.50 + 0.42 * u
-        return (_track(x1, y + 0.13 * np.sin(9 * x1)), _track(x2, y + 0.13 * np.sin(9 * x2)))
+        first = make_track(x1, y + 0.13 * np.sin(9 * x1))
+        return first, make_track(x2, y + 0.13 * np.sin(9 * x2))
     if action == "push":
         x1 = 0.05 + (0.93 - r2 - touch - 0.05) * u
-        return _track(x1, y), _track(np.maximum(x1 + touch, 0.48), y)
+        return make_track(x1, y), make_track(np.maximum(x1 + touch, 0.48), y)
     if action == "pull":  # a rope between them, drawn by `render`
         x1 = 0.55 + 0.37 * u
-        return _track(x1, y), _track(x1 - touch - 0.14, y)
+        return make_track(x1, y), make_track(x1 - touch - 0.14, y)
     if action == "orbit":
         angle = 2 * np.pi * (rng.uniform() + 1.1 * u)
         radius = min(0.9 * touch + 0.08, 0.47 - r1 / 2)
-        return _track(0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle)), _track(0.5, 0.5)
+        first = make_track(0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle))
+        return first, make_track(0.5, 0.5)
     if action == "pass":
         lane = 0.19 * rng.choice([-1, 1])
-        return _track(0.1 + 0.8 * u, 0.5 + lane), _track(0.4 + 0.2 * u, 0.5 - lane)
+        return make_track(0.1 + 0.8 * u, 0.5 + lane), make_track(0.4 + 0.2 * u, 0.5 - lane)
     if action == "hit":  # one stops dead, the other flies off
         at, meet = 0.58 - touch, 0.4
         after = np.clip((u - meet) / (1 - meet), 0, 1)
-        return (
-            _track(np.minimum((at + 0.05) * u / meet - 0.05, at), y),
-            _track(0.58 + 0.38 * after, y - rng.choice([-1, 1]) * 0.3 * after, angle=4 * after),
-        )
+        first = make_track(np.minimum((at + 0.05) * u / meet - 0.05, at), y)
+        height = y - rng.choice([-1, 1]) * 0.3 * after
+        return first, make_track(0.58 + 0.38 * after, height, angle=4 * after)
     if action == "eat":
         x1 = 0.08 + 0.57 * np.minimum(u / 0.8, 1)
-        return _track(x1, y), _track(0.65, y, scale=np.clip((0.65 - x1) / touch, 0, 1))
+        return make_track(x1, y), make_track(0.65, y, scale=np.clip((0.65 - x1) / touch, 0, 1))
+
     x = 0.5 + rng.uniform(-0.1, 0.1)
     if action == "raise":
         y1 = 0.9 - (0.9 - 0.12 - r2 - touch) * u
-        return _track(x, y1), _track(x, np.minimum(y1 - touch, 0.5))
+        return make_track(x, y1), make_track(x, np.minimum(y1 - touch, 0.5))
     assert action == "drop", action
     x1, y1 = x - 0.1 + 0.2 * np.minimum(u / 0.35, 1), 0.05 + r1
-    return _track(x1, y1), _track(
-        x1, y1 + touch + (0.95 - r2 - y1 - touch) * np.clip((u - 0.35) / 0.5, 0, 1) ** 1.5
-    )
+    depth = (0.95 - r2 - y1 - touch) * np.clip((u - 0.35) / 0.5, 0, 1) ** 1.5
+    return make_track(x1, y1), make_track(x1, y1 + touch + depth)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Rendering
+# ---- 3. pixels -----------------------------------------------------------------------------------
 
 
-def _places(count: int, radius: float, spread_down: bool) -> np.ndarray:
-    """Offsets [count, 2] of the members of a group from its centre."""
-    if count == 2:
-        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.35 * radius
-    return np.array([(0, 0)] if count == 1 else [(-1.2, 1), (1.2, 1), (0, -1)]) * radius
+class Actor(NamedTuple):
+    """One thing of a scene on its way through the frame."""
 
-
-def _radius(thing: Thing) -> float:
-    return SIZES[thing.size] if thing.size else (0.15 if thing.count == 1 else 0.115)
-
-
-def _draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray) -> None:
-    """Draws one thing onto `canvas` [SIDE, SIDE, 3] uint8, anti-aliased, at state (x, y, scale,
-    angle, alpha).
-    """
-    x, y, scale, angle, alpha = state
-    if alpha <= 0 or scale * radius < 0.01:
-        return
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, sin], [-sin, cos]]) * scale * radius
-    target = canvas if alpha >= 1 else canvas.copy()
-    for contours, part in SHAPES[thing.kind]:
-        points = []
-        for contour in contours:
-            corners = (
-                contour @ turn + (x, y)
-            ) * SIDE - 0.5  # [n, 2]; the centre of pixel 0 is at half a pixel
-            points.append(
-                np.round(corners * 16).astype(np.int32)
-            )  # OpenCV's fixed point: 4 fractional bits
-        cv2.fillPoly(target, points, COLOURS[thing.colour][part], lineType=cv2.LINE_AA, shift=4)
-    if alpha < 1:
-        cv2.addWeighted(target, alpha, canvas, 1 - alpha, 0, dst=canvas)
-
-
-def _muted(rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(75, 130) + rng.uniform(-22, 22, 3)
+    thing: Thing
+    radius: float
+    place: np.ndarray  # [2], within its group
+    track: np.ndarray  # [FRAMES, 5], of the group's centre
 
 
 def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
-    """The video of a scene, uint8 [FRAMES, SIDE, SIDE, 3] RGB; `seed` decides on all that the scene
-    leaves open.
+    """The video of a scene, uint8 [FRAMES, SIDE, SIDE, 3] RGB.
+
+    `seed` decides on all that the scene leaves open.
     """
     rng = np.random.default_rng(seed)
-    actors = []  # (thing, radius, offset, track), the object below the subject
-    for i, event in enumerate(scene):
-        r1 = _radius(event.subject)
-        if event.object is None:
-            x = 0.5 + rng.uniform(-0.05, 0.05) if len(scene) == 1 else (0.26, 0.74)[i]
-            parts = [(event.subject, r1, single_track(event.action, x, rng))]
-        else:
-            r2 = _radius(event.object)
-            tracks = relation_tracks(event.action, r1, r2, rng)
-            parts = [(event.object, r2, tracks[1]), (event.subject, r1, tracks[0])]
-        actors += [
-            (thing, r, place, track)
-            for thing, r, track in parts
-            for place in _places(thing.count, r, event.action in SIDEWAYS)
-        ]
-
-    # Background: a gradient with texture that drifts, and faint blobs that drift their own way
-    margin = 24
-    big = SIDE + 2 * margin
-    base, end = _muted(rng), _muted(rng)
-    ramp = base + np.linspace(0, 1, big)[:, None, None] * (end - base)
-    if rng.integers(2):
-        ramp = ramp.transpose(1, 0, 2)
-    grain = cv2.resize(
-        rng.normal(0, 9, (10, 10, 3)).astype(np.float32), (big, big), interpolation=cv2.INTER_CUBIC
-    )
-    backdrop = np.clip(ramp + grain, 0, 255).astype(np.uint8)
-    blobs = [
-        (
-            rng.uniform(0, SIDE, 2),
-            rng.uniform(-1.5, 1.5, 2),
-            rng.integers(5, 12, 2),
-            rng.uniform(0, 180),
-            np.clip(base + rng.uniform(-28, 28, 3), 50, 160).tolist(),
-        )
-        for _ in range(rng.integers(2, 5))
-    ]
+    actors = place_actors(scene, rng)
+    backdrop, blobs, margin = make_backdrop(rng)
     drift, jitter = rng.uniform(-1, 1, 2), rng.uniform(-0.008, 0.008, (FRAMES, 2))
     light = 1 + 0.07 * np.cumsum(rng.normal(0, 0.4, FRAMES)).clip(-1, 1)
     noise = rng.normal(0, rng.uniform(2, 7), (FRAMES, SIDE, SIDE, 1)).astype(np.float32)
@@ -481,92 +279,100 @@ def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
         left, top = np.round(margin + drift * t - jitter[t] * SIDE).astype(int)
         frame = backdrop[top : top + SIDE, left : left + SIDE].copy()
         for centre, speed, axes, tilt, colour in blobs:
-            x, y = np.round((centre + speed * t) * 16).astype(int).tolist()
-            cv2.ellipse(
-                frame, (x, y), (axes * 16).tolist(), tilt, 0, 360, colour, -1, cv2.LINE_AA, 4
-            )
-        states = [
-            np.concatenate([track[t, :2] + place + jitter[t], track[t, 2:]])
-            for _, _, place, track in actors
-        ]
-        if (
-            scene[0].action == "pull"
-        ):  # the rope, from the last actor (the subject) to the first (the object)
-            ends = [
-                np.round(state[:2] * SIDE * 16).astype(int).tolist()
-                for state in (states[0], states[-1])
-            ]
+            at = fixed_point(centre + speed * t)
+            axes = (axes * 16).tolist()
+            cv2.ellipse(frame, at, axes, tilt, 0, 360, colour, -1, cv2.LINE_AA, 4)
+
+        states = []
+        for actor in actors:
+            moved = actor.track[t, :2] + actor.place + jitter[t]
+            states.append(np.concatenate([moved, actor.track[t, 2:]]))
+        if scene[0].action == "pull":  # the rope, from the subject (last) to the object (first)
+            ends = [fixed_point(state[:2] * SIDE) for state in (states[0], states[-1])]
             cv2.line(frame, *ends, (215, 200, 170), 3, cv2.LINE_AA, 4)
-        for (thing, radius, _, _), state in zip(actors, states):
-            _draw(frame, thing, radius, state)
+        for actor, state in zip(actors, states):
+            draw(frame, actor.thing, actor.radius, state)
         video[t] = np.clip(frame * light[t] + noise[t], 0, 255)
-    return (
-        video[:, :, ::-1] if rng.integers(2) else video
-    )  # mirrored: everything above goes from left to right
+    return video[:, :, ::-1] if rng.integers(2) else video
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. A picture of it
+def place_actors(scene: Scene, rng: np.random.Generator) -> list[Actor]:
+    """The things of a scene; of a relation the object first, so that the subject covers it."""
+    actors = []
+    for i, event in enumerate(scene):
+        r1 = radius_of(event.subject)
+        if event.object is None:
+            x = 0.5 + rng.uniform(-0.05, 0.05) if len(scene) == 1 else (0.26, 0.74)[i]
+            parts = [(event.subject, r1, single_track(event.action, x, rng))]
+        else:
+            r2 = radius_of(event.object)
+            first, second = relation_tracks(event.action, r1, r2, rng)
+            parts = [(event.object, r2, second), (event.subject, r1, first)]
+        for thing, radius, track in parts:
+            for place in places(thing.count, radius, event.action in SIDEWAYS):
+                actors.append(Actor(thing, radius, place, track))
+    return actors
 
 
-def contact_sheet(
-    videos: list[np.ndarray], titles: list[str], path: str, *, frames: int = 8, size: int = 32
-) -> None:
-    """Writes a picture: a row a video [FRAMES, H, W, 3] RGB, its title above `frames` of its frames
-    at `size` pixels.
-
-    The frames are enlarged threefold without smoothing. Raises UserError where the picture cannot
-    be written.
-    """
-    rows = []
-    for video, title in zip(videos, titles, strict=True):
-        picked = [video[(2 * i + 1) * len(video) // (2 * frames)] for i in range(frames)]
-        small = [cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA) for frame in picked]
-        strip = np.hstack(
-            [np.pad(f.repeat(3, axis=0).repeat(3, axis=1), ((1, 1), (1, 1), (0, 0))) for f in small]
-        )
-        header = np.full((18, strip.shape[1], 3), 255, np.uint8)
-        cv2.putText(
-            header, title, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA
-        )
-        rows += [header, strip]
-    try:
-        written = cv2.imwrite(path, cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
-    except cv2.error:  # an extension that OpenCV does not know
-        written = False
-    if not written:
-        raise UserError(
-            f"{path}: cannot write a picture there; name a .png file in a writable folder"
-        )
-    print(f"wrote {path}")
+def places(count: int, radius: float, spread_down: bool) -> np.ndarray:
+    """Offsets [count, 2] of the members of a group from its centre."""
+    if count == 1:
+        return np.array([(0, 0)]) * radius
+    if count == 2:
+        return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.35 * radius
+    return np.array([(-1.2, 1), (1.2, 1), (0, -1)]) * radius
 
 
-@dataclass
-class RenderConfig:
-    """Draw every kind of thing doing one action."""
-
-    action: Positional[str] = "chase"  # what they do
-    sheet: str | None = None  # the picture; default: ACTION.png
+def radius_of(thing: Thing) -> float:
+    if thing.size:
+        return SIZES[thing.size]
+    return 0.15 if thing.count == 1 else 0.115
 
 
-def main() -> None:
-    config = cli.parse_config(RenderConfig)
-    if config.action not in SINGLE_ACTIONS + RELATIONS:
-        raise UserError(
-            f"{config.action}: no such action; choose one of {', '.join(SINGLE_ACTIONS + RELATIONS)}"
-        )
-    videos, colours = [], list(COLOURS)
-    for i in range(len(KINDS)):
-        things = [
-            Thing(1, ("big", "small")[j % 2], colours[j % 6], KINDS[j % len(KINDS)])
-            for j in (i, i + 1)
-        ]
-        scene = (
-            Event(config.action, things[0], things[1] if config.action in RELATIONS else None),
-        )
-        videos.append(render(scene, (0, i)))
-    contact_sheet(videos, list(KINDS), config.sheet or f"{config.action}.png")
+def make_backdrop(rng: np.random.Generator) -> tuple[np.ndarray, list, int]:
+    """(a textured gradient with a margin; blobs that drift over it; the margin in pixels)."""
+    margin = 24
+    big = SIDE + 2 * margin
+    base, end = muted_colour(rng), muted_colour(rng)
+    ramp = base + np.linspace(0, 1, big)[:, None, None] * (end - base)
+    if rng.integers(2):
+        ramp = ramp.transpose(1, 0, 2)
+    grain = rng.normal(0, 9, (10, 10, 3)).astype(np.float32)
+    grain = cv2.resize(grain, (big, big), interpolation=cv2.INTER_CUBIC)
+
+    blobs = []
+    for _ in range(rng.integers(2, 5)):
+        centre, speed = rng.uniform(0, SIDE, 2), rng.uniform(-1.5, 1.5, 2)
+        axes, tilt = rng.integers(5, 12, 2), rng.uniform(0, 180)
+        colour = np.clip(base + rng.uniform(-28, 28, 3), 50, 160).tolist()
+        blobs.append((centre, speed, axes, tilt, colour))
+    return np.clip(ramp + grain, 0, 255).astype(np.uint8), blobs, margin
 
 
-if __name__ == "__main__":
-    cli.run(main)
+def muted_colour(rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(75, 130) + rng.uniform(-22, 22, 3)
+
+
+def fixed_point(pixels: np.ndarray) -> list:
+    """OpenCV's fixed point: 4 fractional bits."""
+    return np.round(pixels * 16).astype(np.int32).tolist()
+
+
+def draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray) -> None:
+    """Draw a thing onto `canvas` [SIDE, SIDE, 3] uint8; state: (x, y, scale, angle, alpha)."""
+    x, y, scale, angle, alpha = state
+    if alpha <= 0 or scale * radius < 0.01:
+        return
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]]) * scale * radius
+
+    target = canvas if alpha >= 1 else canvas.copy()
+    for outlines, part in SHAPES[thing.kind]:
+        points = []
+        for outline in outlines:
+            # [n, 2]; the centre of pixel 0 is at half a pixel
+            corners = (outline @ turn + (x, y)) * SIDE - 0.5
+            points.append(np.array(fixed_point(corners), np.int32))
+        cv2.fillPoly(target, points, COLOURS[thing.colour][part], lineType=cv2.LINE_AA, shift=4)
+    if alpha < 1:
+        cv2.addWeighted(target, alpha, canvas, 1 - alpha, 0, dst=canvas)

@@ -1,46 +1,37 @@
-"""Toy world: the embedded data set, small videos of coloured things that act, with captions that
-say what happens.
+"""Toy world: the embedded data set, small videos of coloured things that act, with captions.
 
 A laptop has no video data set, and a method that is about *knowledge* needs one in which the
-knowledge is known. So this file writes one: real mp4 files (64×64 pixels, 16 frames, 8 frames a
+knowledge is known. So this file writes one: real mp4 files (64 × 64 pixels, 16 frames, 8 frames a
 second), five paraphrased captions a training video, and the ground truth of each. A video shows one
-of three scenes, before a drifting background, by a shaky camera:
+of three scenes:
 
-    single     "two red stars are spinning"                    one action of one to three equal
-                                                               things
+    single     "two red stars are spinning"             one action of one to three equal things
     double     "a big red cup is shaking while a small green key is falling"
-    relation   "a small blue fish chases a big black house"    who does it to whom is visible only
-                                                               in the motion
+    relation   "a small blue fish chases a big black house"
 
-A *composition* is (action, kind) of a single scene and of each half of a double one, and (action,
-unordered pair of kinds) of a relation. Compositions are dealt out to train, val and test once and
-for all: no test composition is ever seen in training, though every kind and every action is. The
-pair is unordered so that training never shows "star chases fish" where the test asks for "fish
-chases star": that would teach a prior against the truth instead of none.
+Who does it to whom is visible only in the motion.
 
-Retrieval on val and test is well posed: the one caption of a video names every attribute, and it is
-true of no other video of its split. Training captions come from the same grammar but may drop sizes
-and colours.
+**Compositions.** A composition is (action, kind), or for a relation (action, pair of kinds). They
+are dealt out to train, val and test once and for all. No test composition is ever seen in training,
+though every kind and every action is. The pair is unordered, so that training never shows "star
+chases fish" where the test asks for "fish chases star": that would teach a prior against the truth.
 
-Multiple choice, one question for each val and test video: the true caption and four that differ
-from it by one edit each, each of them false of the video by the ground truth. All five are written
-in one template.
+**Retrieval** on val and test is well posed. The caption of a video names every attribute, and it is
+true of no other video of its split. Training captions may drop sizes and colours.
 
-    kind        the four distractors
+**Multiple choice,** one question for each val and test video: the true caption, and four in its
+template that differ by one edit each and are false of the video.
+
     noun        four other nouns in the place of one of the caption's nouns
-    verb        four other verbs in the place of one of the caption's verbs (none that could pass
-                for true, see NEAR)
-    direction   the two parties of the relation with their roles changed; and three other nouns or
-                verbs, so that a
-                model that is blind to word order gets at most half of these questions right
+    verb        four other verbs in the place of one of its verbs (none that might pass, see NEAR)
+    direction   the two parties with their roles changed, and three other nouns or verbs: a model
+                that is blind to word order gets at most half of these right
 
-Files in `folder`: videos/*.mp4; {train,val,test}.csv (video,caption; paths relative to the file);
-{val,test}_mc.jsonl ({"video", "options", "answer", "kind"}); {train,val,test}_truth.jsonl
-({"video", "events"}); and world.json, written last: it marks a finished world. All is a pure
-function of (VERSION, counts, seed), whatever the number of processes.
+**Files:** videos/*.mp4; {train,val,test}.csv (video, caption); {val,test}_mc.jsonl (video, options,
+answer, kind); {train,val,test}_truth.jsonl (video, events); and world.json, which lists the splits
+that are finished, with checksums. All is a pure function of (VERSION, counts, seed).
 
-    python toyworld.py --folder cache/toy --sheet sheet.png    # the default world, and a picture of
-                                                               some test videos
+    python -m datasets.toyworld --folder cache/toy
 """
 
 import functools
@@ -48,7 +39,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +48,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import cli
-from cli import UserError
+from cli import UserError, parse_config, run, write_whole
 from datasets.toyrender import (
     COLOURS,
-    FRAMES,
     KINDS,
     SIDE,
     SIDEWAYS,
@@ -68,7 +58,6 @@ from datasets.toyrender import (
     Event,
     Scene,
     Thing,
-    contact_sheet,
     render,
 )
 from videos.workers import run_guarded
@@ -77,16 +66,14 @@ VERSION = 6  # of the world: a change of any pixel or word that `generate` write
 FPS = 8
 SPLITS = ("train", "val", "test")
 
-# --------------------------------------------------------------------------------------------------
-# 1. Vocabulary. Words that a part-of-speech tagger gets right: no "orange", "pink" or "purple"
-# (nouns, too), and
-# intransitive verbs only in the progressive ("a ball spins" is two nouns to a tagger trained on
-# newspapers).
+# ---- vocabulary ----------------------------------------------------------------------------------
+# Words that a part-of-speech tagger gets right: no "orange" or "pink" (nouns, too). Intransitive
+# verbs only in the progressive ("a ball spins" is two nouns to a tagger of newspapers).
 
 NUMBERS = {2: "two", 3: "three"}
+PLURALS = {"fish": "fish", "cross": "crosses"}
 
-# action: (progressive, synonym's progressive)
-SINGLE = {
+SINGLE = {  # action: (progressive, that of a synonym)
     "spin": ("spinning", "rotating"),
     "bounce": ("bouncing", "hopping"),
     "grow": ("growing", "expanding"),
@@ -101,8 +88,7 @@ SINGLE = {
     "swing": ("swinging", "swaying"),
     "roll": ("rolling", "rolling"),
 }
-# action: (plural, third person, progressive, participle), and the same of a synonym
-RELATION = {
+RELATION = {  # action: plural, third person, progressive, participle; and the same of a synonym
     "chase": ("chase chases chasing chased", "pursue pursues pursuing pursued"),
     "push": ("push pushes pushing pushed", "shove shoves shoving shoved"),
     "pull": ("pull pulls pulling pulled", "drag drags dragging dragged"),
@@ -113,11 +99,10 @@ RELATION = {
     "raise": ("raise raises raising raised", "lift lifts lifting lifted"),
     "drop": ("drop drops dropping dropped", "release releases releasing released"),
 }
-# Verbs that a person might accept for one another: never a distractor of each other.
+# verbs that a person might accept for one another: never a distractor of each other
 NEAR = [{"roll", "spin"}, {"roll", "slide"}, {"slide", "zigzag"}, {"push", "hit"}]
-HALF_SCENE = [
-    a for a in SINGLE if a not in SIDEWAYS
-]  # these fit into half of the frame, so into a double scene
+# these fit into half of the frame, so into a double scene
+HALF_SCENE = [action for action in SINGLE if action not in SIDEWAYS]
 
 # {s} subject, {o} object, {is_s} is/are, {ing} progressive, {verb} chases/chase, {done} participle
 TEMPLATES = {
@@ -137,51 +122,53 @@ TEMPLATES = {
         "in this video {s} {verb} {o}",
         "a video of {o} that {is_o} {done} by {s}",
     ],
-    "double": [
+    "double": [  # of two single scenes
         "{0} while {1}",
         "{0} and {1}",
         "in this video {0} while {1}",
         "here {0} and {1}",
-    ],  # two single scenes
+    ],
 }
 
-# --------------------------------------------------------------------------------------------------
-# 2. Language
+# ---- captions ------------------------------------------------------------------------------------
 
 
-def _phrase(thing: Thing) -> str:
+def sort_of(scene: Scene) -> str:
+    if len(scene) == 2:
+        return "double"
+    return "relation" if scene[0].object else "single"
+
+
+def phrase(thing: Thing) -> str:
     noun = thing.kind
     if thing.count > 1:
-        noun = {"fish": "fish", "cross": "crosses"}.get(noun, noun + "s")
-    words = " ".join(w for w in (thing.size, thing.colour, noun) if w)
-    return f"{NUMBERS[thing.count] if thing.count > 1 else 'an' if words[0] in 'aeiou' else 'a'} {words}"
+        noun = PLURALS.get(noun, noun + "s")
+    words = " ".join(word for word in (thing.size, thing.colour, noun) if word)
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"{NUMBERS.get(thing.count, article)} {words}"
+
+
+def be(thing: Thing) -> str:
+    return "is" if thing.count == 1 else "are"
 
 
 def caption_of(scene: Scene, template: int = 0, synonyms: tuple[int, ...] = (0, 0)) -> str:
-    """The caption of a scene in a template of its sort; synonyms[i] = 1 takes the synonym for the
-    verb of event i.
+    """The caption of a scene in a template of its sort.
+
+    synonyms[i] = 1 takes the synonym for the verb of event i.
     """
+    form = TEMPLATES[sort_of(scene)][template]
     if len(scene) == 2:
-        return TEMPLATES["double"][template].format(
-            *(caption_of((e,), 0, (s,)) for e, s in zip(scene, synonyms))
-        )
-    (action, subject, other), form = scene[0], synonyms[0]
-    words = {"s": _phrase(subject), "is_s": "is" if subject.count == 1 else "are"}
+        parts = [caption_of((event,), 0, (s,)) for event, s in zip(scene, synonyms)]
+        return form.format(*parts)
+
+    action, subject, other = scene[0]
+    words = dict(s=phrase(subject), is_s=be(subject))
     if other is None:
-        return TEMPLATES["single"][template].format(**words, ing=SINGLE[action][form])
-    plural, third, ing, done = RELATION[action][form].split()
-    return TEMPLATES["relation"][template].format(
-        **words,
-        o=_phrase(other),
-        is_o="is" if other.count == 1 else "are",
-        verb=third if subject.count == 1 else plural,
-        ing=ing,
-        done=done,
-    )
-
-
-def _sort(scene: Scene) -> str:
-    return "double" if len(scene) == 2 else "single" if scene[0].object is None else "relation"
+        return form.format(**words, ing=SINGLE[action][synonyms[0]])
+    plural, third, ing, done = RELATION[action][synonyms[0]].split()
+    words |= dict(o=phrase(other), is_o=be(other), ing=ing, done=done)
+    return form.format(**words, verb=third if subject.count == 1 else plural)
 
 
 def paraphrase(scene: Scene, rng: np.random.Generator, *, full: bool = True) -> str:
@@ -190,32 +177,26 @@ def paraphrase(scene: Scene, rng: np.random.Generator, *, full: bool = True) -> 
     def thin(thing: Thing | None) -> Thing | None:
         if full or thing is None:
             return thing
-        return thing._replace(
-            size=None if rng.random() < 0.4 else thing.size,
-            colour="" if rng.random() < 0.2 else thing.colour,
-        )
+        size = None if rng.random() < 0.4 else thing.size
+        colour = "" if rng.random() < 0.2 else thing.colour
+        return thing._replace(size=size, colour=colour)
 
-    scene = tuple(
-        event._replace(subject=thin(event.subject), object=thin(event.object)) for event in scene
-    )
+    scene = tuple(Event(event.action, thin(event.subject), thin(event.object)) for event in scene)
     if len(scene) == 2 and rng.integers(2):
         scene = scene[::-1]
-    template = int(rng.integers(len(TEMPLATES[_sort(scene)])))
+    template = int(rng.integers(len(TEMPLATES[sort_of(scene)])))
     return caption_of(scene, template, tuple(int(rng.random() < 0.2) for _ in scene))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Scenes: compositions are dealt out to the splits, then scenes are drawn from a split's
-# compositions
+# ---- scenes --------------------------------------------------------------------------------------
 
 
 @functools.cache
 def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
-    """All that `split` shows: {action: [(kind,), …]} of single actions, {action: [(kind, kind),
-    …]}, of relations.
+    """All that `split` shows: {action: [(kind,), …]}, of relations {action: [(kind, kind), …]}.
 
-    Fixed for ever, whatever the seed: test has 4 of the 16 kinds of each single action and 24 of
-    the 120 pairs of each relation, val 2 and 12 others; the kinds are held out equally often (give
+    Fixed for ever, whatever the seed. Test has 4 of the 16 kinds of each single action and 24 of
+    the 120 pairs of each relation, val 2 and 12 others. The kinds are held out equally often (give
     or take one) over the single actions.
     """
     assert split in SPLITS, split
@@ -224,6 +205,7 @@ def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
     for i, action in enumerate(SINGLE):
         kinds = [(KINDS[j],) for j in np.roll(order, -5 * i)]
         dealt[action] = {"test": kinds[:4], "val": kinds[4:6], "train": kinds[6:]}[split]
+
     pairs = list(itertools.combinations(KINDS, 2))
     for action in RELATION:
         mixed = [pairs[j] for j in rng.permutation(len(pairs))]
@@ -231,211 +213,119 @@ def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
     return dealt
 
 
-def _pick(rng: np.random.Generator, options):
+def pick(rng: np.random.Generator, options):
+    options = list(options)
     return options[int(rng.integers(len(options)))]
 
 
-def _thing(kind: str, count: int, sized: bool, rng: np.random.Generator) -> Thing:
-    size, colour = _pick(rng, list(SIZES)), _pick(rng, list(COLOURS))
+def draw_thing(kind: str, count: int, sized: bool, rng: np.random.Generator) -> Thing:
+    size, colour = pick(rng, SIZES), pick(rng, COLOURS)
     return Thing(count, size if sized and count == 1 else None, colour, kind)
 
 
 def draw_scene(split: str, rng: np.random.Generator) -> Scene:
-    """A random scene of a split's compositions: half of them relations, 35 % single, 15 % double."""
+    """A random scene of a split's compositions: half relations, 35 % single, 15 % double."""
     allowed, roll = compositions(split), rng.random()
+
+    def draw_single(actions: Iterable[str], count: int) -> Event:
+        action = pick(rng, actions)
+        kind = pick(rng, allowed[action])[0]
+        return Event(action, draw_thing(kind, count, action not in ("grow", "shrink"), rng))
+
     if roll < 0.5:
-        action = _pick(rng, list(RELATION))
-        kinds = rng.permutation(_pick(rng, allowed[action]))
-        counts = (
-            [1, 1]
-            if action == "orbit" or rng.random() < 0.75
-            else [[1, 2], [2, 1]][int(rng.integers(2))]
-        )
-        return (Event(action, *(_thing(str(k), c, True, rng) for k, c in zip(kinds, counts))),)
-
-    def event(actions, count):
-        action = _pick(rng, actions)
-        return Event(
-            action,
-            _thing(_pick(rng, allowed[action])[0], count, action not in ("grow", "shrink"), rng),
-        )
-
+        action = pick(rng, RELATION)
+        kinds = rng.permutation(pick(rng, allowed[action]))
+        counts = (1, 1)
+        if action != "orbit" and rng.random() >= 0.75:
+            counts = ((1, 2), (2, 1))[int(rng.integers(2))]
+        things = [draw_thing(str(kind), count, True, rng) for kind, count in zip(kinds, counts)]
+        return (Event(action, *things),)
     if roll < 0.85:
-        return (event(list(SINGLE), _pick(rng, [1, 1, 2, 3])),)
+        count = pick(rng, [1, 1, 2, 3])
+        return (draw_single(SINGLE, count),)
     while True:
-        left, right = event(HALF_SCENE, 1), event(HALF_SCENE, 1)
+        left, right = draw_single(HALF_SCENE, 1), draw_single(HALF_SCENE, 1)
         if left.action != right.action and left.subject.kind != right.subject.kind:
             return left, right
 
 
 def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Scene]:
-    """Scenes of which none makes the full caption of another one true: no scene's events are a
-    subset of another's.
+    """Scenes of which none makes the full caption of another one true.
+
+    That is: no scene's events are a subset of another's.
     """
-    scenes, whole, parts, misses = (
-        [],
-        set(),
-        set(),
-        0,
-    )  # all scenes as sets of events; the events of the double ones
+    scenes, misses = [], 0
+    whole, parts = set(), set()  # all scenes as sets of events; the events of the double ones
     while len(scenes) < count:
         scene = draw_scene(split, rng)
         key = frozenset(scene)
-        if (
-            key in whole
-            or key <= parts
-            or (len(key) == 2 and any(frozenset([event]) in whole for event in key))
-        ):
+        holds_another = len(key) == 2 and any(frozenset([event]) in whole for event in key)
+        if key in whole or key <= parts or holds_another:
             misses += 1
             if misses > 1000 + 20 * count:
                 raise UserError(
-                    f"{split}={count}: only {len(scenes)} distinct scenes were found; ask for fewer videos"
+                    f"{split}={count}: only {len(scenes)} distinct scenes were found; ask for "
+                    "fewer videos"
                 )
             continue
         whole.add(key)
-        parts |= key if len(key) == 2 else set()
+        if len(key) == 2:
+            parts |= key
         scenes.append(scene)
     return scenes
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Multiple choice
+# ---- multiple choice -----------------------------------------------------------------------------
 
 
-def _edits(scene: Scene, sort: str, rng: np.random.Generator) -> Iterator[Scene]:
-    """Scenes that differ from `scene` in one noun, one verb, or its direction, and are false where
-    it is true.
+def edit(scene: Scene, sort: str, rng: np.random.Generator) -> Iterator[Scene]:
+    """Scenes that differ from `scene` in one noun, one verb, or its direction.
 
-    All edit the same place: without the video, the options of a noun or verb question say nothing
-    about the answer.
+    They are false where it is true. All edit the same place: without the video, the options of a
+    noun or verb question say nothing about the answer.
     """
     i = int(rng.integers(len(scene)))
     event = scene[i]
+    edits = []
     if sort == "direction":
-        edits = [event._replace(subject=event.object, object=event.subject)]
+        edits.append(Event(event.action, event.object, event.subject))
     elif sort == "verb":
         verbs = HALF_SCENE if len(scene) == 2 else RELATION if event.object else SINGLE
-        actions = {e.action for e in scene}
-        edits = [
-            event._replace(action=v)
-            for v in verbs
-            if not any(v == a or {v, a} in NEAR for a in actions)
-        ]
+        shown = {e.action for e in scene}
+        for verb in verbs:
+            if verb not in shown and not any({verb, action} in NEAR for action in shown):
+                edits.append(event._replace(action=verb))
     else:
-        role = _pick(rng, ["subject", "object"] if event.object else ["subject"])
-        kinds = {thing.kind for e in scene for thing in (e.subject, e.object) if thing}
-        edits = [
-            event._replace(**{role: getattr(event, role)._replace(kind=k)})
-            for k in KINDS
-            if k not in kinds
-        ]
+        role = pick(rng, ["subject", "object"] if event.object else ["subject"])
+        things = [*(e.subject for e in scene), *(e.object for e in scene if e.object)]
+        shown = {thing.kind for thing in things}
+        for kind in KINDS:
+            if kind not in shown:
+                edits.append(event._replace(**{role: getattr(event, role)._replace(kind=kind)}))
+
     for j in rng.permutation(len(edits)):
         yield scene[:i] + (edits[j],) + scene[i + 1 :]
 
 
-def question(scene: Scene, rng: np.random.Generator) -> dict:
-    """The question on a video of `scene`: {"options": five captions, "answer": index of the true
-    one, "kind": …}.
-    """
-    sort = str(
-        rng.choice(
-            ["noun", "verb", "direction"], p=[0.3, 0.3, 0.4] if scene[0].object else [0.5, 0.5, 0]
-        )
-    )
+def ask(scene: Scene, rng: np.random.Generator) -> dict:
+    """A question: {"options": five captions, "answer": index of the true one, "kind": …}."""
+    shares = [0.3, 0.3, 0.4] if scene[0].object else [0.5, 0.5, 0]
+    sort = str(rng.choice(["noun", "verb", "direction"], p=shares))
     if sort == "direction":
-        sources = [_edits(scene, s, rng) for s in ("direction", *rng.choice(["noun", "verb"], 3))]
+        sources = [edit(scene, s, rng) for s in ("direction", *rng.choice(["noun", "verb"], 3))]
     else:
-        sources = [_edits(scene, sort, rng)] * 4
+        sources = [edit(scene, sort, rng)] * 4
     options = [scene]
     for source in sources:
-        options.append(next(edit for edit in source if edit not in options))
-    template = int(rng.integers(len(TEMPLATES[_sort(scene)])))
+        options.append(next(other for other in source if other not in options))
+
+    template = int(rng.integers(len(TEMPLATES[sort_of(scene)])))
     order = rng.permutation(5)
-    return {
-        "options": [caption_of(options[j], template) for j in order],
-        "answer": int(np.argmin(order)),
-        "kind": sort,
-    }
+    captions = [caption_of(options[j], template) for j in order]
+    return {"options": captions, "answer": int(np.argmin(order)), "kind": sort}
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Files
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that `path` holds all of it or does not exist, whenever the process is
-    killed.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
-
-
-def _write_video(job: tuple[Path, Scene, tuple[int, ...]]) -> None:
-    """Renders one video to its path, unless it is there already: a path that exists is complete."""
-    path, scene, seed = job
-    if path.exists():
-        return
-    part = path.with_name(
-        f"{path.stem}.{os.getpid()}.part.mp4"
-    )  # the writer picks the container by the extension
-    writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIDE, SIDE))
-    for frame in render(scene, seed):
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    writer.release()
-    if (
-        not part.exists() or b"moov" not in part.read_bytes()
-    ):  # the index, written last; OpenCV reports no failure
-        part.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: the video could not be written; check the folder's permissions and free space"
-        )
-    os.replace(part, path)
-
-
-def _read_video(path: Path) -> np.ndarray:
-    """All frames of a video that `_write_video` wrote, uint8 [FRAMES, SIDE, SIDE, 3] RGB."""
-    capture = cv2.VideoCapture(str(path))
-    return np.stack([cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB) for _ in range(FRAMES)])
-
-
-def _plan(split: str, count: int, seed: int) -> tuple[list[Scene], dict[str, str]]:
-    """Everything of a split but the pixels: its scenes, and {file name: text}."""
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    scenes = (
-        [draw_scene(split, rng) for _ in range(count)]
-        if split == "train"
-        else distinct_scenes(split, count, rng)
-    )
-    rows, truth, choice = [("video", "caption")], [], []
-    for i, scene in enumerate(scenes):
-        video = _video_name(split, i)
-        captions = {paraphrase(scene, rng): None}  # a dict is a set that keeps the order
-        while split == "train" and len(captions) < 5:
-            captions[paraphrase(scene, rng, full=False)] = None
-        rows += [(video, caption) for caption in captions]
-        events = [
-            {
-                "action": e.action,
-                "subject": e.subject._asdict(),
-                "object": e.object and e.object._asdict(),
-            }
-            for e in scene
-        ]
-        truth.append({"video": video, "events": events})
-        if split != "train":
-            choice.append({"video": video, **question(scene, rng)})
-    files = {
-        f"{split}.csv": "".join(",".join(row) + "\n" for row in rows)
-    }  # no caption holds a comma or a quote
-    for name, records in ((f"{split}_truth.jsonl", truth), (f"{split}_mc.jsonl", choice)):
-        if name != "train_mc.jsonl":
-            files[name] = "".join(json.dumps(record) + "\n" for record in records)
-    return scenes, files
-
-
-def _video_name(split: str, i: int) -> str:
-    return f"videos/{split}_{i:05d}.mp4"
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def generate(
@@ -445,123 +335,176 @@ def generate(
     val: int = 500,
     test: int = 1000,
     seed: int = 0,
+    splits: Iterable[str] = SPLITS,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Writes the toy world with these numbers of videos into `folder`, and returns the folder as a
-    Path.
+    """Write these splits of the toy world with these numbers of videos; returns the folder.
 
-    A finished world is recognised by its world.json and reused at once; an interrupted one is
-    completed. `workers` processes render (default: one a core; 1 = this process). Raises UserError
-    where the folder cannot be written, holds something else, or where val or test asks for more
-    videos than there are distinct scenes.
+    A finished split is recognised by world.json and reused, an interrupted one is completed.
+    `workers` processes render (default: one a core; 1: this process). Raises UserError where the
+    folder cannot be written or holds something else, or its files were changed, or where val or
+    test asks for more videos than there are distinct scenes.
     """
-    folder, counts = Path(folder), {"train": train, "val": val, "test": test}
-    workers = (os.cpu_count() or 1) if workers is None else workers
-    for name, value, least in [(split, count, 0) for split, count in counts.items()] + [
-        ("workers", workers, 1)
-    ]:
-        if value < least:
-            raise UserError(f"{name}={value}: too few; at least {least}")
+    counts = dict(train=train, val=val, test=test)
+    for name, count in counts.items():
+        if count < 0:
+            raise UserError(f"{name}={count}: too few; at least 0")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers}: too few; at least 1")
+
+    folder = Path(folder)
+    key = dict(version=VERSION, seed=seed, **counts)
     try:
-        return _generate(folder, counts, seed, workers, progress)
+        checksums = read_mark(folder, key)
+        for split in splits:
+            if f"{split}.csv" not in checksums:
+                checksums |= write_split(folder, split, counts[split], seed, workers, progress)
+                mark = json.dumps(dict(key, sha256=checksums), indent=1, sort_keys=True)
+                with write_whole(folder / "world.json") as unfinished:
+                    unfinished.write_text(mark, encoding="utf-8")
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"{folder}: cannot hold the toy world ({error}); choose a writable folder"
         ) from error
-
-
-def _generate(
-    folder: Path, counts: dict[str, int], seed: int, workers: int, progress: bool
-) -> Path:
-    finished, started = folder / "world.json", folder / "world.started.json"
-    key = {"version": VERSION, "seed": seed, **counts}
-    for mark in (finished, started):
-        if mark.exists():
-            found = json.loads(mark.read_text())
-            found = {k: found.get(k) for k in key}
-            if found != key:
-                raise UserError(
-                    f"{mark}: {found} is not the toy world asked for, {key}; "
-                    f"delete {folder} or choose another folder"
-                )
-    names = {
-        split: [_video_name(split, i) for i in range(count)] for split, count in counts.items()
-    }
-    if finished.exists():
-        if any(
-            _sha256(folder / name) != sha
-            for name, sha in json.loads(finished.read_text())["sha256"].items()
-        ):
-            raise UserError(
-                f"{finished}: its files have been changed since; delete {folder} to write them anew"
-            )
-        if all((folder / name).exists() for split in names.values() for name in split):
-            return folder
-    elif not started.exists() and any((folder / f"{split}.csv").exists() for split in SPLITS):
-        raise UserError(
-            f"{folder}: holds a data set that is not a toy world; choose another folder"
-        )
-
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    _write_atomically(started, json.dumps(key))
-    jobs, files = [], {}
-    for split, count in counts.items():
-        scenes, texts = _plan(split, count, seed)
-        files |= texts
-        jobs += [
-            (folder / name, scene, (seed, SPLITS.index(split), i))
-            for i, (name, scene) in enumerate(zip(names[split], scenes, strict=True))
-        ]
-    _write_videos(jobs, workers, progress)
-    for name, text in files.items():
-        _write_atomically(folder / name, text)
-    for orphan in (folder / "videos").glob(
-        "*.part.mp4"
-    ):  # of killed processes: every video is complete by now
-        orphan.unlink(missing_ok=True)
-    hashes = {name: _sha256(folder / name) for name in files}
-    _write_atomically(finished, json.dumps({**key, "sha256": hashes}, indent=1))
-    started.unlink(missing_ok=True)
     return folder
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def read_mark(folder: Path, key: dict) -> dict[str, str]:
+    """{file or "SPLIT videos": SHA-256} of what is finished in this folder; all is verified."""
+    mark = folder / "world.json"
+    if not mark.exists():
+        if any((folder / f"{split}.csv").exists() for split in SPLITS):
+            raise UserError(
+                f"{folder}: holds a data set that is not a toy world; choose another folder"
+            )
+        return {}
 
-
-def _write_videos(jobs: list, workers: int, progress: bool) -> None:
-    """Render all jobs in the guarded processes that also decode videos: one that dies or hangs is
-    replaced.
-    """
-    with tqdm(total=len(jobs), desc="toy world", unit="video", disable=not progress) as bar:
-        if workers == 1:
-            for job in jobs:
-                _write_video(job)
-                bar.update()
-            return
-        rendered = run_guarded(
-            functools.partial(_write_numbered, jobs),
-            map(str, range(len(jobs))),
-            workers=min(workers, len(jobs)),
+    found = json.loads(mark.read_text(encoding="utf-8"))
+    same = {name: found.get(name) for name in key}
+    if same != key:
+        raise UserError(
+            f"{mark}: {same} is not the toy world asked for, {key}; delete {folder} or choose "
+            "another folder"
         )
-        for _, failure in rendered:
-            if failure:
-                raise UserError(
-                    "a rendering process died twice at the same video, or hung (out of memory?); run the "
-                    "same command again: what is rendered is kept"
-                )
-            bar.update()
+    whole = {}
+    for name, expected in found["sha256"].items():
+        split = re.match("[a-z]+", name)[0]
+        videos = [folder / video_name(split, i) for i in range(key[split])]
+        if not all(path.exists() for path in videos):
+            continue  # it is completed
+        if sha256(videos if name.endswith(" videos") else [folder / name]) != expected:
+            raise UserError(
+                f"{mark}: its files have been changed since; delete {folder} to write them anew"
+            )
+        whole[name] = expected
+    return whole
 
 
-def _write_numbered(jobs: list, number: str) -> str:
-    _write_video(jobs[int(number)])
+def sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def video_name(split: str, i: int) -> str:
+    return f"videos/{split}_{i:05d}.mp4"
+
+
+def write_split(
+    folder: Path, split: str, count: int, seed: int, workers: int | None, progress: bool
+) -> dict[str, str]:
+    """Write all files of a split, the videos first. Returns their checksums."""
+    scenes, texts = plan(split, count, seed)
+    paths = [folder / video_name(split, i) for i in range(count)]
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+
+    seeds = [(seed, SPLITS.index(split), i) for i in range(count)]
+    write = functools.partial(write_numbered, paths, scenes, seeds)
+    numbers = map(str, range(count))
+    workers = min(workers or os.cpu_count(), count)
+    if workers > 1:
+        done = run_guarded(write, numbers, workers=workers)
+    else:
+        done = enumerate(map(write, numbers))
+    for _, failure in tqdm(done, f"toy world, {split}", count, unit="video", disable=not progress):
+        if failure:
+            raise UserError(
+                "a rendering process died twice at the same video, or hung (out of memory?); run "
+                "the same command again: what is rendered is kept"
+            )
+
+    for orphan in (folder / "videos").glob(".*.unfinished.mp4"):  # of killed processes
+        orphan.unlink(missing_ok=True)
+
+    checksums = {f"{split} videos": sha256(paths)}
+    for name, text in texts.items():
+        with write_whole(folder / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", newline="\n")
+        checksums[name] = sha256([folder / name])
+    return checksums
+
+
+def write_numbered(paths: list, scenes: list, seeds: list, number: str) -> str:
+    """In a worker; "" is no failure."""
+    i = int(number)
+    write_video(paths[i], scenes[i], seeds[i])
     return ""
+
+
+def write_video(path: Path, scene: Scene, seed: tuple[int, ...]) -> None:
+    """Render one video, unless it is there already: a path that exists is complete."""
+    if path.exists():
+        return
+    with write_whole(path) as unfinished:
+        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        writer = cv2.VideoWriter(str(unfinished), codec, FPS, (SIDE, SIDE))
+        for frame in render(scene, seed):
+            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        writer.release()
+        # OpenCV reports no failure; the index, "moov", is written last
+        if not unfinished.exists() or b"moov" not in unfinished.read_bytes():
+            raise UserError(
+                f"{path}: the video could not be written; check the folder's permissions and free "
+                "space"
+            )
+
+
+def plan(split: str, count: int, seed: int) -> tuple[list[Scene], dict[str, str]]:
+    """Everything of a split but the pixels: its scenes, and {file name: text}."""
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    is_train = split == "train"
+    if is_train:
+        scenes = [draw_scene(split, rng) for _ in range(count)]
+    else:
+        scenes = distinct_scenes(split, count, rng)
+
+    rows, truth, questions = ["video,caption\n"], [], []
+    for i, scene in enumerate(scenes):
+        video = video_name(split, i)
+        captions = {paraphrase(scene, rng): None}  # a dict is a set that keeps the order
+        while is_train and len(captions) < 5:
+            captions[paraphrase(scene, rng, full=False)] = None
+        rows += [f"{video},{caption}\n" for caption in captions]  # no caption has a comma or quote
+
+        events = []
+        for action, subject, other in scene:
+            parties = dict(subject=subject._asdict(), object=other and other._asdict())
+            events.append(dict(action=action, **parties))
+        truth.append(json.dumps(dict(video=video, events=events)) + "\n")
+        if not is_train:
+            questions.append(json.dumps(dict(video=video, **ask(scene, rng))) + "\n")
+
+    files = {f"{split}.csv": "".join(rows), f"{split}_truth.jsonl": "".join(truth)}
+    if not is_train:
+        files[f"{split}_mc.jsonl"] = "".join(questions)
+    return scenes, files
 
 
 @dataclass
 class ToyConfig:
-    """Write the toy world, and a picture of some of its test videos."""
+    """Write the toy world."""
 
     folder: str = "cache/toy"  # where the world is written
     train: int = 10_000  # training videos
@@ -569,26 +512,13 @@ class ToyConfig:
     test: int = 1000  # test videos
     seed: int = 0  # another seed draws other scenes from the same compositions
     workers: int | None = None  # processes; default: one a core
-    sheet: str | None = None  # PNG file for a picture of the first 12 test videos
 
 
 def main() -> None:
-    config = cli.parse_config(ToyConfig)
-    folder = generate(
-        config.folder,
-        train=config.train,
-        val=config.val,
-        test=config.test,
-        seed=config.seed,
-        workers=config.workers,
-    )
-    rows = [line.split(",") for line in (folder / "test.csv").read_text().splitlines()[1:13]]
-    for video, caption in rows:
-        print(folder / video, caption)
-    if config.sheet and rows:
-        videos = [_read_video(folder / video) for video, _ in rows]
-        contact_sheet(videos, [caption for _, caption in rows], config.sheet)
+    config = parse_config(ToyConfig)
+    folder = generate(**vars(config))
+    print("".join((folder / "test.csv").read_text().splitlines(keepends=True)[:13]))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,39 +1,20 @@
-"""An index on disk that follows a folder of videos, and survives what happens to it.
+"""What was embedded of a folder's videos, kept in one SQLite file.
 
-**The index** is a folder of *shards*, each written once and never changed:
+A row is a video: its path, time and size, and the embeddings of its windows, or the reason why it
+has none. The next search embeds only what is new.
 
-    <checkpoint>-<window>/<random>.shard = magic, crc32, length (16 bytes) | JSON: files | spans [W,
-    2] | emb [W, E]
-
-- There is no list of shards that could disagree with them: what their checksums vouch for is the
-index.
-- A shard is written to a temporary name, flushed to disk and renamed, every few seconds. Whatever
-kills the process
-  costs those seconds and the videos that were half done; the next call goes on from there.
-- Shards have random names, so two runs at once cannot harm each other. (A lock would also keep them
-from doing the same
-  work twice, but a lock can outlive its owner on a network disk.) When there are many, small ones
-  are joined: the joined one is on disk before the others are removed, and a video that is then in
-  two of them counts once.
-- A file is known by its path below the folder, its time and its size. Any other triple is a new
-video; a triple whose
-  file is gone is left out of the answers, and found again should its disk come back: nothing is
-  thrown away, at 4·E bytes a window. Broken files have an entry too, without windows: they are
-  tried again when they change. Bits that a disk lost fail the checksum: the videos of that shard
-  are embedded again.
-- Another checkpoint, or another window, is another index: vectors of two models have nothing to say
-to each other.
-
-    python videoindex.py        # a folder in which a video appears, changes and is gone
+- Each video is one transaction. Whatever kills the process costs the video that was half done.
+- A file is known by path, time and size. If one of them differs, it is another video.
+- A row whose file is gone is left out of the answers. It stays, should its disk come back.
+- A broken file has a row too. It is tried again when it changes.
+- A checksum finds bits that a disk lost: such a video is embedded again.
+- Vectors of another checkpoint, or of windows of another length, have rows of their own.
 """
 
 import contextlib
-import json
 import os
-import secrets
+import sqlite3
 import stat
-import struct
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -43,36 +24,18 @@ import numpy as np
 
 from cli import UserError
 from report.page import printable
+from videos.decode import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = {
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".avi",
-    ".mkv",
-    ".webm",
-    ".mpg",
-    ".mpeg",
-    ".wmv",
-    ".flv",
-    ".3gp",
-    ".ogv",
-    ".mts",
-    ".m2ts",
-}  # not .ts: rarely a video
-MOST_SHARDS = 64  # more are joined
-
+# .ts is a video to a data set, and a program to most folders
+SEARCHED = VIDEO_SUFFIXES - {".ts"}
 
 # ---- the folder ----------------------------------------------------------------------------------
 
 
 class File(NamedTuple):
-    """A video as it was when it was looked at.
+    """A video as it was when it was looked at."""
 
-    `path` is relative to the folder, with "/" between its parts.
-    """
-
-    path: str
+    path: str  # below the folder, with "/" between its parts
     mtime_ns: int
     size: int
 
@@ -80,64 +43,59 @@ class File(NamedTuple):
 def find_videos(folder: Path) -> tuple[list[File], list[str]]:
     """(the video files below the folder, sorted by path; lines that say what was left out).
 
-    Names that begin with a dot are left out. Links are followed after all else, and only to what
-    was not seen yet: no file comes twice, no loop is endless. Raises UserError where the folder
-    itself cannot be read.
+    Names that begin with a dot are left out. Links are followed, but no file comes twice and no
+    loop is endless. Raises UserError where the folder itself cannot be read.
     """
-    files, others, hidden, repeated, troubles = [], Counter(), 0, 0, []
-    seen, folders, links = set(), [""], []  # real paths; paths below the folder
+    files, troubles, skipped, seen = [], [], Counter(), set()
 
-    def add(place):
-        suffix = os.path.splitext(place)[1].lower()
+    def complain(error: OSError) -> None:
+        place = os.path.relpath(error.filename, folder)
+        if place == ".":
+            raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
+        troubles.append(f"{place}: cannot be read ({error.strerror})")
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        skipped["links to what is there already"] += real in seen
+        is_first = real not in seen
+        seen.add(real)
+        return is_first
+
+    def add(path: str) -> None:
         try:
-            status = os.stat(folder / place)
+            status = os.stat(path)
         except OSError as error:
-            troubles.append(f"{place}: cannot be read ({error.strerror})")
-            return
-        if suffix in VIDEO_SUFFIXES and stat.S_ISREG(status.st_mode):
+            return complain(error)
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in SEARCHED and stat.S_ISREG(status.st_mode):
+            place = Path(path).relative_to(folder).as_posix()
             files.append(File(place, status.st_mtime_ns, status.st_size))
         else:
-            others[suffix or "without suffix"] += 1
+            skipped["other files"] += 1
 
-    while folders or links:
-        place = folders.pop() if folders else links.pop(0)
-        real = os.path.realpath(folder / place)
-        if real in seen:
-            repeated += 1
+    links = [str(folder)]  # grows: links come last, so that a video goes by its own name
+    for link in links:
+        if not is_new(link):
             continue
-        seen.add(real)
-        if place and not os.path.isdir(real):
-            add(place)
+        if not os.path.isdir(link):
+            add(link)
             continue
-        try:
-            with os.scandir(real) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            if not place:
-                raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
-            troubles.append(f"{place}: cannot be read ({error.strerror})")
-            continue
-        for entry in entries:
-            below = f"{place}/{entry.name}" if place else entry.name
-            if entry.name.startswith("."):
-                hidden += 1
-            elif entry.is_symlink():
-                links.append(below)
-            elif entry.is_dir():
-                folders.append(below)
-            elif f"{real}/{entry.name}" in seen:
-                repeated += 1
-            else:
-                seen.add(f"{real}/{entry.name}")
-                add(below)
-    kinds = sorted((-n, kind) for kind, n in others.items())[:5]
-    skipped = [
-        (others.total(), f"other files ({', '.join(f'{-n:,} {kind}' for n, kind in kinds)})"),
-        (hidden, "hidden names"),
-        (repeated, "links to what is there already"),
-    ]
-    skipped = ", ".join(f"{n:,} {what}" for n, what in skipped if n)
-    return sorted(files), [f"skipped {skipped}"] * bool(skipped) + troubles
+        for here, folders, names in os.walk(link, onerror=complain):
+            enter = []
+            for name in sorted(folders + names):
+                path = os.path.join(here, name)
+                if name.startswith("."):
+                    skipped["hidden names"] += 1
+                elif os.path.islink(path):
+                    links.append(path)
+                elif is_new(path):
+                    if name in folders:
+                        enter.append(name)
+                    else:
+                        add(path)
+            folders[:] = enter
+    notes = [f"skipped {count:,} {what}" for what, count in skipped.items() if count]
+    return sorted(files), notes + troubles
 
 
 # ---- the index -----------------------------------------------------------------------------------
@@ -150,125 +108,79 @@ class Record(NamedTuple):
     spans: np.ndarray  # [W, 2] float32: seconds from, to
     emb: np.ndarray  # [W, E] float32, unit norm
 
+    def checksum(self) -> int:
+        data = self.reason.encode("utf-8", "surrogateescape")
+        return zlib.crc32(data + self.spans.tobytes() + self.emb.tobytes())
+
 
 class Index:
-    """The shards in a folder, as far as they concern `files`; see the top of this file.
+    """The embeddings by one checkpoint, of windows of one length. Raises nothing but UserError."""
 
-    No errors but UserError.
+    TABLE = """
+        CREATE TABLE IF NOT EXISTS video (
+            checkpoint TEXT, window REAL, path BLOB, mtime_ns INTEGER, size INTEGER,
+            reason BLOB, spans BLOB, emb BLOB, checksum INTEGER,
+            PRIMARY KEY (checkpoint, window, path))
     """
 
-    HEADER = struct.Struct("<4sIQ")  # magic, crc32 of all that follows, bytes of JSON
-    MAGIC = b"IDX1"
+    def __init__(self, path: Path, *, checkpoint: str, window: float, embed_dim: int):
+        """checkpoint: its hash. window: seconds."""
+        self.path, self.recipe, self.embed_dim = path, (checkpoint, window), embed_dim
+        with self.explain():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.open()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                print(f"{printable(str(path))}: damaged ({error}); its videos are embedded again")
+                path.unlink()
+                self.open()
 
-    def __init__(self, folder: Path, recipe: dict, files: list[File], embed_dim: int):
-        """`recipe`: what the vectors depend on besides the files; shards of another are not looked
-        at.
-        """
-        self.folder, self.recipe, self.embed_dim = folder, recipe, embed_dim
-        self.files = {file.path: file for file in files}
-        with self._one_line():
-            folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob("*.tmp"):
-                with contextlib.suppress(FileNotFoundError):  # another run has just finished it
-                    if time.time() - unfinished.stat().st_mtime > 3600:  # a killed run left it
-                        unfinished.unlink()
-            self.shards: dict[Path, dict[File, Record]] = self._read_all()
+    def open(self) -> None:
+        self.database = sqlite3.connect(self.path, timeout=60)  # seconds, if another run writes
+        self.database.execute(self.TABLE)
+        (state,) = self.database.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            self.database.close()
+            raise sqlite3.DatabaseError(state)
 
     @contextlib.contextmanager
-    def _one_line(self):
+    def explain(self):
         try:
             yield
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{self.folder}: cannot hold the index ({error.strerror}); make room or choose another "
-                "--index"
+                f"{self.path}: cannot hold the index ({reason}); make room, or choose --index"
             ) from error
 
-    def _read_all(self) -> dict[Path, dict[File, Record]]:
-        while True:
-            try:
-                shards = {path: self._read(path) for path in sorted(self.folder.glob("*.shard"))}
-                return {path: shard for path, shard in shards.items() if shard is not None}
-            except FileNotFoundError:  # another run has joined it with others: read the joined one
-                continue
+    def add(self, file: File, record: Record) -> None:
+        """Put this video on disk, for good."""
+        path, *version = file
+        reason = record.reason.encode("utf-8", "surrogateescape")
+        vectors = (record.spans.tobytes(), record.emb.tobytes(), record.checksum())
+        row = (*self.recipe, os.fsencode(path), *version, reason, *vectors)
+        with self.explain(), self.database:
+            self.database.execute("REPLACE INTO video VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def _read(self, path: Path) -> dict[File, Record] | None:
-        data = path.read_bytes()
-        if len(data) < self.HEADER.size or self.HEADER.unpack_from(data)[:2] != (
-            self.MAGIC,
-            zlib.crc32(memoryview(data)[8:]),
-        ):
-            print(f"{printable(str(path))}: damaged; its videos are embedded again")
-            path.unlink(missing_ok=True)
-            return None
-        start = self.HEADER.size + self.HEADER.unpack_from(data)[2]
-        about = json.loads(data[self.HEADER.size : start])
-        if about["recipe"] != self.recipe:
-            print(f"{printable(str(path))}: of another checkpoint or window; not used")
-            return None
-        ends = np.cumsum([windows for *_, windows, _ in about["videos"]]).tolist()
-        total = ends[-1]
-        spans = np.frombuffer(data, np.float32, 2 * total, start).reshape(total, 2)
-        emb = np.frombuffer(data, np.float32, offset=start + spans.nbytes).reshape(
-            total, self.embed_dim
-        )
-        return {
-            File(name, mtime_ns, size): Record(
-                reason, spans[end - windows : end], emb[end - windows : end]
-            )
-            for (name, mtime_ns, size, windows, reason), end in zip(about["videos"], ends)
-        }
-
-    def add(self, records: dict[File, Record]) -> None:
-        """Put these on disk, for good."""
-        if not records:
-            return
-        with self._one_line():
-            self._write(records)
-            if len(self.shards) > MOST_SHARDS:
-                self._join()
-
-    def _write(self, records: dict[File, Record]) -> None:
-        videos = [(*file, len(record.emb), record.reason) for file, record in records.items()]
-        about = json.dumps(dict(recipe=self.recipe, videos=videos)).encode()
-        about += b" " * (-len(about) % 8)  # the numbers behind it stand at multiples of 8 bytes
-        body = b"".join(
-            [
-                len(about).to_bytes(8, "little"),
-                about,
-                *(record.spans for record in records.values()),
-                *(record.emb for record in records.values()),
-            ]
-        )
-        path = self.folder / f"{secrets.token_hex(8)}.shard"
-        unfinished = path.with_suffix(".tmp")
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(self.MAGIC + zlib.crc32(body).to_bytes(4, "little"))
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:  # also on a full disk
-            unfinished.unlink(missing_ok=True)
-        self.shards[path] = records
-
-    def _join(self) -> None:
-        """Make one shard of the small ones: of half of all, and further ones that are no larger
-        than those together.
-        """
-        group, joined = [], {}
-        for path in sorted(self.shards, key=lambda path: len(self.shards[path])):
-            if len(group) > MOST_SHARDS // 2 and len(self.shards[path]) > len(joined):
-                break
-            group.append(path)
-            joined |= self.shards[path]
-        self._write(joined)
-        for path in group:  # the new one is on disk
-            del self.shards[path]
-            path.unlink(missing_ok=True)
-
-    def known(self) -> dict[File, Record]:
-        """What is known of those files that are there now, in the order of their paths."""
-        known = {file: record for shard in self.shards.values() for file, record in shard.items()}
-        return {file: known[file] for file in self.files.values() if file in known}
+    def known(self, files: list[File]) -> dict[File, Record]:
+        """What is known of these files, in their order."""
+        rows = {}
+        columns = "path, mtime_ns, size, reason, spans, emb, checksum"
+        query = f"SELECT {columns} FROM video WHERE checkpoint = ? AND window = ?"
+        with self.explain():
+            for path, mtime_ns, size, reason, spans, emb, checksum in self.database.execute(
+                query, self.recipe
+            ):
+                record = Record(
+                    reason.decode("utf-8", "surrogateescape"),
+                    np.frombuffer(spans, np.float32).reshape(-1, 2),
+                    np.frombuffer(emb, np.float32).reshape(-1, self.embed_dim),
+                )
+                file = File(os.fsdecode(path), mtime_ns, size)
+                if record.checksum() == checksum:
+                    rows[file] = record
+                else:
+                    print(f"{printable(file.path)}: its row is damaged; it is embedded again")
+        return {file: rows[file] for file in files if file in rows}

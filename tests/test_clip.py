@@ -17,11 +17,21 @@ from safetensors.torch import load_file, save_file
 
 import train
 from cli import UserError
+from eval import EvalConfig, evaluate
 from model import CLOP, MAX_LOGIT_SCALE, build_config
 from train import TrainConfig
 from training import clip
 from training.checkpoint import load_checkpoint
-from training.clip import OPENAI, OPENAI_SIZES, interpolate_places, is_new, read_clip, rename
+from training.clip import (
+    OPENAI,
+    OPENAI_SIZES,
+    interpolate_places,
+    is_new,
+    read_clip,
+    read_pretrained,
+    rename,
+    resize,
+)
 
 NO_TRANSFORMERS = (
     "transformers, the reference, is not installed (pip install -r requirements-test.txt)"
@@ -110,8 +120,8 @@ def open_clip():
         del sys.modules[name]
 
 
-def ours_from(path, **other):
-    found = read_clip(path, **other)
+def ours_from(path, image_size=None):
+    found = resize(read_clip(path), image_size)
     model = CLOP(found.sizes).eval()
     assert all(map(is_new, found.load_into(model)))
     return model
@@ -365,7 +375,7 @@ def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
 def test_image_size_must_fit_the_patches(file):
     openai_file(file)
     with pytest.raises(UserError, match="--image-size 20.*weights' patches of 8 pixels"):
-        read_clip(file, image_size=20)
+        read_pretrained(file, image_size=20)
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------
@@ -398,7 +408,7 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
     said = capsys.readouterr().out
     assert "OpenAI layout" in said and "newly made: 15 tensors" in said
 
-    start = read_clip(config.init, num_frames=2, image_size=24)
+    start = read_pretrained(config.init, num_frames=2, image_size=24)
     end = load_checkpoint(config.out, training=True)
     assert end.model.config.image_size == 24
     assert end.model.config.vocab_size == end.tokenizer.vocab_size == 518
@@ -416,6 +426,39 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
     finally:
         moved.rename(weights)
     assert load_checkpoint(config.out).sha256 == end.sha256
+
+
+def test_a_run_starts_from_a_run(tiny_world, tmp_path, capsys):
+    """Pre-training leads to fine-tuning: other frames and pictures, the same weights."""
+    first = settings(tiny_world, tmp_path / "first")
+    train.train(first)
+    before = load_checkpoint(first.out)
+    weights = before.model.state_dict()
+    found = read_pretrained(first.out, num_frames=8, image_size=48)
+    assert found.sizes.image_size == 48 and len(found.weights["video.time_embed"]) == 2
+    model = CLOP(found.sizes)
+    assert not found.load_into(model)  # without captions there is no SKP head
+    for name, t in model.state_dict().items():
+        assert "_embed" in name or t.equal(weights[name]), name
+
+    then = settings(tiny_world, tmp_path / "then", init=first.out, lr=1e-9, num_frames="4")
+    train.train(then)
+    after = load_checkpoint(then.out)
+    assert "our layout" in capsys.readouterr().out
+    assert after.tokenizer.tokens == before.tokenizer.tokens
+    name = "text.blocks.0.mlp.0.weight"
+    assert torch.allclose(after.model.state_dict()[name], weights[name], atol=1e-6)
+
+
+def test_clip_is_evaluated_as_it_is(tiny_world, tmp_path, weights, capsys):
+    path = weights / "clip.safetensors"
+    files = dict(data=str(tiny_world / "test.csv"), cache=str(tmp_path / "cache"))
+    wanted = EvalConfig(checkpoint=str(path), task="csv", out=str(tmp_path / "out"), **files)
+    record = evaluate(wanted)
+    assert "never trained on videos" in capsys.readouterr().out
+    assert record["step"] == 0 and record["trained_on"] is None and record["frames"] == 12
+    scale = read_clip(path).weights["logit_scale"].exp().item()
+    assert record["logit_scale"] == pytest.approx(scale)
 
 
 def groups_of(model, config):

@@ -352,7 +352,7 @@ def test_a_set_without_a_split_says_why(folders):
 
 def test_missing_annotations_are_named(tmp_path):
     for dataset, role, says in (
-        ("msrvtt", "train", "no MSRVTT_train.9k.csv in it or in its annotations/"),
+        ("msrvtt", "train", "no MSRVTT_train.9k.csv in it, nor in annotations/"),
         ("msrvtt-full", "test", "no MSRVTT_data.json or test_videodatainfo.json"),
         ("msvd", "train", "no raw-captions.pkl or captions_msvd.json"),
         ("didemo", "val", "no val_data.json"),
@@ -782,6 +782,45 @@ def test_check_command(folders, tmp_path):
         assert done.returncode == 2 and says in done.stderr, done.stderr
 
 
+def test_didemo_whatever_the_ending(tmp_path):
+    """As in its real files: "X.", "X.3g2" and "X.mp4" are one video, in lists and on disk too."""
+    said = [
+        ("a@N0_1.", "one"),
+        ("b@N0_2.3g2", "two"),
+        ("a@N0_1.mp4", "more"),
+        ("c@N0_3.dv", "three"),
+    ]
+    entries = [dict(video=video, description=text) for video, text in said]
+    (tmp_path / "test_data.json").write_text(json.dumps(entries))
+    (tmp_path / "test_list.txt").write_text("a@N0_1.m4v\nb@N0_2.\nc@N0_3\n")
+    (tmp_path / "videos").mkdir()
+    there = ["a@N0_1.m2ts", "b@N0_2.", "c@N0_3.mov"]
+    for name in there:
+        (tmp_path / "videos" / name).touch()
+    split = load_split("didemo", tmp_path, "test")
+    assert [Path(path).name for path in split.video_paths] == there
+    assert split.captions == ["one more", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    "annotations, videos",
+    [
+        ("msrvtt_data", "MSRVTT_Videos"),  # CLIP4Clip's
+        ("annotation", "videos/all"),  # Frozen's
+        ("", "TestVideo/TestVideo"),  # MSR-VTT's own archives, unpacked with their folders
+    ],
+)
+def test_msrvtt_where_its_users_have_it(tmp_path, annotations, videos):
+    for folder in (annotations, videos):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    text = "key,vid_key,video_id,sentence\nret0,msr7,video7,a dog runs\n"
+    (tmp_path / annotations / "MSRVTT_JSFUSION_test.csv").write_text(text)
+    (tmp_path / videos / "video7.mp4").touch()
+    assert load_split("msrvtt", tmp_path, "test").video_paths == [
+        str(tmp_path / videos / "video7.mp4")
+    ]
+
+
 # ---- train and evaluate on each ------------------------------------------------------------------
 
 
@@ -847,7 +886,7 @@ def test_train_and_evaluate(folders, tmp_path, cache, form):
         0,
     )
     assert (
-        record["protocol"] == DATASETS[task].protocol
+        record["protocol"].startswith(DATASETS[task].protocol)
         and record["checkpoint_sha256"] == checkpoint.sha256
     )
     official = DATASETS[task].videos["test"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_metrics import KEYS, brute_force_metrics
+from test_metrics import KEYS as ONE_CAPTION
+from test_metrics import brute_force_metrics
 
 from captions.tokenizer import Tokenizer
 from cli import UserError
@@ -31,6 +32,9 @@ from model import CLOP, build_config
 from training.checkpoint import load_checkpoint, save_checkpoint
 from videos.cache import FrameCache
 from videos.decode import write_video
+
+# video 0 has two captions
+KEYS = ONE_CAPTION | {key.replace("v2t", "v2t_grouped") for key in ONE_CAPTION}
 
 # ---- whole evaluations: five tiny videos, an untrained model -------------------------------------
 
@@ -108,6 +112,7 @@ def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
         and written["step"] == 7
         and written["training_seed"] == 3
     )
+    assert "v2t_grouped compares with CLIP4Clip" in written["protocol"]
     assert (written["frames"], written["image_size"], written["note"]) == (
         4,
         32,

@@ -1,6 +1,4 @@
-"""framecache.py: a cache that survives what happens to disks, and files that hang or kill the
-decoder.
-"""
+"""videos/: a cache that survives what happens to disks, and files that hang or kill the decoder."""
 
 import concurrent.futures
 import errno
@@ -51,17 +49,17 @@ def test_cache_entry_depends_on_all_that_the_pixels_do(tmp_path, clip):
     source.write_bytes(clip.read_bytes())
     cache = FrameCache(tmp_path / "cache", size=64, num_frames=10)
     entries = {
-        cache._entry(source, 0.0, None),
-        cache._entry(source, 1.0, None),
-        cache._entry(source, 0.0, 2.0),
-        cache._entry(clip, 0.0, None),
-        FrameCache(cache.folder, size=32, num_frames=10)._entry(source, 0.0, None),
-        FrameCache(cache.folder, size=64, num_frames=12)._entry(source, 0.0, None),
+        cache.entry(source, 0.0, None),
+        cache.entry(source, 1.0, None),
+        cache.entry(source, 0.0, 2.0),
+        cache.entry(clip, 0.0, None),
+        FrameCache(cache.folder, size=32, num_frames=10).entry(source, 0.0, None),
+        FrameCache(cache.folder, size=64, num_frames=12).entry(source, 0.0, None),
     }
     os.utime(source, ns=(1, 1))  # edited
-    entries.add(cache._entry(source, 0.0, None))
+    entries.add(cache.entry(source, 0.0, None))
     assert len(entries) == 7
-    assert cache._entry(source, 0, None) == cache._entry(str(source), 0.0, None)
+    assert cache.entry(source, 0, None) == cache.entry(str(source), 0.0, None)
     write_video(source, numbered_frames(20))
     assert numbers(cache.get(source)) == frame_indices(20, 10).tolist()
 
@@ -114,7 +112,6 @@ def test_fill_reports_broken_videos_and_resumes(tmp_path, clip, capfd, monkeypat
 
 def test_interrupted_writes_leave_nothing_half(tmp_path, clip, monkeypatch):
     cache = FrameCache(tmp_path, size=16, num_frames=4)
-    entry = cache._entry(clip, 0.0, None)
     disk_full = OSError(errno.ENOSPC, "No space left on device")
     for error, raised in [(KeyboardInterrupt(), KeyboardInterrupt), (disk_full, UserError)]:
 
@@ -125,13 +122,19 @@ def test_interrupted_writes_leave_nothing_half(tmp_path, clip, monkeypatch):
 
         monkeypatch.setattr(Path, "write_bytes", write_half)
         with pytest.raises(raised):
-            cache._store(clip, entry, 0.0, None)
+            cache.get(clip)
         if raised is UserError:
-            with pytest.raises(UserError, match="cannot write the frame cache"):
-                cache.get(clip)  # from the process that decodes
+            with pytest.raises(UserError, match="cannot be written .No space left on device"):
+                cache.fill([str(clip)], progress=False)  # from the process that decodes
         monkeypatch.undo()
         assert not list(tmp_path.glob("*/*"))
     assert cache.get(clip).shape == (4, 16, 16, 3)
+
+
+def test_threads_that_read_start_no_process(tmp_path, clip, monkeypatch):
+    """A fork out of a thread of a training run may wait for ever for a lock of another thread."""
+    monkeypatch.setattr(framecache, "run_guarded", lambda *args, **kwargs: pytest.fail("a process"))
+    assert FrameCache(tmp_path, size=16, num_frames=4).get(clip).shape == (4, 16, 16, 3)
 
 
 def test_a_path_that_no_disk_can_hold(tmp_path):
@@ -168,7 +171,7 @@ def test_still_pictures_are_kept_once(tmp_path, capsys):
             in capsys.readouterr().out
         )
     for path in paths:
-        assert cache._entry(path, 0.0, None).stat().st_size == 20 + 16 * 16 * 3 == 788
+        assert cache.entry(path, 0.0, None).stat().st_size == 20 + 16 * 16 * 3 == 788
         np.testing.assert_array_equal(cache.get(path), read_frames(path, 5, size=16))
 
 
@@ -209,16 +212,14 @@ def test_a_video_that_hangs_the_decoder(clips, tmp_path, monkeypatch, workers):
         len(list(cache.folder.glob("*/*"))) == 5
         and set(multiprocessing.active_children()) <= others
     )
-    with pytest.raises(VideoError, match="trouble.mp4: the decoder gave no frames"):
-        cache.get(clips[2])
     assert cache.get(clips[3]).shape == (4, 16, 16, 3)
 
 
 def test_more_time_for_larger_files(clips):
-    assert guarded._seconds_allowed("missing") == guarded.PATIENCE == 60
+    assert guarded.seconds_allowed("missing") == guarded.PATIENCE == 60
     with open(clips[0], "ab") as file:
         file.truncate(5_000_000)
-    assert guarded._seconds_allowed(clips[0]) == 65
+    assert guarded.seconds_allowed(clips[0]) == 65
 
 
 def test_a_fifo_is_no_video(tmp_path):
@@ -256,7 +257,8 @@ def test_workers_end_with_a_killed_parent(clips, tmp_path):
         f"    open({str(tmp_path)!r} + '/pid-%d' % os.getpid(), 'w')\n"
         f"    time.sleep(1)\n"
         f"framecache.read_frames = slow\n"
-        f"framecache.FrameCache({str(tmp_path / 'cache')!r}, size=16, num_frames=4).fill({clips!r}, workers=3)"
+        f"cache = framecache.FrameCache({str(tmp_path / 'cache')!r}, size=16, num_frames=4)\n"
+        f"cache.fill({clips!r}, workers=3)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     pids = []
@@ -277,7 +279,8 @@ def test_workers_end_with_a_killed_parent(clips, tmp_path):
 def test_two_runs_fill_one_cache_at_once(clips, tmp_path):
     code = (
         f"from videos.cache import FrameCache\n"
-        f"print(FrameCache({str(tmp_path / 'cache')!r}, size=64, num_frames=8).fill({clips!r}, workers=2))"
+        f"cache = FrameCache({str(tmp_path / 'cache')!r}, size=64, num_frames=8)\n"
+        f"print(cache.fill({clips!r}, workers=2))"
     )
     command = [sys.executable, "-c", code]
     for one in [

@@ -3,15 +3,11 @@ training sees.
 """
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from cli import UserError
 from datasets import toyrender
 from datasets.toyrender import (
     FRAMES,
@@ -26,13 +22,12 @@ from datasets.toyrender import (
     single_track,
 )
 
-ROOT = Path(__file__).parent.parent
 STAR, FISH = Thing(1, "big", "red", "star"), Thing(1, "small", "blue", "fish")
 
 
 def _silhouette(kind: str) -> np.ndarray:
     canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
-    toyrender._draw(canvas, Thing(1, "big", "white", kind), 0.18, np.array([0.5, 0.5, 1, 0, 1]))
+    toyrender.draw(canvas, Thing(1, "big", "white", kind), 0.18, np.array([0.5, 0.5, 1, 0, 1]))
     small = cv2.resize(canvas, (32, 32), interpolation=cv2.INTER_AREA)
     return small.max(axis=2) > 127
 
@@ -56,7 +51,7 @@ def test_every_kind_shows_its_spin(kind):
     pictures = []
     for angle in (0, np.pi / 4):
         canvas = np.full((SIDE, SIDE, 3), 100, np.uint8)
-        toyrender._draw(
+        toyrender.draw(
             canvas, Thing(1, "small", "red", kind), 0.115, np.array([0.5, 0.5, 1, angle, 1])
         )
         pictures.append(cv2.resize(canvas, (32, 32), interpolation=cv2.INTER_AREA).astype(int))
@@ -147,30 +142,3 @@ def test_count_is_the_number_of_things_drawn():
         bright = (video[0].min(axis=2) > 170).astype(np.uint8)
         _, _, stats, _ = cv2.connectedComponentsWithStats(bright)
         assert (stats[1:, cv2.CC_STAT_AREA] > 20).sum() == count
-
-
-def test_demo(tmp_path):
-    sheet = tmp_path / "chase.png"
-    command = [sys.executable, "-m", "datasets.toyrender", "chase", "--sheet", sheet]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert cv2.imread(str(sheet)).shape == (16 * (18 + 98), 8 * 98, 3)
-    wrong = subprocess.run(
-        [sys.executable, "-m", "datasets.toyrender", "fly"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        wrong.returncode == 2
-        and "fly" in wrong.stderr
-        and "chase" in wrong.stderr
-        and wrong.stderr.count("\n") == 1
-    )
-
-
-@pytest.mark.parametrize("name", ["no/such/folder/sheet.png", "sheet.unknown"])
-def test_a_sheet_that_cannot_be_written(tmp_path, name):
-    with pytest.raises(UserError, match="cannot write"):
-        toyrender.contact_sheet(
-            [np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)], ["nothing"], str(tmp_path / name)
-        )

@@ -50,7 +50,7 @@ def plans() -> dict[str, dict]:
     """
     plans = {}
     for split, count in {"train": 10_000, "val": 500, "test": 1000}.items():
-        _, files = toyworld._plan(split, count, seed=0)
+        _, files = toyworld.plan(split, count, seed=0)
         records = {
             name: [json.loads(line) for line in text.splitlines()]
             for name, text in files.items()
@@ -296,14 +296,13 @@ def test_a_world_on_disk(world):
         and manifest["test"] == 10
         and "test.csv" in manifest["sha256"]
     )
-    assert not (world / "world.started.json").exists()
 
 
 def test_videos_survive_the_codec(world):
     """What is decoded is what was rendered, up to compression; frame n is frame n."""
-    scene = toyworld._plan("test", 10, seed=0)[0][3]
+    scene = toyworld.plan("test", 10, seed=0)[0][3]
     rendered = toyworld.render(scene, (0, 2, 3)).astype(int)
-    decoded = toyworld._read_video(world / "videos" / "test_00003.mp4")
+    decoded = _frames(world / "videos" / "test_00003.mp4")[..., ::-1]
     error = np.abs(rendered[:, None] - decoded[None]).mean(
         axis=(2, 3, 4)
     )  # [rendered frame, decoded frame]
@@ -349,13 +348,14 @@ def test_an_interrupted_world_is_completed(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(folder, workers=1, **SMALL)
     assert not (folder / "world.json").exists() and not (folder / "train.csv").exists()
-    (folder / "videos" / "train_00006.999999.part.mp4").write_bytes(b"of a killed process")
     rendered.clear()
     monkeypatch.setattr(
         toyworld,
         "render",
         lambda scene, seed: rendered.append(seed) or toyworld_render(scene, seed),
     )
+    generate(folder, workers=1, **SMALL, splits=["test"])
+    assert len(rendered) == 10 and not (folder / "train.csv").exists()  # only what was asked for
     generate(folder, workers=1, **SMALL)
     assert len(rendered) == 28 - 5  # the five finished ones are kept
     assert _texts(folder) == _texts(world)
@@ -394,12 +394,19 @@ def test_mistakes_end_in_one_line(world, tmp_path):
     (tmp_path / "mine" / "train.csv").write_text("video,caption\n")
     assert "not a toy world" in message(tmp_path / "mine")
 
-    edited = generate(tmp_path / "edited", workers=1, train=1, val=1, test=1, progress=False)
+    few = dict(train=1, val=1, test=1)
+    edited = generate(tmp_path / "edited", workers=1, **few, progress=False)
+    video = edited / "videos" / "test_00000.mp4"
+    whole = video.read_bytes()
+    video.write_bytes(whole[:-9] + b"?" + whole[-8:])  # a bit that the disk lost
+    assert "changed" in message(edited, **few)
+    video.write_bytes(whole)
+    generate(edited, workers=1, **few, progress=False)
     with open(edited / "test.csv", "a") as file:
         file.write("videos/test_00000.mp4,a lie\n")
-    assert "changed" in message(edited, train=1, val=1, test=1)
+    assert "changed" in message(edited, **few)
     (edited / "world.json").write_text("{")
-    assert "cannot hold" in message(edited, train=1, val=1, test=1)
+    assert "cannot hold" in message(edited, **few)
 
 
 def test_a_disk_that_swallows_writes_is_noticed(tmp_path, monkeypatch):
@@ -419,27 +426,10 @@ def test_a_disk_that_swallows_writes_is_noticed(tmp_path, monkeypatch):
     assert list((tmp_path / "toy" / "videos").iterdir()) == []
 
 
-def test_demo(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "datasets.toyworld",
-        "--folder",
-        tmp_path / "toy",
-        "--train",
-        "2",
-        "--val",
-        "1",
-        "--test",
-        "3",
-        "--workers",
-        "1",
-        "--sheet",
-        tmp_path / "sheet.png",
-    ]
+def test_command_line(tmp_path):
+    words = "--train 2 --val 1 --test 3 --workers 1".split()
+    command = [sys.executable, "-m", "datasets.toyworld", "--folder", tmp_path / "toy", *words]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert shown.count("test_0000") == 3 and cv2.imread(str(tmp_path / "sheet.png")) is not None
+    assert shown.count("test_0000") == 3
     wrong = subprocess.run([*command, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
-    )
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1

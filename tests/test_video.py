@@ -1,5 +1,6 @@
-"""video.py: the right frames of good files, one line for bad ones."""
+"""videos/decode.py: the right frames of good files, one line for bad ones."""
 
+import struct
 from pathlib import Path
 
 import cv2
@@ -8,14 +9,21 @@ import pytest
 
 from cli import UserError
 from videos import decode as video
-from videos.decode import VideoError, frame_indices, read_frames, write_video
+from videos.decode import (
+    VideoError,
+    frame_indices,
+    glimpse,
+    read_frames,
+    read_windows,
+    write_video,
+)
 
 ROOT = Path(__file__).parent.parent
 SHARED_CLIPS = ROOT.parent / "shared" / "msrvtt_full" / "videos"
 
 
 def numbered_frames(count, height=64, width=64):
-    """Frame n shows n in binary: eight vertical bars in the central square, black = 0, white = 1."""
+    """Frame n shows n in binary: eight vertical bars in the middle, black = 0, white = 1."""
     bits = (np.arange(count)[:, None] >> np.arange(8)) & 1  # [T, 8]
     bars = np.repeat(bits * 255, min(height, width) // 8, axis=1).astype(np.uint8)  # [T, side]
     frames = np.full((count, height, width, 3), 128, np.uint8)
@@ -139,7 +147,7 @@ def test_odd_sizes(tmp_path, height, width):
 def test_shrinking_averages():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::4] = 240  # at 16 px every pixel is the mean of one white and three black columns
-    assert (video._square(stripes, 16) == 60).all()
+    assert (video.square(stripes, 16) == 60).all()
 
 
 @pytest.mark.skipif(
@@ -151,7 +159,7 @@ def test_real_clip_equals_reading_everything():
     ]  # H.264 with B-frames: stored in another order than shown
     capture, everything = cv2.VideoCapture(str(path)), []
     while (read := capture.read())[0]:
-        everything.append(video._square(read[1], 32))
+        everything.append(video.square(read[1], 32))
     wanted = frame_indices(len(everything), 12)
     np.testing.assert_array_equal(read_frames(path, 12, size=32), np.stack(everything)[wanted])
 
@@ -196,3 +204,117 @@ def test_bad_files_give_one_line(tmp_path, clip, capfd, kind, says):
         and issubclass(VideoError, UserError)
     )
     assert capfd.readouterr().err == ""  # FFmpeg's own lines are not shown
+
+
+# ---- windows of a video --------------------------------------------------------------------------
+
+
+def stretch(path: Path, first: int, factor: int):
+    """Make a video of variable rate out of an mp4: frames from number `first` on last `factor`
+    times as long.
+    """
+    data = bytearray(path.read_bytes())
+    at = data.index(b"stts")
+    entries, count, ticks = struct.unpack_from(">3I", data, at + 8)
+    assert entries == 1
+    longer = (first + (count - first) * factor) / count
+    for tag, offset in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24), (b"elst", 12)):
+        place = data.index(tag) + offset
+        struct.pack_into(
+            ">I", data, place, round(struct.unpack_from(">I", data, place)[0] * longer)
+        )
+    struct.pack_into(">3I", data, at + 8, 2, first, ticks)
+    data[at + 20 : at + 20] = struct.pack(">2I", count - first, ticks * factor)
+    for tag in (
+        b"stts",
+        b"stbl",
+        b"minf",
+        b"mdia",
+        b"trak",
+        b"moov",
+    ):  # all that hold it are 8 bytes longer
+        place = data.index(tag) - 4
+        struct.pack_into(">I", data, place, struct.unpack_from(">I", data, place)[0] + 8)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix, codec", [("mp4", "mp4v"), ("avi", "MJPG"), ("mkv", "mp4v")])
+def test_windows_are_what_read_frames_gives(tmp_path, suffix, codec):
+    path = tmp_path / f"numbered.{suffix}"
+    write_avi(path, numbered_frames(250), codec)  # 25 a second
+    for seconds, spans in (
+        (2, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]),
+        (4, [(0, 5), (5, 10)]),
+        (7, [(0, 10)]),
+        (float("inf"), [(0, 10)]),
+    ):
+        parts = list(read_windows(path, 4, size=64, window=seconds))
+        assert [(round(start, 6), round(end, 6)) for start, end, _ in parts] == spans
+        for (start, end), (_, _, frames) in zip(spans, parts):
+            assert np.array_equal(frames, read_frames(path, 4, size=64, start=start, end=end))
+            seen = numbers(glimpse(path, 4, size=64, start=start, end=end))
+            assert np.abs(np.array(seen) - numbers(frames)).max() <= 1
+    every = list(read_windows(path, 3, size=64, window=0.001))  # no more windows than frames
+    assert [numbers(frames) for *_, frames in every] == [[n] * 3 for n in range(250)]
+
+
+def test_times_of_a_variable_rate_are_the_time_stamps(tmp_path):
+    write_video(tmp_path / "x.mp4", numbered_frames(100), rate=25)
+    stretch(tmp_path / "x.mp4", 50, 3)  # 2 s at 25 a second, 6 s at 8⅓
+    parts = list(read_windows(tmp_path / "x.mp4", 5, size=64, window=2))
+    assert [numbers(frames) for *_, frames in parts] == [
+        [2, 7, 12, 17, 22],
+        [27, 32, 37, 42, 47],
+        [52, 57, 62, 67, 72],
+        [77, 82, 87, 92, 97],
+    ]
+    assert np.array([part[:2] for part in parts]) == pytest.approx(
+        np.array([(0, 1), (1, 2), (2, 5), (5, 8)]), abs=0.1
+    )  # by the average rate: 0–2, 2–4, 4–6, 6–8
+    seen = numbers(glimpse(tmp_path / "x.mp4", 3, size=64, start=5, end=8))
+    assert seen == pytest.approx([79, 87, 96], abs=2)
+
+
+def test_a_glimpse_of_the_end_does_not_decode_the_beginning(tmp_path, monkeypatch):
+    write_video(tmp_path / "x.mp4", numbered_frames(250), rate=25)
+    grabbed, opened = [], video.open_video
+
+    class Counting:
+        def __init__(self, path):
+            self.capture = opened(path)
+
+        def __getattr__(self, name):
+            grabbed.extend([name] * (name == "grab"))
+            return getattr(self.capture, name)
+
+    monkeypatch.setattr(video, "open_video", Counting)
+    assert numbers(glimpse(tmp_path / "x.mp4", 4, size=64, start=9, end=10)) == [228, 234, 241, 247]
+    assert len(grabbed) < 100  # of 248
+
+
+def test_frames_that_end_early(tmp_path):
+    write_avi(tmp_path / "whole.avi", numbered_frames(100))
+    data = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: int(len(data) * 0.8)])
+    parts = list(read_windows(tmp_path / "cut.avi", 4, size=64, window=1))
+    there = numbers(parts[-1][2])
+    assert (
+        3 <= len(parts) <= 4 and parts[-1][1] < 3.6 and max(there) < 90 and there == sorted(there)
+    )
+    assert [numbers(frames) for *_, frames in parts[:3]] == [
+        [3, 9, 15, 21],
+        [28, 34, 40, 46],
+        [53, 59, 65, 71],
+    ]
+    (tmp_path / "stub.avi").write_bytes(data[: int(len(data) * 0.3)])
+    with pytest.raises(VideoError, match="truncated or damaged: .* of 100 frames"):
+        list(read_windows(tmp_path / "stub.avi", 4, size=64, window=1))
+    for read in (
+        lambda path: list(read_windows(path, 4, size=64, window=1)),
+        lambda path: glimpse(path, 4, size=64, start=0, end=1),
+    ):
+        for name, reason in (("none.mp4", "not a video"), ("\udcff.mp4", "only names in UTF-8")):
+            with pytest.raises(VideoError, match=reason):
+                read(str(tmp_path / name))
+    with pytest.raises(VideoError, match="no frame of seconds 90.0 to 91.0"):
+        glimpse(tmp_path / "whole.avi", 4, size=64, start=90, end=91)

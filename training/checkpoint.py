@@ -62,10 +62,10 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path,
-    model,
-    tokenizer,
-    concept_vocab,
+    path: str | Path,
+    model: CLOP,
+    tokenizer: Tokenizer,
+    concept_vocab: ConceptVocab,
     *,
     config: dict,
     step: int,
@@ -101,7 +101,7 @@ def save_checkpoint(
     return sha256
 
 
-def export_checkpoint(source, path) -> Checkpoint:
+def export_checkpoint(source: str | Path, path: str | Path) -> Checkpoint:
     """Write `source`, a checkpoint or the newest of a folder, without its training state and with
     weights in float16; what the new file holds.
 
@@ -124,7 +124,7 @@ def export_checkpoint(source, path) -> Checkpoint:
 # ---- read ----------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path, device="cpu", *, training: bool = False) -> Checkpoint:
+def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = False) -> Checkpoint:
     """Read and verify a checkpoint, or the newest one in a folder.
 
     Raises UserError where it is missing, not ours or of another version, and DamagedCheckpoint.
@@ -225,7 +225,7 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
 # ---- the folder of a run -------------------------------------------------------------------------
 
 
-def resume_checkpoint(folder, *, repair: bool = True) -> Checkpoint | None:
+def resume_checkpoint(folder: str | Path, *, repair: bool = True) -> Checkpoint | None:
     """The newest whole checkpoint of a run, with its training state; None where there is none.
 
     A damaged one is named on stderr, renamed to *.damaged, and the one before it taken (without
@@ -256,14 +256,14 @@ def resume_checkpoint(folder, *, repair: bool = True) -> Checkpoint | None:
     return None
 
 
-def list_checkpoints(folder) -> list[Path]:
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """step-<number>.safetensors of a run, fewest steps first (so without best.safetensors)."""
     named = Path(folder).glob("step-*.safetensors")
     found = {int(path.stem[5:]): path for path in named if path.stem[5:].isdecimal()}
     return [found[step] for step in sorted(found)]
 
 
-def newest_checkpoint(folder) -> Path:
+def newest_checkpoint(folder: str | Path) -> Path:
     """The checkpoint with the most steps. Raises UserError where there is none."""
     found = list_checkpoints(folder)
     if not found:
@@ -280,22 +280,22 @@ def newest_checkpoint(folder) -> Path:
 class CheckpointConfig:
     """Say what is in a checkpoint, or export its weights in half precision."""
 
-    run: Positional[str]  # a checkpoint, or the folder of a run: its newest
+    source: Positional[str]  # a checkpoint, or a run's folder: its newest
     file: Positional[str | None] = None  # to export to
 
 
 def main() -> None:
     config = parse_config(CheckpointConfig)
     if config.file:
-        found = export_checkpoint(config.run, config.file)
+        found = export_checkpoint(config.source, config.file)
     else:
-        found = load_checkpoint(config.run)
+        found = load_checkpoint(config.source)
 
     megabytes = found.path.stat().st_size / 1e6
-    print(f"{found.path}: step {found.step}, {megabytes:.1f} MB, sha256 {found.sha256[:16]}…")
+    print(f"{found.path}: step {found.step}, sha256 {found.sha256[:16]}…, {megabytes:.1f} MB")
     print("model:", asdict(found.model.config))
-    vocab = found.concept_vocab
-    print(f"{found.tokenizer.vocab_size} tokens; {len(vocab)} concepts:", *vocab.names[:8])
+    names = ", ".join(found.concept_vocab.names[:8])
+    print(f"{found.tokenizer.vocab_size} tokens; {len(found.concept_vocab)} concepts: {names}, …")
 
 
 if __name__ == "__main__":

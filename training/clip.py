@@ -1,8 +1,8 @@
 """Other people's weights become ours: checkpoints of CLIP, in any of the usual layouts.
 
 Nobody fine-tunes on a few thousand videos from scratch. One starts from CLIP (arXiv 2103.00020),
-which has read 400 million captioned images. model.py has CLIP's two towers exactly, so taking over
-its weights is a matter of names:
+which has read 400 million captioned images, or from an earlier run. model.py has CLIP's two towers
+exactly, so taking over its weights is a matter of names:
 
     Hugging Face   text_model.encoder.layers.3.mlp.fc1.weight     openai/clip-vit-base-patch32, …
     OpenAI         transformer.resblocks.3.mlp.c_fc.weight        OpenAI's own files, and all that
@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -44,10 +45,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tyro.conf import Positional
 
+from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run
+from knowledge import ConceptVocab
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig
+from training.checkpoint import Checkpoint, hash_tensors, list_checkpoints, load_checkpoint
 
-# Pieces of names, theirs → ours, replaced from top to bottom. Only that layout has the first one.
+# Pieces of names, theirs → ours, replaced from top to bottom. Only this layout has the first one.
 HUGGING_FACE = {
     "vision_model.embeddings.class_embedding": "video.class_embed",
     "vision_model.embeddings.patch_embedding": "video.patch_embed",
@@ -89,6 +93,7 @@ OPENAI = {
     "mlp.c_proj": "mlp.2",
 }
 LAYOUTS = {"Hugging Face": HUGGING_FACE, "OpenAI": OPENAI}
+KNOWN_BY = {name: next(iter(table)) for name, table in LAYOUTS.items()}
 # numbers that only OpenAI's own files carry
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = re.compile(r"attn_mask|.*position_ids|" + "|".join(OPENAI_SIZES))
@@ -109,6 +114,7 @@ class Pretrained:
     weights: dict[str, torch.Tensor]  # float32
     layout: str  # whose names they had
     known_from: str  # what told heads and GELU
+    tokenizer: Tokenizer | None = None
 
     def describe(self) -> str:
         """One line: what was found, and what told heads and GELU."""
@@ -134,14 +140,105 @@ def is_new(name: str) -> bool:
     return "time_" in name or name.startswith("concept_head.")
 
 
-def read_clip(
+# ---- what --init and eval.py call for ------------------------------------------------------------
+
+
+def read_pretrained(
     path: str | Path, *, num_frames: int = 8, image_size: int | None = None
 ) -> Pretrained:
+    """What --init names: a run of ours, its checkpoint, or CLIP's weights; with their tokenizer.
+
+    For videos of `num_frames` frames; `image_size` in pixels, None: the weights' own. Raises
+    UserError where the patches do not divide it, or as `read_clip` and `load_checkpoint`.
+    """
+    path = Path(path)
+    if is_ours(path):
+        return resize(read_run(path, num_frames), image_size)
+    found = resize(read_clip(path, num_frames=num_frames), image_size)
+    found.tokenizer = Tokenizer.from_clip(found.path.parent, found.sizes.vocab_size)
+    return found
+
+
+def read_run(path: Path, num_frames: int) -> Pretrained:
+    """The weights of a run, without its SKP head: other captions have another vocabulary."""
+    found = load_checkpoint(path)
+    sizes = replace(found.model.config, num_frames=num_frames, num_concepts=0)
+    weights = {name: t for name, t in found.model.state_dict().items() if "concept_" not in name}
+    steps = math.ceil(num_frames / sizes.frames_per_patch)
+    weights["video.time_embed"] = found.model.video.time_embedding(steps).detach()
+    return Pretrained(found.path, sizes, weights, "our", "the run itself", found.tokenizer)
+
+
+def zero_shot(path: str | Path) -> Checkpoint:
+    """CLIP's weights as a checkpoint that was never trained on videos: the baseline of each table.
+
+    The embedding of a video is the mean over its frames. Raises UserError, see `read_clip`.
+    """
+    found = read_pretrained(path, num_frames=12)
+    model = CLOP(found.sizes).eval()
+    found.load_into(model)
+    vocab = ConceptVocab([], np.zeros(0), 0)
+    sha256 = hash_tensors(found.weights)
+    return Checkpoint(model, found.tokenizer, vocab, {}, 0, {}, sha256, found.path, {})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this is the folder of a run, or a checkpoint of train.py."""
+    return bool(list_checkpoints(path)) or b'"clop"' in read_header(path)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether this is the folder or the file of a CLIP."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in FILES)
+    header = read_header(path)
+    return path.suffix == ".bin" or any(name.encode() in header for name in KNOWN_BY.values())
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON at the head of a safetensors file; of another file, whatever stands there."""
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, 100 << 20))
+
+
+def resize(found: Pretrained, image_size: int | None) -> Pretrained:
+    """The same weights for images of another size in pixels; None: their own."""
+    sizes = found.sizes
+    if image_size in (None, sizes.image_size):
+        return found
+    if image_size < 1 or image_size % sizes.patch_size:
+        raise UserError(
+            f"--image-size {image_size}: not a multiple of the weights' patches of "
+            f"{sizes.patch_size} pixels; their own size is {sizes.image_size}"
+        )
+    grid = image_size // sizes.patch_size
+    places = interpolate_places(found.weights["video.place_embed"], grid)
+    weights = found.weights | {"video.place_embed": places}
+    return replace(found, weights=weights, sizes=replace(sizes, image_size=image_size))
+
+
+def interpolate_places(place_embed: torch.Tensor, grid: int) -> torch.Tensor:
+    """The place embedding [1 + side², D] for another grid of patches: [1 + grid², D].
+
+    Bicubic, without antialiasing, as in `transformers`. The class token keeps its own.
+    """
+    side = math.isqrt(len(place_embed) - 1)
+    places = rearrange(place_embed[1:], "(h w) d -> 1 d h w", h=side)
+    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([place_embed[:1], rearrange(places, "1 d h w -> (h w) d")])
+
+
+# ---- CLIP's files --------------------------------------------------------------------------------
+
+
+def read_clip(path: str | Path, *, num_frames: int = 8) -> Pretrained:
     """CLIP's weights, from a file or a folder, for videos of `num_frames` frames.
 
-    `image_size` in pixels: None is the weights' own. Raises UserError: missing, damaged,
-    TorchScript, another architecture (with names and shapes), heads and GELU unknown, an image size
-    that the patches do not divide.
+    Raises UserError: missing, damaged, TorchScript, another architecture (with names and shapes),
+    heads and GELU unknown.
     """
     file, tensors = read_tensors(Path(path))
     layout = find_layout(file, tensors)
@@ -151,25 +248,13 @@ def read_clip(
         sizes = read_sizes(weights, settings, num_frames)
     except (KeyError, ValueError) as error:
         raise UserError(f"{file}: not the tensors of a CLIP ({error}); fetch it again") from error
-    weights["video.patch_embed.weight"] = weights["video.patch_embed.weight"].flatten(1)
-    check(file, sizes, weights)
 
+    # [D, C, p, p] -> [D, Cpp]
+    weights["video.patch_embed.weight"] = weights["video.patch_embed.weight"].flatten(1)
+    check_weights(file, sizes, weights)
     # fp16's ln 100 lies above the clamp, where the gradient is zero
     weights["logit_scale"] = weights["logit_scale"].clamp(max=MAX_LOGIT_SCALE)
-    if image_size not in (None, sizes.image_size):
-        if image_size < 1 or image_size % sizes.patch_size:
-            raise UserError(
-                f"--image-size {image_size}: not a multiple of the weights' patches of "
-                f"{sizes.patch_size} pixels; their own size is {sizes.image_size}"
-            )
-        grid = image_size // sizes.patch_size
-        places = interpolate_places(weights["video.place_embed"], grid)
-        weights["video.place_embed"] = places
-        sizes = replace(sizes, image_size=image_size)
     return Pretrained(file, sizes, weights, layout, settings.source)
-
-
-# ---- tensors -------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -186,8 +271,8 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         path = found[0]
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; --init wants the weights of a CLIP, or the folder that holds "
-            "them"
+            f"{path}: no such file; --init wants a run, the weights of a CLIP, or the folder that "
+            "holds them"
         )
 
     damaged = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, RuntimeError)
@@ -219,10 +304,10 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def find_layout(file: Path, tensors: dict) -> str:
-    """The name of the layout, told by the first tensor of its table."""
-    for name, table in LAYOUTS.items():
-        if next(iter(table)) in tensors:
-            return name
+    """A name of LAYOUTS."""
+    for layout, name in KNOWN_BY.items():
+        if name in tensors:
+            return layout
     raise UserError(
         f"{file}: not a CLIP with a vision transformer (it holds {shorten(list(tensors))}); --init "
         "takes the layouts of Hugging Face's CLIPModel and of OpenAI or open_clip"
@@ -253,17 +338,6 @@ def rename(name: str, table: dict[str, str]) -> str:
     for theirs, ours in table.items():
         name = name.replace(theirs, ours)
     return name
-
-
-def interpolate_places(place_embed: torch.Tensor, grid: int) -> torch.Tensor:
-    """The place embedding [1 + side², D] for another grid of patches: [1 + grid², D].
-
-    Bicubic, without antialiasing, as in `transformers`. The class token keeps its own.
-    """
-    side = math.isqrt(len(place_embed) - 1)
-    places = rearrange(place_embed[1:], "(h w) d -> 1 d h w", h=side)
-    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([place_embed[:1], rearrange(places, "1 d h w -> (h w) d")])
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -352,7 +426,7 @@ def count_blocks(weights: dict, tower: str) -> int:
     return len({name.split(".")[2] for name in weights if name.startswith(start)})
 
 
-def check(file: Path, sizes: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+def check_weights(file: Path, sizes: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
     """Raise UserError unless a model of these sizes has exactly these weights and what `is_new`."""
     for tower in ("video", "text"):
         width, heads = getattr(sizes, f"{tower}_width"), getattr(sizes, f"{tower}_heads")

@@ -8,7 +8,7 @@ A run that was killed has lines of steps after its newest checkpoint. It will ta
 again. So a resumed run first cuts these lines off, and the half line that a kill may leave. Each
 step is in the log once, as if nothing had happened; only the lines of the starts tell. Lines are
 on the disk before the checkpoint of their step is. Durations come from the monotonic clock, so
-setting the clock back does no harm.
+setting the clock back does no harm. Nothing is computed from a log, so it has no checksum.
 
     python -m training.log runs/toy/log.jsonl curves.png        # draw the curves of a log
 """

@@ -116,7 +116,8 @@ class Run:
         if self.ranks.is_first:
             if metrics:
                 score = self.log.validation(self.step, metrics)
-                if self.progress["best"] is None or score > self.progress["best"]:
+                best = self.progress["best"]
+                if best is None or score > best or not (self.out / "best.safetensors").exists():
                     self.progress["best"] = score
                     self.write_checkpoint("best")
 
@@ -125,8 +126,8 @@ class Run:
             self.saved = self.write_checkpoint(f"step-{self.step:06d}", training)
             if not self.log.path.exists():
                 raise UserError(
-                    f"{self.out}: was deleted or moved while the run went on; its log is lost, its "
-                    f"newest state is saved as {self.saved}: the same command goes on from there"
+                    f"{self.out}: was deleted or moved while the run went on; its newest state is "
+                    f"{self.saved}, from which the same command goes on with a new log"
                 )
             if self.config.keep:
                 for old in list_checkpoints(self.out)[: -self.config.keep]:

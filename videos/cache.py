@@ -1,53 +1,41 @@
-"""A cache of frames, so that every video is decoded once, and processes that a hostile file may
-hang or kill.
+"""A cache of frames, so that every video is decoded once.
 
-**The cache.** Decoding (video.py) is dear and repeats every epoch; `FrameCache` keeps `num_frames`
-uniform frames of each video (at least the T of the model, which are then drawn from them by the
-same rule) in one small file a video:
+Decoding is dear, and training would repeat it every epoch. `FrameCache` keeps `num_frames` uniform
+frames of each video, in one small file a video:
 
     folder/3f/3f09…e1.frames = magic, N, H, W, crc32 (20 bytes) + N·H·W·3 bytes of pixels
 
-An image is a video of one frame, and where all frames are the same one, one is kept: N = 1.
+An image is a video of one frame. Where all frames are the same one, one is kept: N = 1.
 
-The name is a hash of all that the pixels depend on: the path, time and size of the source file, the
-window in seconds, and the cache's own settings; so an edited video gets a new entry, and nothing is
-ever invalidated. An entry is written to a temporary name and moved into place in one step: an
-interrupted fill or two runs at once leave whole entries only. The checksum finds bits that the disk
-lost; such an entry is decoded again. The alternative, one large archive, reads a little faster from
-spinning disks, but needs locks and repair. Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224
-px: a 10,000-video set of 12 frames at 224 px takes 18 GB, and reads without any decoder.
+The name is a hash of all that the pixels depend on: path, time and size of the source file, the
+window in seconds, and the cache's own settings. So an edited video gets a new entry, and nothing is
+ever invalidated. A file is whole or not there, and a checksum finds bits that the disk lost: such
+an entry is decoded again. One large archive reads a little faster from spinning disks, but needs
+locks and repair.
 
-**Files from strangers.** A damaged or hostile file can do worse than fail: it can hang the decoder
-for ever, or crash the process that it runs in. So the cache decodes in processes that can be
-spared, and a video may take `PATIENCE` seconds and one more for each megabyte of the file. When
-they are over, its process is killed, the video is listed as broken with that reason, and another
-process goes on with the next. One that dies is replaced too and its video tried once more, for the
-death may not have been the video's fault; if it happens again, it was.
-
-    python framecache.py        fills a cache with three files, of which one is no video
+Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224 px. A set of 10,000 videos of 24 frames at
+224 px takes 36 GB, and is read without any decoder.
 """
 
-import collections.abc
 import hashlib
 import os
-import secrets
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, write_whole
 from videos.decode import VideoError, read_frames
 from videos.workers import run_guarded
 
 
 class FrameCache:
-    """Frames of videos on disk: `num_frames` uniform frames of size × size pixels each, decoded
-    when first asked for.
+    """`num_frames` uniform frames of size × size pixels of each video, on disk.
 
     Safe for threads and processes. `damaged` counts entries that had to be decoded again.
     """
@@ -65,157 +53,120 @@ class FrameCache:
                 f"{folder}: cannot hold the frame cache ({error.strerror}); choose another"
             ) from error
 
-    def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
-        """The video's frames, uint8 [N, H, W, 3], RGB, not writable; decoded and stored if they are
-        not there.
-
-        Raises VideoError.
-        """
-        entry = self._entry(path, start, end)
-        try:
-            frames = self._load(entry)
-        except FileNotFoundError:
-            frames = None
-        else:
-            if frames is None:
-                if not self.damaged:
-                    print(
-                        f"{entry}: damaged, so {path} is decoded again (further ones: only counted)",
-                        file=sys.stderr,
-                    )
-                self.damaged += 1
-        if frames is None:
-            for _, result in run_guarded(
-                partial(self._try_store, start=start, end=end), [str(path)], workers=1
-            ):
-                if isinstance(result, str):
-                    raise VideoError(result)
-            frames = self._load(entry)
-            assert frames is not None, f"{entry}: was written, and is damaged or of another video"
-        return frames
-
     def fill(
         self,
-        paths: collections.abc.Sequence[str],
+        paths: Sequence[str],
         *,
         start: float = 0.0,
         end: float | None = None,
         workers: int | None = None,
         progress: bool = True,
     ) -> dict[str, str]:
-        """Decode what is not there yet, on `workers` processes (None: one a core), and print the
-        size of the whole.
+        """Decode what is not there yet, by `workers` processes (None: one a core).
 
-        Returns {path: reason} of the videos that cannot be decoded. Interrupted, it goes on from
-        there the next time.
+        Returns {path: reason} of the videos that cannot be decoded. Files that hang or crash the
+        decoder are among them. Interrupted, it goes on from there the next time.
         """
-        sizes = np.fromiter(
-            (self._entry_size(path, start, end) for path in paths), np.int64, len(paths)
-        )
-        todo, reasons = np.flatnonzero(sizes == 0), {}  # numbers, not paths: there may be millions
-        stored = run_guarded(
-            partial(self._try_store, start=start, end=end),
-            (paths[i] for i in todo),
-            workers=min(workers or os.cpu_count(), len(todo)),
-        )
-        for n, result in tqdm(
-            stored,
-            total=len(todo),
-            desc="decode videos",
-            unit="video",
-            disable=not progress or not len(todo),
-        ):
+        present = (self.entry_size(path, start, end) for path in paths)
+        sizes = np.fromiter(present, np.int64, len(paths))
+        todo = np.flatnonzero(sizes == 0)  # numbers, not paths: there may be millions
+
+        workers = min(workers or os.cpu_count(), len(todo))
+        work = partial(self.try_store, start=start, end=end)
+        stored = run_guarded(work, (paths[i] for i in todo), workers=workers)
+        is_silent = not progress or not len(todo)
+        reasons = {}
+        for n, result in tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent):
             if isinstance(result, str):
                 reasons[todo[n]] = result
             else:
                 sizes[todo[n]] = result
+
         if progress:
+            what = f"{len(paths) - len(reasons)} videos × {self.num_frames} frames"
+            counts = f"{len(todo) - len(reasons)} new"
+            broken = f", {len(reasons)} broken" if reasons else ""
             print(
-                f"frame cache {self.folder}: {len(paths) - len(reasons)} videos × {self.num_frames} frames of "
-                f"{self.size} px, {sizes.sum() / 1e6:.1f} MB ({len(todo) - len(reasons)} new)"
-                + (f", {len(reasons)} broken" if reasons else "")
+                f"frame cache {self.folder}: {what} of {self.size} px, "
+                f"{sizes.sum() / 1e6:.1f} MB ({counts}){broken}"
             )
         return {paths[i]: reasons[i] for i in sorted(reasons)}
 
-    def _entry(self, path, start, end) -> Path:
+    def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """The video's frames, uint8 [N, H, W, 3], RGB, not writable. Raises VideoError.
+
+        An entry that is missing or damaged is made here, in this process: `fill` first, which is
+        safe from files that hang.
+        """
+        entry = self.entry(path, start, end)
+        if entry.exists():
+            frames = self.load(entry)
+            if frames is not None:
+                return frames
+            self.report_damage(entry, path)
+        self.store(path, entry, start, end)
+        frames = self.load(entry)
+        assert frames is not None, f"{entry}: was written, and is damaged"
+        return frames
+
+    def report_damage(self, entry: Path, path: str | Path) -> None:
+        if not self.damaged:
+            what = f"{entry}: damaged, so {path} is decoded again (further ones: only counted)"
+            print(what, file=sys.stderr)
+        self.damaged += 1
+
+    def entry(self, path: str | Path, start: float, end: float | None) -> Path:
         """Where this video's frames lie. Raises VideoError if the video is missing."""
         try:
             resolved = os.path.realpath(path)
-            stat = os.stat(resolved)
+            status = os.stat(resolved)
         except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
             raise VideoError(f"{str(path)[:200]!r}: no such video file") from error
-        recipe = (
-            resolved,
-            stat.st_mtime_ns,
-            stat.st_size,
-            float(start),
-            end if end is None else float(end),
-            self.size,
-            self.num_frames,
-            self.MAGIC,
-        )
+        source = (resolved, status.st_mtime_ns, status.st_size)
+        window = (float(start), end if end is None else float(end))
+        recipe = (*source, *window, self.size, self.num_frames, self.MAGIC)
         name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.frames"
 
-    def _entry_size(self, path, start, end) -> int:
-        """Bytes of this video's entry; 0 if there is none of a right size.
-
-        (Checksums are looked at when read.)
-        """
+    def entry_size(self, path: str, start: float, end: float | None) -> int:
+        """Bytes of this video's entry; 0 if there is none. Checksums are looked at when read."""
         try:
-            size = os.stat(self._entry(path, start, end)).st_size
+            size = os.stat(self.entry(path, start, end)).st_size
         except (OSError, VideoError):
             return 0
-        return size if size in (self._size_of(1), self._size_of(self.num_frames)) else 0
+        return size if size in (self.size_of(1), self.size_of(self.num_frames)) else 0
 
-    def _size_of(self, num_frames: int) -> int:
+    def size_of(self, num_frames: int) -> int:
         return self.HEADER.size + num_frames * self.size**2 * 3
 
-    def _load(self, entry: Path) -> np.ndarray | None:
+    def load(self, entry: Path) -> np.ndarray | None:
         """The pixels of an entry, None if it is damaged."""
         data = entry.read_bytes()
-        kept = 1 if len(data) == self._size_of(1) else self.num_frames
-        if len(data) != self._size_of(kept) or self.HEADER.unpack_from(data) != (
-            self.MAGIC,
-            kept,
-            self.size,
-            self.size,
-            zlib.crc32(memoryview(data)[self.HEADER.size :]),
-        ):
+        kept = 1 if len(data) == self.size_of(1) else self.num_frames
+        if len(data) != self.size_of(kept):
             return None
-        frames = np.frombuffer(data, np.uint8, offset=self.HEADER.size).reshape(
-            kept, self.size, self.size, 3
-        )
-        return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))  # [N, H, W, 3]
+        checksum = zlib.crc32(memoryview(data)[self.HEADER.size :])
+        header = (self.MAGIC, kept, self.size, self.size, checksum)
+        if self.HEADER.unpack_from(data) != header:
+            return None
 
-    def _store(self, path, entry: Path, start, end) -> int:
+        shape = (kept, self.size, self.size, 3)
+        frames = np.frombuffer(data, np.uint8, offset=self.HEADER.size).reshape(shape)
+        return np.broadcast_to(frames, (self.num_frames, *shape[1:]))  # [N, H, W, 3]
+
+    def store(self, path, entry: Path, start: float, end: float | None) -> int:
         """Decode a video and write its entry; the entry's size in bytes."""
         frames = read_frames(path, self.num_frames, size=self.size, start=start, end=end)
         if (frames == frames[0]).all():
             frames = frames[:1]
         header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
-        try:
-            entry.parent.mkdir(exist_ok=True)
-            unfinished = entry.with_suffix(
-                f".{secrets.token_hex(8)}.tmp"
-            )  # another name for each writer
-            try:
-                unfinished.write_bytes(header + frames.data)
-                os.replace(unfinished, entry)
-            finally:  # also after Ctrl-C or on a full disk: leave nothing half written
-                unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot write the frame cache ({error.strerror}); make room or choose "
-                "another folder"
-            ) from error
+        with write_whole(entry) as unfinished:
+            unfinished.write_bytes(header + frames.data)
         return len(header) + frames.nbytes
 
-    def _try_store(self, path, start, end) -> int | str:
-        """Store one video (in a worker process): the size of its entry, or the reason if it is
-        broken.
-        """
+    def try_store(self, path: str, start: float, end: float | None) -> int | str:
+        """In a worker: the size of the video's new entry, or the reason if it is broken."""
         try:
-            return self._store(path, self._entry(path, start, end), start, end)
+            return self.store(path, self.entry(path, start, end), start, end)
         except VideoError as error:
             return str(error)

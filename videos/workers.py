@@ -1,21 +1,26 @@
-"""Processes that a hostile file may hang or kill.
+"""Work on files that may hang or kill the process that reads them.
 
-**Files from strangers.** A damaged or hostile file can do worse than fail: it can hang the decoder
-for ever, or crash the process that it runs in. So the cache decodes in processes that can be
-spared, and a video may take `PATIENCE` seconds and one more for each megabyte of the file. When
-they are over, its process is killed, the video is listed as broken with that reason, and another
-process goes on with the next. One that dies is replaced too and its video tried once more, for the
-death may not have been the video's fault; if it happens again, it was.
+A damaged or hostile file can do worse than fail: it can hang the decoder for ever, or crash the
+process that it runs in. So files are read in processes that can be spared. A file may take
+`PATIENCE` seconds, and one more for each megabyte. When they are over, its process is killed and
+the file is given up, with that reason. Another process goes on with the next.
+
+A process may also die by no fault of its file, say where memory runs out. So the file is tried once
+more. If its process dies again, it was the file.
+
+`concurrent.futures` waits for ever for a worker that hangs. `pebble` kills it, as this file does,
+but hands out small jobs six times slower (docs/LOG.md).
 """
 
-import collections.abc
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
 
 from cli import UserError
 
@@ -23,118 +28,124 @@ from cli import UserError
 PATIENCE = 60.0
 
 
-def run_guarded(
-    work: collections.abc.Callable, paths: collections.abc.Iterable[str], *, workers: int
-) -> collections.abc.Iterator[tuple[int, object]]:
-    """(n, work(n-th path)) as they are done, by `workers` processes; for a path that hangs or kills
-    them, why (str).
+class Job(NamedTuple):
+    """What a worker is busy with."""
 
-    `paths` is read one at a time. A UserError in a worker is raised here. Ctrl-C ends the workers
-    too.
+    process: multiprocessing.Process
+    n: int
+    path: str
+    is_over: float  # when its time is, on the monotonic clock
+
+    def was_too_slow(self) -> str:
+        seconds = f"{seconds_allowed(self.path):.0f} s"
+        return (
+            f"{self.path}: the decoder gave no frames within {seconds} and was stopped; encode the "
+            "file again or remove it"
+        )
+
+    def died_twice(self) -> str:
+        return (
+            f"{self.path}: the decoder died twice (exit code {self.process.exitcode}; -9: killed, "
+            "perhaps out of memory); encode the file again or remove it"
+        )
+
+
+def run_guarded(work: Callable, paths: Iterable[str], *, workers: int) -> Iterator[tuple]:
+    """(n, work(n-th path)) as they are done, by `workers` processes.
+
+    For a path that hangs or kills them, the second is why (str). `paths` is read one at a time. A
+    UserError in a worker is raised here. Ctrl-C ends the workers too.
     """
     # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    jobs, again, tried_twice = enumerate(paths), [], set()
-    busy = {}  # {our end of its pipe: (process, n, path, when its time is over)}
+    jobs = enumerate(paths)
+    again, tried_twice = [], set()
+    busy: dict[Connection, Job] = {}  # by our end of the worker's pipe
 
-    def start():
+    def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(work, theirs, [ours, *busy]), daemon=True)
+        process = context.Process(target=serve, args=(work, theirs, [ours, *busy]), daemon=True)
         process.start()
         theirs.close()
         give(ours, process)
 
-    def give(pipe, process):
+    def give(pipe: Connection, process) -> None:
         """The next path to this worker; without one it is dismissed."""
         n, path = again.pop() if again else next(jobs, (None, None))
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it has just died, as the next look at its pipe will show
+        with contextlib.suppress(BrokenPipeError):  # it has just died: the next look shows it
             pipe.send(path)
         if path is None:
             pipe.close()
             process.join()
         else:
-            busy[pipe] = process, n, path, time.monotonic() + _seconds_allowed(path)
+            busy[pipe] = Job(process, n, path, time.monotonic() + seconds_allowed(path))
 
     try:
         for _ in range(workers):
             start()
         while busy:
-            soonest = min(over for *_, over in busy.values())
-            done = multiprocessing.connection.wait(busy, max(0, soonest - time.monotonic()))
-            late = [
-                pipe
-                for pipe, (*_, over) in busy.items()
-                if over <= time.monotonic() and pipe not in done
-            ]
+            soonest = min(job.is_over for job in busy.values())
+            done = wait(busy, max(0, soonest - time.monotonic()))
+            now = time.monotonic()
+            late = [p for p, job in busy.items() if job.is_over <= now and p not in done]
+
             for pipe in [*done, *late]:
-                process, n, path, _ = busy.pop(pipe)
-                try:
-                    result = pipe.recv() if pipe in done else None
-                except (EOFError, ConnectionResetError):
-                    result = None
+                job = busy.pop(pipe)
+                result = None if pipe in late else receive(pipe)
                 if isinstance(result, UserError):
                     pipe.close()
                     raise result
                 if result is not None:
-                    yield n, result
-                    give(pipe, process)
+                    yield job.n, result
+                    give(pipe, job.process)
                     continue
-                process.kill()
-                process.join()
+
+                # it hangs or has died: another one takes its place
+                job.process.kill()
+                job.process.join()
                 pipe.close()
                 if pipe in late:
-                    yield (
-                        n,
-                        (
-                            f"{path}: the decoder gave no frames within {_seconds_allowed(path):.0f} s and was "
-                            "stopped; encode the file again or remove it"
-                        ),
-                    )
-                elif n in tried_twice:
-                    yield (
-                        n,
-                        (
-                            f"{path}: the decoder died twice (exit code {process.exitcode}; -9: killed, perhaps out "
-                            "of memory); encode the file again or remove it"
-                        ),
-                    )
+                    yield job.n, job.was_too_slow()
+                elif job.n in tried_twice:
+                    yield job.n, job.died_twice()
                 else:
-                    tried_twice.add(n)
-                    again.append((n, path))
+                    tried_twice.add(job.n)
+                    again.append((job.n, job.path))
                 start()
-    # nobody is busy, unless something was raised: then a video that is almost done may be stored
     finally:
+        # busy only where something was raised: what is almost done may still be stored
         grace = time.monotonic() + 2
-        for pipe, (process, *_) in busy.items():
-            multiprocessing.connection.wait([pipe], max(0, grace - time.monotonic()))
+        for pipe, job in busy.items():
+            wait([pipe], max(0, grace - time.monotonic()))
             pipe.close()
-            process.kill()
-            process.join()
+            job.process.kill()
+            job.process.join()
 
 
-def _serve(work, pipe, parents_ends):
-    """A worker: the result of `work` for each path that comes through the pipe, until None does, or
-    the parent dies.
-    """
-    for inherited in parents_ends:  # kept open here, no pipe would end with the parent
-        inherited.close()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches workers too: leave it to the parent
+def receive(pipe: Connection):
+    """The worker's result, None where it has died."""
     try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return None
+
+
+def serve(work: Callable, pipe: Connection, others: list[Connection]) -> None:
+    """A worker: do each path that comes through the pipe, until None does, or the parent dies."""
+    for inherited in others:  # kept open here, no pipe would end with the parent
+        inherited.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent decides
+
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while (path := pipe.recv()) is not None:
             try:
                 result = work(path)
             except UserError as error:
                 result = error
             pipe.send(result)
-    except (EOFError, BrokenPipeError):
-        pass
 
 
-def _seconds_allowed(path: str) -> float:
+def seconds_allowed(path: str) -> float:
     try:
         return PATIENCE + os.path.getsize(path) / 1e6
     except (OSError, ValueError):  # missing files fail fast
