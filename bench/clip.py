@@ -19,20 +19,21 @@ import importlib.util
 import json
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+from captions.tokenizer import Tokenizer
+from cli import UserError, parse_config, run
+from losses import info_nce
+from model import CLOP, Block, SpaceTimeBlock, build_config
+from training.clip import read_clip
+
 ROOT = Path(__file__).resolve().parent.parent
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from captions.tokenizer import Tokenizer  # noqa: E402
-from cli import UserError, parse_config, run  # noqa: E402
-from losses import info_nce  # noqa: E402
-from model import CLOP, Block, SpaceTimeBlock, build_config  # noqa: E402
-from training.clip import HUGGING_FACE, _join_qkv, _rename, is_new  # noqa: E402
 
 
 @dataclass
@@ -88,14 +89,11 @@ def hugging_face(sizes):
     )
 
 
-def same_weights(model, theirs):
-    """Give our model the weights of theirs."""
-    renamed = {name: _rename(name, HUGGING_FACE) for name in theirs.state_dict()}
-    weights = {renamed[name]: t.clone() for name, t in theirs.state_dict().items()}
-    _join_qkv(weights, {ours: name for name, ours in renamed.items()})
-    weights["video.patch_embed.weight"] = weights["video.patch_embed.weight"].flatten(1)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected and all(map(is_new, missing))
+def read_weights(theirs):
+    """Their weights under our names, by way of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return read_clip(folder)
 
 
 def bench_step(layers: int, batch: int, T: int, length: int, rounds: int, device: str):
@@ -106,8 +104,9 @@ def bench_step(layers: int, batch: int, T: int, length: int, rounds: int, device
     torch.manual_seed(0)
     theirs = hugging_face(sizes)
     ours = {"space only": CLOP(sizes), "with time": CLOP(sizes)}
+    weights = read_weights(theirs)
     for model in ours.values():
-        same_weights(model, theirs)
+        weights.load_into(model)
     for block in ours["space only"].video.blocks:
         block.__class__ = SpaceOnly
         block.time_norm = block.time_attn = None

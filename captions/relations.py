@@ -120,10 +120,7 @@ def is_passive(s: Sentence, chunks: list[Chunk], c: int, after_passive: bool) ->
         return s.lemmas[head] != "have"  # "is chased" against "has chased"
     if kind == "and" and after_passive:  # "is sliced and put into a bowl"
         return True
-    following = chunks[c + 1].head
-    return tag == "VBN" or (
-        following >= 0 and s.words[following] == "by"
-    )  # "a tub filled with ice"
+    return tag == "VBN"  # "a tub filled with ice"
 
 
 def coordinated(s: Sentence, chunks: list[Chunk], c: int) -> tuple[list[int], int]:
@@ -191,11 +188,8 @@ def subject_heads(s: Sentence, chunks: list[Chunk], c: int) -> list[int]:
         return []
 
     # "a toy on a table is shown" is about the toy
-    is_finite = any(chunk.kind == "verb" for chunk in chunks[j:c])
     while chunks[j - 1].kind == "prep" and chunks[j - 2].kind == "noun":
-        is_of = s.words[chunks[j - 1].head] == "of"
-        is_stop = is_of and s.lemmas[chunks[j - 2].head] in STOP_NOUNS
-        if is_stop or not (is_finite or is_of):
+        if is_stop_phrase(s, chunks, j - 2):
             break
         j -= 2
 
@@ -205,6 +199,5 @@ def subject_heads(s: Sentence, chunks: list[Chunk], c: int) -> list[int]:
         if chunks[j - 3].kind not in ("end", "and", "clause"):
             break
         j -= 2
-        heads.insert(0, chunks[j].head)
-
-    return heads
+        heads.append(chunks[j].head)
+    return heads[::-1]

@@ -1,31 +1,29 @@
 """One file that carries all: weights, sizes, vocabulary, concepts, and what a run needs to go on.
 
 A checkpoint is a safetensors file (https://github.com/huggingface/safetensors): a JSON header, then
-raw tensors. Reading it runs no code, where `torch.save` would write a program.
+raw tensors. Reading it runs no code, while a pickle, as `torch.save` writes it, runs what is in it.
 
-    model.*      the weights
-    training.*   what only a resumed run wants (optimizer moments)
-    header       JSON: model sizes, tokenizer, concept vocabulary, the run's configuration, step and
-                 progress, and a SHA-256 over names and bytes of all tensors; beside it the SHA-256
-                 of that JSON
+    model.*       the weights
+    training.*    what only a resumed run wants: the optimizer's moments
+    header        JSON: sizes of the model, tokenizer, concept vocabulary, the run's configuration,
+                  step and progress; a SHA-256 over all tensors, and one over this JSON
 
-Both hashes are verified at every read. So evaluation never needs a second file, and never takes a
-damaged one. No state of a random generator is in it: all that a run draws is a pure function of
+Both checksums are verified at every read. So evaluation never needs a second file, and never takes
+a damaged one. There is no state of a random generator: all that a run draws is a pure function of
 seed, epoch and sample.
 
-A run's folder holds step-*.safetensors, the last few, and best.safetensors, the best on
-validation, without training state. A resumed run takes the newest whole one (`resume_checkpoint`):
-a damaged one is named, set aside, and the one before it taken. Evaluation does not: a number from
-another file than the named one would be a wrong number.
+The folder of a run holds step-*.safetensors, the last few, and best.safetensors, the best on
+validation. A resumed run takes the newest whole one (`resume_checkpoint`): it names a damaged one,
+sets it aside, and takes the one before. Evaluation does not: the number of another file than the
+named one would be a wrong number.
 
     python -m training.checkpoint runs/toy          # what is in the newest checkpoint there
-    python -m training.checkpoint runs/toy FILE     # its weights alone, in half precision
+    python -m training.checkpoint runs/toy FILE     # export the weights alone, in half precision
 """
 
 import hashlib
 import json
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,9 +38,6 @@ from cli import UserError, parse_config, run, write_whole
 from knowledge import ConceptVocab
 from model import CLOP, ModelConfig
 
-# what the parts of a header raise that another version of this code wrote
-FOREIGN = (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError)
-
 
 class DamagedCheckpoint(UserError):
     """The file is cut off, or its bytes are not those that were written."""
@@ -50,17 +45,17 @@ class DamagedCheckpoint(UserError):
 
 @dataclass
 class Checkpoint:
-    """What `load_checkpoint` returns. `training` is empty unless asked for."""
+    """What `load_checkpoint` returns."""
 
     model: CLOP
     tokenizer: Tokenizer
     concept_vocab: ConceptVocab
     config: dict  # the run's TrainConfig
     step: int  # optimizer steps done
-    progress: dict  # what else the run wants back (best score, position, …)
+    progress: dict  # what else the run wants back: best score, skipped steps
     sha256: str  # of the tensors
     path: Path
-    training: dict[str, torch.Tensor]
+    training: dict[str, torch.Tensor]  # empty unless asked for
 
 
 # ---- write ---------------------------------------------------------------------------------------
@@ -77,106 +72,96 @@ def save_checkpoint(
     progress: dict | None = None,
     training: dict[str, torch.Tensor] | None = None,
 ) -> str:
-    """Write the file, whole or not at all; returns the SHA-256.
+    """Write a checkpoint, whole or not at all; its SHA-256.
 
-    Raises UserError if the folder cannot be written or the disk is full.
+    Raises UserError where the folder cannot be written or the disk is full.
     """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"training.{name}": t for name, t in (training or {}).items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    sha256 = hash_tensors(tensors)
 
-    header = json.dumps(
-        dict(
-            model=asdict(model.config),
-            tokenizer=tokenizer.to_dict(),
-            concept_vocab=concept_vocab.to_dict(),
-            config=config,
-            step=step,
-            progress=progress or {},
-            sha256=sha256,
-        )
+    sha256 = hash_tensors(tensors)
+    contents = dict(
+        model=asdict(model.config),
+        tokenizer=tokenizer.to_dict(),
+        concept_vocab=concept_vocab.to_dict(),
+        config=config,
+        step=step,
+        progress=progress or {},
+        sha256=sha256,
     )
+    header = json.dumps(contents)
+    metadata = {"clop": header, "clop_sha256": hash_text(header)}
 
     with write_whole(path) as unfinished:
         try:
-            save_file(
-                tensors, unfinished, metadata=dict(clop=header, clop_sha256=hash_text(header))
-            )
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error)) from error
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-
+            save_file(tensors, unfinished, metadata)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(error) from error
     return sha256
 
 
 def export_checkpoint(source: str | Path, path: str | Path) -> Checkpoint:
-    """Write the checkpoint `source` (file, or newest of a folder) as weights in float16 alone.
+    """Write `source`, a checkpoint or the newest of a folder, without its training state and with
+    weights in float16; what the new file holds.
 
-    About a sixth of the file. fp16 keeps 11 significant bits: a relative error of up to 2^-11 in
-    each weight; models are read back into float32. Returns what the new file holds. Raises
-    UserError: a weight too large for fp16, or any of `load_checkpoint` and `save_checkpoint`.
+    It has about a sixth of the size. float16 keeps 11 significant bits: an error of at most 2^-11
+    of each weight. Models are read back into float32. Raises UserError where a weight is too large
+    for float16, or as `load_checkpoint` and `save_checkpoint`.
     """
     found = load_checkpoint(source)
-    found.model.half()
-    if not all(torch.isfinite(t).all() for t in found.model.state_dict().values()):
+    model = found.model.half()
+    if not all(t.isfinite().all() for t in model.state_dict().values()):
         raise UserError(
-            f"{found.path}: has weights beyond 65,504 or NaN, which fp16 cannot hold; it has "
-            "diverged"
+            f"{found.path}: has weights beyond 65,504 or NaN, which fp16 cannot hold: it has "
+            "diverged; export an earlier checkpoint"
         )
     state = dict(config=found.config, step=found.step, progress=found.progress)
-    save_checkpoint(path, found.model, found.tokenizer, found.concept_vocab, **state)
+    save_checkpoint(path, model, found.tokenizer, found.concept_vocab, **state)
     return load_checkpoint(path)
-
-
-def hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ---- read ----------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint file, or the newest in a folder.
+    """Read and verify a checkpoint, or the newest one in a folder.
 
-    Raises UserError where it is missing, not ours, or of another version, and its subclass
-    DamagedCheckpoint.
+    Raises UserError where it is missing, not ours or of another version, and DamagedCheckpoint.
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
-    header, tensors = read_verified(path)
-
+    header, tensors = read_file(path)
     try:
+        contents = json.loads(header)
+        if hash_tensors(tensors) != contents["sha256"]:
+            raise DamagedCheckpoint(
+                f"{path}: damaged, its tensors do not match their checksum; "
+                "use an earlier checkpoint"
+            )
+        weights = below("model.", tensors)
         return Checkpoint(
-            model=build_model(header["model"], take(tensors, "model.")).to(device).eval(),
-            tokenizer=Tokenizer.from_dict(header["tokenizer"]),
-            concept_vocab=ConceptVocab.from_dict(header["concept_vocab"]),
-            config=dict(header["config"]),
-            step=int(header["step"]),
-            progress=dict(header["progress"]),
-            sha256=header["sha256"],
+            model=build_model(contents["model"], weights).to(device).eval(),
+            tokenizer=Tokenizer.from_dict(contents["tokenizer"]),
+            concept_vocab=ConceptVocab.from_dict(contents["concept_vocab"]),
+            config=dict(contents["config"]),
+            step=int(contents["step"]),
+            progress=dict(contents["progress"]),
+            sha256=contents["sha256"],
             path=path,
-            training=take(tensors, "training.") if training else {},
+            training=below("training.", tensors) if training else {},
         )
-    except (*FOREIGN, RuntimeError) as error:
-        why = (str(error).splitlines() or [""])[0][:200]
+    except UserError:
+        raise
+    except Exception as error:  # the file is whole, but laid out in another way: nearly anything
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(
-            f"{path}: written by another version of this code ({type(error).__name__}: {why}); use "
-            "that version, or train again"
+            f"{path}: written by another version of this code ({why}); use that version, or train "
+            "again"
         ) from error
 
 
-def read_verified(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(header, tensors) of a file whose hashes are right. Errors as of `load_checkpoint`."""
+def read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """(our header, whose checksum holds; {name: tensor}, not verified yet)."""
     if not path.is_file():
         raise UserError(
             f"{path}: no such checkpoint; train one with `python train.py` or name another with "
@@ -193,29 +178,19 @@ def read_verified(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     if "clop" not in metadata:
         raise UserError(
-            f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); it was not written "
-            "by train.py"
+            f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); use a file that "
+            "train.py wrote"
         )
-    header = metadata["clop"]
-    if hash_text(header) != metadata.get("clop_sha256"):
+    if hash_text(metadata["clop"]) != metadata.get("clop_sha256"):
         raise DamagedCheckpoint(
             f"{path}: damaged, its header does not match its checksum; use an earlier checkpoint"
         )
-    header = json.loads(header)
-    if not isinstance(header, dict) or hash_tensors(tensors) != header.get("sha256"):
-        raise DamagedCheckpoint(
-            f"{path}: damaged, its tensors do not match their checksum; use an earlier checkpoint"
-        )
-    return header, tensors
+    return metadata["clop"], tensors
 
 
-def take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those whose names begin so, under the rest of their names."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = tensor
-    return found
+def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those whose names start like this, by the rest of their names."""
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def build_model(sizes: dict, weights: dict[str, torch.Tensor]) -> CLOP:
@@ -224,42 +199,56 @@ def build_model(sizes: dict, weights: dict[str, torch.Tensor]) -> CLOP:
     Sizes that they do not fit fail before anything of that size is allocated.
     """
     config = ModelConfig(**sizes)
-    if config.video_layers + config.text_layers > len(weights):
-        raise ValueError(
-            f"{config.video_layers} + {config.text_layers} layers in {len(weights)} tensors"
-        )
+    layers = config.video_layers + config.text_layers
+    if layers > len(weights):
+        raise ValueError(f"{layers} layers in {len(weights)} tensors")
     with torch.device("meta"):  # shapes only
         model = CLOP(config)
-    model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+    weights = {name: t.float() for name, t in weights.items()}
+    model.load_state_dict(weights, assign=True)
     return model
 
 
-# ---- a run's folder ------------------------------------------------------------------------------
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all tensors, by name."""
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- the folder of a run -------------------------------------------------------------------------
 
 
 def resume_checkpoint(folder: str | Path, *, repair: bool = True) -> Checkpoint | None:
-    """What a run in this folder goes on from: its newest whole checkpoint; None if there is none.
+    """The newest whole checkpoint of a run, with its training state; None where there is none.
 
-    With training state. A damaged one is named on stderr and renamed to *.damaged (without
-    `repair`: skipped), and the one before it taken. Raises UserError where all are damaged: a run
-    of days is not started anew by itself.
+    A damaged one is named on stderr, renamed to *.damaged, and the one before it taken (without
+    `repair`: skipped in silence). Raises UserError where all are damaged: a run of days must not
+    start anew by itself.
     """
-    folder, damaged = Path(folder), None
+    folder = Path(folder)
     if repair:
-        for leftover in folder.glob(".*.unfinished.safetensors"):  # of a killed process
+        for leftover in folder.glob(".*.unfinished.safetensors"):  # of a process that was killed
             leftover.unlink()
+
+    any_damaged = any(folder.glob("step-*.damaged"))
     for path in reversed(list_checkpoints(folder)):
         try:
             return load_checkpoint(path, training=True)
         except DamagedCheckpoint as error:
-            damaged = error
+            any_damaged = True
             if repair:
                 aside = path.with_suffix(".damaged")
                 os.replace(path, aside)
-                what = f"set aside as {aside.name}, going back to the one before it"
-                print(f"{error}: {what}", file=sys.stderr, flush=True)
-
-    if damaged or any(folder.glob("step-*.damaged")):
+                line = f"{error}: set aside as {aside.name}, going back to the one before it"
+                print(line, file=sys.stderr, flush=True)
+    if any_damaged:
         raise UserError(
             f"{folder}: no checkpoint here is whole; delete the folder to start anew, or restore "
             "one"
@@ -268,16 +257,14 @@ def resume_checkpoint(folder: str | Path, *, repair: bool = True) -> Checkpoint 
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """step-<number>.safetensors of a run, fewest steps first; best.safetensors is none of them."""
-    found = []
-    for path in Path(folder).iterdir():
-        if name := re.fullmatch(r"step-(\d+)\.safetensors", path.name):
-            found.append((int(name[1]), path))
-    return [path for _, path in sorted(found)]
+    """step-<number>.safetensors of a run, fewest steps first (so without best.safetensors)."""
+    named = Path(folder).glob("step-*.safetensors")
+    found = {int(path.stem[5:]): path for path in named if path.stem[5:].isdecimal()}
+    return [found[step] for step in sorted(found)]
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint with the most steps in a run's folder. Raises UserError if there is none."""
+    """The checkpoint with the most steps. Raises UserError where there is none."""
     found = list_checkpoints(folder)
     if not found:
         raise UserError(
@@ -291,18 +278,19 @@ def newest_checkpoint(folder: str | Path) -> Path:
 
 @dataclass
 class CheckpointConfig:
-    """Say what is in a checkpoint, or export it."""
+    """Say what is in a checkpoint, or export its weights in half precision."""
 
     source: Positional[str]  # a checkpoint, or a run's folder: its newest
-    export: Positional[str | None] = None  # file for its weights alone, in half precision
+    file: Positional[str | None] = None  # to export to
 
 
 def main() -> None:
     config = parse_config(CheckpointConfig)
-    if config.export:
-        found = export_checkpoint(config.source, config.export)
+    if config.file:
+        found = export_checkpoint(config.source, config.file)
     else:
         found = load_checkpoint(config.source)
+
     megabytes = found.path.stat().st_size / 1e6
     print(f"{found.path}: step {found.step}, sha256 {found.sha256[:16]}…, {megabytes:.1f} MB")
     print("model:", asdict(found.model.config))

@@ -1,30 +1,29 @@
-"""Other people's weights become ours: CLIP checkpoints, by whichever names their tensors go.
+"""Other people's weights become ours: checkpoints of CLIP, in any of the usual layouts.
 
 Nobody fine-tunes on a few thousand videos from scratch. One starts from CLIP (arXiv 2103.00020),
-which has read 400 million captioned images, or from an earlier run. model.py holds CLIP's two
-towers to the letter, so taking its weights over is a matter of names:
+which has read 400 million captioned images, or from an earlier run. model.py has CLIP's two towers
+exactly, so taking over its weights is a matter of names:
 
     Hugging Face   text_model.encoder.layers.3.mlp.fc1.weight     openai/clip-vit-base-patch32, …
-    OpenAI         transformer.resblocks.3.mlp.c_fc.weight        their own files, and open_clip's
+    OpenAI         transformer.resblocks.3.mlp.c_fc.weight        OpenAI's own files, and all that
+                                                                  open_clip writes
     ours           text.blocks.3.mlp.0.weight
 
 The layout is recognised by its names; the sizes follow from the shapes. Shapes cannot tell two
 things: the number of heads, and which GELU the weights were trained with (OpenAI's: QuickGELU; most
-later ones: the exact one). The wrong one runs, and is quietly bad. So they are read from the
-`config.json` or `open_clip_config.json` beside the weights, or known because the file is OpenAI's
-own. Where nothing tells them we stop and say so.
+later ones: the exact one). A model with the wrong one runs, and is quietly bad. So both are read
+from the `config.json` or `open_clip_config.json` beside the weights, or known because the file is
+OpenAI's own. Where nothing tells them we stop and say so.
 
-Every tensor is accounted for: taken over, or newly made because an image model has no such part
-(`is_new`: attention along time, time embedding, SKP head). One too many, one missing or of another
-shape ends in a line with its name. The time path starts at zero (model.py), so the fresh video
-model is CLIP applied to each frame:
+Every tensor is accounted for. It is taken over, or newly made because an image model has no such
+part (`is_new`: attention along time, time embedding, SKP head). One too many, one missing or one of
+another shape ends in a line with its name. The time path starts at zero (model.py), so the fresh
+video model is CLIP applied to each frame:
 
     video(x) = mean over t of CLIP's image embedding of frame t, before it is scaled to unit length
 
-Places of patches are learned for one image size. For another their grid is stretched by bicubic
-interpolation (without antialiasing, as in `transformers`). Safe loading only: safetensors, or a
-torch file of nothing but tensors. OpenAI's .pt downloads are TorchScript, programs with weights
-inside: they are not run.
+Loading is safe: safetensors, or a torch file of nothing but tensors (`weights_only=True`). OpenAI's
+.pt downloads are TorchScript, programs with weights inside: they are not run.
 
     python -m training.clip FOLDER      # what is in a checkpoint of CLIP
 """
@@ -36,6 +35,7 @@ import re
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,9 +51,7 @@ from knowledge import ConceptVocab
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig
 from training.checkpoint import Checkpoint, hash_tensors, list_checkpoints, load_checkpoint
 
-# ---- names ---------------------------------------------------------------------------------------
-
-# pieces of names, theirs → ours; what is still unknown after this is rejected
+# Pieces of names, theirs → ours, replaced from top to bottom. Only this layout has the first one.
 HUGGING_FACE = {
     "vision_model.embeddings.class_embedding": "video.class_embed",
     "vision_model.embeddings.patch_embedding": "video.patch_embed",
@@ -94,10 +92,8 @@ OPENAI = {
     "mlp.c_fc": "mlp.0",
     "mlp.c_proj": "mlp.2",
 }
-KNOWN_BY = {  # a tensor that only this layout has: its name, and the table
-    "vision_model.embeddings.patch_embedding.weight": ("Hugging Face", HUGGING_FACE),
-    "visual.conv1.weight": ("OpenAI", OPENAI),
-}
+LAYOUTS = {"Hugging Face": HUGGING_FACE, "OpenAI": OPENAI}
+KNOWN_BY = {name: next(iter(table)) for name, table in LAYOUTS.items()}
 # numbers that only OpenAI's own files carry
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = re.compile(r"attn_mask|.*position_ids|" + "|".join(OPENAI_SIZES))
@@ -107,25 +103,6 @@ FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-
-
-def rename(name: str, table: dict[str, str]) -> str:
-    pieces = sorted(table, key=len, reverse=True)  # "visual.proj" begins other names, too
-    return re.sub("|".join(map(re.escape, pieces)), lambda match: table[match[0]], name)
-
-
-def is_new(name: str) -> bool:
-    """Is this a tensor that CLIP does not have: attention along time, time embedding, SKP head?"""
-    return "time_" in name or name.startswith("concept_head.")
-
-
-def list_some(names, at_most: int = 4) -> str:
-    names = list(names)
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
-
-
-# ---- what others call for ------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,7 +117,7 @@ class Pretrained:
     tokenizer: Tokenizer | None = None
 
     def describe(self) -> str:
-        """One line: what was found, and how the ambiguous was decided."""
+        """One line: what was found, and what told heads and GELU."""
         s = self.sizes
         gelu = "QuickGELU" if s.quick_gelu else "exact GELU"
         return (
@@ -151,74 +128,45 @@ class Pretrained:
         )
 
     def load_into(self, model: CLOP) -> list[str]:
-        """Copy the weights; the names of the model's other tensors, which keep fresh values."""
+        """Copy the weights; the names of the model's other tensors, which stay as they are."""
         missing, unexpected = model.load_state_dict(self.weights, strict=False)
-        assert not unexpected and all(map(is_new, missing)), f"{unexpected=} {missing=}"
+        is_complete = not unexpected and all(is_new(name) for name in missing)
+        assert is_complete, f"not accounted for: {unexpected} {missing}"
         return missing
+
+
+def is_new(name: str) -> bool:
+    """Whether CLIP has no such tensor: attention along time, time embedding, SKP head."""
+    return "time_" in name or name.startswith("concept_head.")
+
+
+# ---- what --init and eval.py call for ------------------------------------------------------------
 
 
 def read_pretrained(
     path: str | Path, *, num_frames: int = 8, image_size: int | None = None
 ) -> Pretrained:
-    """What --init names: a run of ours, its checkpoint, or CLIP's weights.
+    """What --init names: a run of ours, its checkpoint, or CLIP's weights; with their tokenizer.
 
-    For videos of `num_frames` frames; image_size in pixels, None: the weights' own. The SKP head of
-    a run of ours is left out: other captions have another vocabulary. Raises UserError, see
-    `read_clip` and `load_checkpoint`.
+    For videos of `num_frames` frames; `image_size` in pixels, None: the weights' own. Raises
+    UserError where the patches do not divide it, or as `read_clip` and `load_checkpoint`.
     """
     path = Path(path)
-    if not is_ours(path):
-        found = resize(read_clip(path, num_frames=num_frames), image_size)
-        found.tokenizer = Tokenizer.from_clip(found.path.parent, found.sizes.vocab_size)
-        return found
+    if is_ours(path):
+        return resize(read_run(path, num_frames), image_size)
+    found = resize(read_clip(path, num_frames=num_frames), image_size)
+    found.tokenizer = Tokenizer.from_clip(found.path.parent, found.sizes.vocab_size)
+    return found
 
-    run = load_checkpoint(path)
-    sizes = replace(run.model.config, num_frames=num_frames, num_concepts=0)
-    weights = dict(run.model.state_dict())
+
+def read_run(path: Path, num_frames: int) -> Pretrained:
+    """The weights of a run, without its SKP head: other captions have another vocabulary."""
+    found = load_checkpoint(path)
+    sizes = replace(found.model.config, num_frames=num_frames, num_concepts=0)
+    weights = {name: t for name, t in found.model.state_dict().items() if "concept_" not in name}
     steps = math.ceil(num_frames / sizes.frames_per_patch)
-    weights["video.time_embed"] = run.model.video.time_embedding(steps).detach()
-    weights = {n: t for n, t in weights.items() if not n.startswith("concept_head.")}
-    found = Pretrained(run.path, sizes, weights, "our", "the run itself", run.tokenizer)
-    return resize(found, image_size)
-
-
-def resize(found: Pretrained, image_size: int | None) -> Pretrained:
-    """The same for images of another size in pixels; None: their own."""
-    sizes = found.sizes
-    if image_size in (None, sizes.image_size):
-        return found
-    if image_size < 1 or image_size % sizes.patch_size:
-        raise UserError(
-            f"--image-size {image_size}: not a multiple of the weights' patches of "
-            f"{sizes.patch_size} pixels; their own size is {sizes.image_size}"
-        )
-    grid = image_size // sizes.patch_size
-    places = interpolate_places(found.weights["video.place_embed"], grid)
-    weights = found.weights | {"video.place_embed": places}
-    return replace(found, weights=weights, sizes=replace(sizes, image_size=image_size))
-
-
-def is_ours(path: Path) -> bool:
-    """Is this a run's folder, or a checkpoint of train.py?"""
-    if path.is_dir():
-        return bool(list_checkpoints(path))
-    return b'"clop"' in read_header(path)
-
-
-def is_clip(path: Path) -> bool:
-    """Is this the folder or the file of a CLIP? What is neither ours nor a CLIP is not."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in FILES)
-    return path.suffix == ".bin" or any(name.encode() in read_header(path) for name in KNOWN_BY)
-
-
-def read_header(path: Path) -> bytes:
-    """The JSON at the head of a safetensors file; of another file, whatever stands there."""
-    if not path.is_file():
-        return b""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return file.read(min(size, 100 << 20))
+    weights["video.time_embed"] = found.model.video.time_embedding(steps).detach()
+    return Pretrained(found.path, sizes, weights, "our", "the run itself", found.tokenizer)
 
 
 def zero_shot(path: str | Path) -> Checkpoint:
@@ -234,49 +182,83 @@ def zero_shot(path: str | Path) -> Checkpoint:
     return Checkpoint(model, found.tokenizer, vocab, {}, 0, {}, sha256, found.path, {})
 
 
-# ---- reading -------------------------------------------------------------------------------------
+def is_ours(path: Path) -> bool:
+    """Whether this is the folder of a run, or a checkpoint of train.py."""
+    return bool(list_checkpoints(path)) or b'"clop"' in read_header(path)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether this is the folder or the file of a CLIP."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in FILES)
+    header = read_header(path)
+    return path.suffix == ".bin" or any(name.encode() in header for name in KNOWN_BY.values())
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON at the head of a safetensors file; of another file, whatever stands there."""
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, 100 << 20))
+
+
+def resize(found: Pretrained, image_size: int | None) -> Pretrained:
+    """The same weights for images of another size in pixels; None: their own."""
+    sizes = found.sizes
+    if image_size in (None, sizes.image_size):
+        return found
+    if image_size < 1 or image_size % sizes.patch_size:
+        raise UserError(
+            f"--image-size {image_size}: not a multiple of the weights' patches of "
+            f"{sizes.patch_size} pixels; their own size is {sizes.image_size}"
+        )
+    grid = image_size // sizes.patch_size
+    places = interpolate_places(found.weights["video.place_embed"], grid)
+    weights = found.weights | {"video.place_embed": places}
+    return replace(found, weights=weights, sizes=replace(sizes, image_size=image_size))
+
+
+def interpolate_places(place_embed: torch.Tensor, grid: int) -> torch.Tensor:
+    """The place embedding [1 + side², D] for another grid of patches: [1 + grid², D].
+
+    Bicubic, without antialiasing, as in `transformers`. The class token keeps its own.
+    """
+    side = math.isqrt(len(place_embed) - 1)
+    places = rearrange(place_embed[1:], "(h w) d -> 1 d h w", h=side)
+    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([place_embed[:1], rearrange(places, "1 d h w -> (h w) d")])
+
+
+# ---- CLIP's files --------------------------------------------------------------------------------
 
 
 def read_clip(path: str | Path, *, num_frames: int = 8) -> Pretrained:
-    """CLIP's weights from a file, or from the folder of a Hugging Face repository.
+    """CLIP's weights, from a file or a folder, for videos of `num_frames` frames.
 
-    For videos of `num_frames` frames. Raises UserError: missing, damaged, TorchScript, another
-    architecture (with names and shapes), heads and GELU unknown.
+    Raises UserError: missing, damaged, TorchScript, another architecture (with names and shapes),
+    heads and GELU unknown.
     """
     file, tensors = read_tensors(Path(path))
-    found = [KNOWN_BY[name] for name in KNOWN_BY if name in tensors]
-    if not found:
-        raise UserError(
-            f"{file}: not a CLIP with a vision transformer (it holds {list_some(tensors)}); --init "
-            "takes the layouts of Hugging Face's CLIPModel and of OpenAI or open_clip"
-        )
-    layout, table = found[0]
-    theirs = {rename(name, table): name for name in tensors if not NO_WEIGHTS.fullmatch(name)}
-    weights = {ours: tensors[name].float() for ours, name in theirs.items()}
-    if layout == "OpenAI":
-        for name in {"video.project.weight", "text.project.weight"} & weights.keys():
-            weights[name] = weights[name].T  # theirs multiplies from the right
-    else:
-        join_qkv(weights, theirs)
-
-    known_from, told = read_settings(file, tensors)
+    layout = find_layout(file, tensors)
+    settings = read_settings(file, tensors)
+    weights = take_over(tensors, layout)
     try:
-        sizes = ModelConfig(**read_sizes(weights, told), num_frames=num_frames)
+        sizes = read_sizes(weights, settings, num_frames)
     except (KeyError, ValueError) as error:
         raise UserError(f"{file}: not the tensors of a CLIP ({error}); fetch it again") from error
 
     # [D, C, p, p] -> [D, Cpp]
     weights["video.patch_embed.weight"] = weights["video.patch_embed.weight"].flatten(1)
-    described = {ours: f"{name} {list(tensors[name].shape)}" for ours, name in theirs.items()}
-    check_weights(file, sizes, weights, described)
-    # fp16's ln 100 lies above the clamp
+    check_weights(file, sizes, weights)
+    # fp16's ln 100 lies above the clamp, where the gradient is zero
     weights["logit_scale"] = weights["logit_scale"].clamp(max=MAX_LOGIT_SCALE)
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    return Pretrained(file, sizes, weights, layout, known_from)
+    return Pretrained(file, sizes, weights, layout, settings.source)
 
 
 def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """(the file, {name: tensor}) of a checkpoint file, or of the first of FILES in a folder.
+    """(the file, {name: tensor}) of a checkpoint, or of the first of FILES in a folder.
 
     Runs no code of it.
     """
@@ -292,180 +274,190 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             f"{path}: no such file; --init wants a run, the weights of a CLIP, or the folder that "
             "holds them"
         )
+
+    damaged = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, RuntimeError)
     try:
         if path.suffix == ".safetensors":
             return path, load_file(path)
-        with zipfile.ZipFile(path) as archive:  # what torch writes since 2020
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UserError(
-                    f"{path}: TorchScript, which is a program, so it is not read; where you trust "
-                    "it, save its weights: "
-                    "safetensors.torch.save_file(torch.jit.load(PATH).state_dict(), NEW)"
-                )
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        OSError,
-        RuntimeError,
-        EOFError,
-    ) as error:
+        with zipfile.ZipFile(path) as archive:  # what torch has written since 2020, before CLIP
+            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        found = {} if is_script else torch.load(path, map_location="cpu", weights_only=True)
+    except damaged as error:
+        why = str(error).splitlines()[0]
         raise UserError(
-            f"{path}: damaged, or a file of more than tensors ({str(error).splitlines()[0]}); "
-            "fetch it again, or save the model's state_dict() as safetensors"
+            f"{path}: damaged, or a file of more than tensors ({why}); fetch it again, or save the "
+            "model's state_dict() as safetensors"
         ) from error
 
-    # as open_clip's runs save it
+    if is_script:
+        raise UserError(
+            f"{path}: TorchScript, which is a program, so it is not read; where you trust it, save "
+            "its weights: safetensors.torch.save_file(torch.jit.load(PATH).state_dict(), NEW)"
+        )
     found = found.get("state_dict", found) if isinstance(found, dict) else {"": found}
-    tensors = {str(name).removeprefix("module."): value for name, value in found.items()}
-    if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(
             f"{path}: holds other things than tensors; save the model's state_dict() as safetensors"
         )
-    return path, tensors
+    # "module." begins the names that a run of open_clip saves
+    return path, {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def join_qkv(weights: dict, theirs: dict) -> None:
-    """Three matrices of queries, keys and values become one: a larger product is a faster one."""
+def find_layout(file: Path, tensors: dict) -> str:
+    """A name of LAYOUTS."""
+    for layout, name in KNOWN_BY.items():
+        if name in tensors:
+            return layout
+    raise UserError(
+        f"{file}: not a CLIP with a vision transformer (it holds {shorten(list(tensors))}); --init "
+        "takes the layouts of Hugging Face's CLIPModel and of OpenAI or open_clip"
+    )
+
+
+def take_over(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """The weights in float32, under our names and in our shapes."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if not NO_WEIGHTS.fullmatch(name):
+            weights[rename(name, LAYOUTS[layout])] = tensor.float().contiguous()
+
+    if layout == "OpenAI":  # which multiplies from the right
+        for name in {"video.project.weight", "text.project.weight"} & weights.keys():
+            weights[name] = weights[name].T.contiguous()
+
+    # of three matrices of queries, keys and values one: a larger product is a faster one
     for name in [name for name in weights if ".q_proj." in name]:
         parts = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
         if all(part in weights for part in parts):
-            joined = name.replace(".q_proj.", ".qkv.")
-            theirs[joined] = theirs[name]
-            weights[joined] = torch.cat([weights.pop(part) for part in parts])
+            joined = torch.cat([weights.pop(part) for part in parts])
+            weights[name.replace(".q_proj.", ".qkv.")] = joined
+    return weights
 
 
-def interpolate_places(place_embed: torch.Tensor, grid: int) -> torch.Tensor:
-    """Place embedding [1 + side², D] -> [1 + grid², D]; the class token keeps its own."""
-    side = math.isqrt(len(place_embed) - 1)
-    places = rearrange(place_embed[1:], "(h w) d -> 1 d h w", h=side)
-    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([place_embed[:1], rearrange(places, "1 d h w -> (h w) d")])
+def rename(name: str, table: dict[str, str]) -> str:
+    for theirs, ours in table.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
-# ---- what no shape tells -------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
-def read_settings(file: Path, tensors: dict) -> tuple[str, dict]:
-    """(what told it, {"video_heads" or "head_width", "text_heads", "quick_gelu"})."""
+class Settings(NamedTuple):
+    """What no shape tells."""
+
+    source: str  # what told it
+    quick_gelu: bool
+    video_heads: int | None = None  # None: as many as are 64 wide
+    text_heads: int | None = None
+    video_head_width: int = 64
+
+
+def read_settings(file: Path, tensors: dict) -> Settings:
+    """From the configuration beside the weights. OpenAI's own files need none."""
     names = ["config.json", "open_clip_config.json"]
     if "visual.conv1.weight" in tensors:
         names.reverse()
-    beside = [file.parent / name for name in names if (file.parent / name).is_file()]
-    if not beside and OPENAI_SIZES <= tensors.keys():
-        return "OpenAI's own file", dict(quick_gelu=True)
-    if not beside:
+    paths = [file.with_name(name) for name in names if file.with_name(name).is_file()]
+    if not paths and OPENAI_SIZES <= tensors.keys():
+        return Settings("OpenAI's own file", quick_gelu=True)
+    if not paths:
         raise UserError(
             f"{file}: nothing tells its heads and which GELU it was trained with; put its "
-            "config.json or open_clip_config.json beside it "
-            '(OpenAI\'s weights: {"model_cfg": {"quick_gelu": true}})'
+            "config.json or open_clip_config.json beside it (OpenAI's weights: "
+            '{"model_cfg": {"quick_gelu": true}})'
         )
 
-    path = beside[0]
+    path = paths[0]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if "model_cfg" in found:
-            return path.name, settings_of_open_clip(found["model_cfg"])
-        sides = found["vision_config"], found["text_config"]
-        for side in sides:
-            side.get("hidden_act")
+            model = found["model_cfg"]
+            return Settings(
+                path.name,
+                quick_gelu=model.get("quick_gelu", False),
+                text_heads=model.get("text_cfg", {}).get("heads"),
+                video_head_width=model.get("vision_cfg", {}).get("head_width", 64),
+            )
+        # what is not stated has the value that transformers gives it
+        towers = [found["vision_config"], found["text_config"]]
+        acts = [tower.get("hidden_act", "quick_gelu") for tower in towers]
+        epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in towers}
+        video_heads = towers[0].get("num_attention_heads", 12)
+        text_heads = towers[1].get("num_attention_heads", 8)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: not the configuration of a CLIP ({type(error).__name__}: {error}); take the "
             "one from the model's page"
         ) from error
 
-    return path.name, settings_of_hugging_face(path, *sides)
-
-
-def settings_of_open_clip(model: dict) -> dict:
-    return dict(
-        quick_gelu=model.get("quick_gelu", False),
-        head_width=model.get("vision_cfg", {}).get("head_width", 64),
-        text_heads=model.get("text_cfg", {}).get("heads"),
-    )
-
-
-def settings_of_hugging_face(path: Path, vision: dict, text: dict) -> dict:
-    """What is not stated there has the value that transformers gives it."""
-    for side in (vision, text):
-        epsilon = side.get("layer_norm_eps", 1e-5)
-        if epsilon != 1e-5:
-            raise UserError(
-                f"{path}: layer_norm_eps {epsilon}: the norms of CLIP's towers have 1e-05"
-            )
-    acts = {side.get("hidden_act", "quick_gelu") for side in (vision, text)}
-    if acts not in ({"gelu"}, {"quick_gelu"}):
+    if epsilons != {1e-5}:
+        raise UserError(f"{path}: layer_norm_eps {max(epsilons - {1e-5})}: CLIP's norms have 1e-05")
+    if acts not in (["gelu"] * 2, ["quick_gelu"] * 2):
         raise UserError(
-            f"{path}: hidden_act {' and '.join(sorted(acts))}: both towers here have gelu, or "
-            "quick_gelu"
+            f"{path}: hidden_act {' and '.join(acts)}: both towers here have gelu, or quick_gelu"
         )
-    return dict(
-        quick_gelu=acts == {"quick_gelu"},
-        video_heads=vision.get("num_attention_heads", 12),
-        text_heads=text.get("num_attention_heads", 8),
-    )
+    return Settings(path.name, acts[0] == "quick_gelu", video_heads, text_heads)
 
 
-def read_sizes(weights: dict, told: dict) -> dict:
-    """ModelConfig's fields from shapes; heads are 64 wide where nothing else is told.
-
-    KeyError: a tensor lacks.
-    """
-
-    def count_blocks(tower: str) -> int:
-        found = (re.match(rf"{tower}\.blocks\.(\d+)\.", name) for name in weights)
-        return len({match[1] for match in found if match})
-
+def read_sizes(weights: dict, settings: Settings, num_frames: int) -> ModelConfig:
+    """Sizes, from the shapes of the weights. Raises KeyError where one lacks."""
     width, _, _, patch_size = weights["video.patch_embed.weight"].shape  # [D, C, p, p]
     vocab_size, text_width = weights["text.token_embed.weight"].shape
-    side = math.isqrt(len(weights["video.place_embed"]) - 1)  # patches
-    return dict(
-        image_size=patch_size * side,
+    return ModelConfig(
+        image_size=patch_size * math.isqrt(len(weights["video.place_embed"]) - 1),
         patch_size=patch_size,
+        num_frames=num_frames,
         video_width=width,
-        video_layers=count_blocks("video"),
-        video_heads=told.get("video_heads") or width // told.get("head_width", 64),
+        video_layers=count_blocks(weights, "video"),
+        video_heads=settings.video_heads or width // settings.video_head_width,
         text_width=text_width,
-        text_layers=count_blocks("text"),
-        text_heads=told.get("text_heads") or text_width // 64,
+        text_layers=count_blocks(weights, "text"),
+        text_heads=settings.text_heads or text_width // 64,
         text_length=len(weights["text.position_embed"]),
         vocab_size=vocab_size,
         embed_dim=len(weights["text.project.weight"]),
-        quick_gelu=told["quick_gelu"],
+        quick_gelu=settings.quick_gelu,
     )
 
 
-def check_weights(file: Path, sizes: ModelConfig, weights: dict, described: dict) -> None:
-    """Raise UserError unless the weights are exactly those of a CLIP of these sizes."""
-    towers = ((sizes.video_width, sizes.video_heads), (sizes.text_width, sizes.text_heads))
-    for width, heads in towers:
+def count_blocks(weights: dict, tower: str) -> int:
+    start = f"{tower}.blocks."
+    return len({name.split(".")[2] for name in weights if name.startswith(start)})
+
+
+def check_weights(file: Path, sizes: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless a model of these sizes has exactly these weights and what `is_new`."""
+    for tower in ("video", "text"):
+        width, heads = getattr(sizes, f"{tower}_width"), getattr(sizes, f"{tower}_heads")
         if not heads or width % heads:
             raise UserError(
                 f"{file}: a width of {width} cannot have {heads} heads; is the configuration its "
                 "own?"
             )
-    with torch.device("meta"):
-        wanted = {name: t.shape for name, t in CLOP(sizes).state_dict().items() if not is_new(name)}
 
-    unknown = [described[name] for name in weights if name not in wanted]
-    missing, unfit = [], []
-    for name, shape in wanted.items():
-        if name not in weights:
-            missing.append(f"{name} {list(shape)}")
-        elif weights[name].shape != shape:
-            unfit.append(f"{described[name]}, but {name} is {list(shape)}")
+    with torch.device("meta"):  # shapes only
+        model = CLOP(sizes)
+    wanted = [shape_of(name, t) for name, t in model.state_dict().items() if not is_new(name)]
+    found = [shape_of(name, t) for name, t in weights.items()]
+    too_many = [tensor for tensor in found if tensor not in wanted]
+    missing = [tensor for tensor in wanted if tensor not in found]
+    if too_many or missing:
+        raise UserError(
+            f"{file}: not a CLIP with a vision transformer; in the names of model.py, it has "
+            f"{shorten(too_many)} where it should have {shorten(missing)}"
+        )
 
-    for problem, names in (
-        ("unknown tensors", unknown),
-        ("no tensor for", missing),
-        ("shapes that do not fit", unfit),
-    ):
-        if names:
-            raise UserError(
-                f"{file}: not a CLIP with a vision transformer: {problem} {list_some(names)}"
-            )
+
+def shape_of(name: str, tensor: torch.Tensor) -> str:
+    return f"{name} {list(tensor.shape)}"
+
+
+def shorten(names: list[str], at_most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - at_most
+    listed = ", ".join(names[:at_most]) or "nothing"
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -475,15 +467,11 @@ def check_weights(file: Path, sizes: ModelConfig, weights: dict, described: dict
 class ClipConfig:
     """Say what is in a checkpoint of CLIP."""
 
-    path: Positional[str]  # its file or folder
+    path: Positional[str]  # the file of weights, or the folder that holds it
 
 
 def main() -> None:
-    found = read_clip(parse_config(ClipConfig).path)
-    print(found.describe())
-    model = CLOP(found.sizes)
-    new = found.load_into(model)
-    print(f"newly made: {len(new)} of {len(model.state_dict())} tensors: {list_some(new)}")
+    print(read_clip(parse_config(ClipConfig).path).describe())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""log.jsonl: what a run says, one JSON object a line, the same for people on stdout, and a picture.
+"""log.jsonl: what a run says, one JSON object a line; the same for people on stdout; its curves.
 
-    {"config": …, "versions": …, "commit": …, "hardware": …, "resumed_at": 0}     each start
-    {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …}  each --log-every
-    {"step": 230, "validation": {"t2v_R@1": …}}                                   each --eval-every
+    {"config": …, "versions": …, "hardware": …, "world_size": …, "resumed_at": 0}    each start
+    {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …}     --log-every
+    {"step": 240, "validation": {"t2v_R@1": …}}                                      --eval-every
 
-A run that was killed wrote lines of steps after its newest checkpoint. It will take these steps
-again, so a resumed run first cuts them off (and the half line that a kill may leave). Each step is
-in the log once, as if nothing had happened; only the lines of the starts tell. Lines are flushed as
-they come, and are on the disk before a checkpoint is. Durations are of the monotonic clock: setting
-the clock back does no harm. Nothing is computed from a log, so its lines carry no checksums.
+A run that was killed has lines of steps after its newest checkpoint. It will take these steps
+again. So a resumed run first cuts these lines off, and the half line that a kill may leave. Each
+step is in the log once, as if nothing had happened; only the lines of the starts tell. Lines are
+on the disk before the checkpoint of their step is. Durations come from the monotonic clock, so
+setting the clock back does no harm. Nothing is computed from a log, so it has no checksum.
 
     python -m training.log runs/toy/log.jsonl curves.png        # draw the curves of a log
 """
@@ -23,8 +23,14 @@ from tyro.conf import Positional
 
 from cli import UserError, parse_config, run, write_whole
 
-WAYS = ("t2v", "v2t")
 LOSSES = ("loss", "nce", "hard", "skp")
+SCORES = ("t2v_R@1", "t2v_R@5", "t2v_R@10", "v2t_R@1", "v2t_R@5", "v2t_R@10")
+PANELS = {  # of curves.png
+    "loss and its parts": LOSSES,
+    "validation recall, %": ("t2v_R@1", "t2v_R@5", "v2t_R@1"),
+    "logit scale and gradient norm": ("logit_scale", "grad_norm"),
+    "seconds per step, and of them waiting for data": ("step_s", "data_s"),
+}
 
 
 class Log:
@@ -34,8 +40,8 @@ class Log:
         self.path = path
         if path.exists():
             kept = [line for line in read_log(path) if line.get("step", 0) <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
             with write_whole(path) as unfinished:
-                text = "".join(json.dumps(line) + "\n" for line in kept)
                 unfinished.write_text(text, encoding="utf-8")
         try:
             self.file = open(path, "a", encoding="utf-8")
@@ -46,12 +52,12 @@ class Log:
 
     def write(self, entry: dict) -> None:
         """Append one line. JSON knows no NaN: what is not finite is written as null."""
-        line = {}
+        finite = {}
         for name, value in entry.items():
-            is_odd = isinstance(value, float) and not math.isfinite(value)
-            line[name] = None if is_odd else value
+            is_lost = isinstance(value, float) and not math.isfinite(value)
+            finite[name] = None if is_lost else value
         try:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(
@@ -79,19 +85,27 @@ class Log:
         )
 
     def validation(self, step: int, metrics: dict) -> float:
-        """Log them. Returns the mean of R@1, R@5 and R@10 both ways: it chooses the best."""
+        """Log metrics; their score, the mean of SCORES, chooses the best checkpoint."""
         self.write(dict(step=step, validation=metrics))
         listed = "  ".join(f"{name} {value:.1f}" for name, value in metrics.items())
         print(f"step {step}  validation: {listed}", flush=True)
-        return sum(metrics[f"{way}_R@{k}"] for way in WAYS for k in (1, 5, 10)) / 6
+        return sum(metrics[name] for name in SCORES) / len(SCORES)
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log, without those that are not whole JSON (the last, of a killed run)."""
+    """The lines of a log. The last line of a killed run may be half a line: it is left out.
+
+    Raises UserError where the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a log.jsonl") from error
+
     lines = []
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for row in text.splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(row)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step", 0), int):
@@ -99,55 +113,44 @@ def read_log(path: str | Path) -> list[dict]:
     return lines
 
 
-# ---- curves --------------------------------------------------------------------------------------
-
-CURVES = {
-    "loss and its parts": LOSSES,
-    "validation recall, %": ("t2v_R@1", "t2v_R@5", "v2t_R@1"),
-    "logit scale and gradient norm": ("logit_scale", "grad_norm"),
-    "seconds a step, and of them waiting for data": ("step_s", "data_s"),
-}
-
-
-def plot_curves(log_path: Path, picture: Path) -> None:
-    """`CURVES` over steps -> a PNG. Raises UserError where it cannot be written."""
+def plot_curves(log: str | Path, picture: str | Path) -> None:
+    """Draw losses, recall, scale and speed over the steps of a log, as a PNG."""
     # here, not above: it takes a second to import, and only the end of a run draws
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [line | line.get("validation", {}) for line in read_log(log_path)]
+    lines = [line | line.get("validation", {}) for line in read_log(log) if "step" in line]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, CURVES.items()):
+    for axis, (title, names) in zip(axes.flat, PANELS.items()):
         for name in names:
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), label=name, linewidth=1.2)
+
         axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
 
     with write_whole(picture) as unfinished:
-        figure.savefig(unfinished, dpi=110)
+        figure.savefig(unfinished, format="png", dpi=110)
     plt.close(figure)
 
 
 @dataclass
 class CurvesConfig:
-    """Draw the curves of a log."""
+    """Draw the curves of a run."""
 
     log: Positional[str]  # a run's log.jsonl
-    picture: Positional[str]  # PNG file to write
+    picture: Positional[str]  # a PNG file to write
 
 
 def main() -> None:
     config = parse_config(CurvesConfig)
-    if not Path(config.log).is_file():
-        raise UserError(f"{config.log}: no such log; name a run's log.jsonl")
-    plot_curves(Path(config.log), Path(config.picture))
+    plot_curves(config.log, config.picture)
 
 
 if __name__ == "__main__":

@@ -7,28 +7,30 @@ with a batch eight times as large.
 **Gradients.** DistributedDataParallel (DDP) averages them over the ranks, while the backward pass
 still runs.
 
-**Negatives.** A rank compares its n videos with the captions of *all* ranks: its rows of the B × B
-similarity. So captions are gathered, and the gather has a gradient: my caption is a negative in
-every other rank's rows, and what these rows want of it must come home. For N ranks with the loss
-L = Σ_r L_r,
+**The negatives.** A rank compares its n videos with the captions of *all* ranks: its rows of the
+B × B similarity. So captions are gathered, and the gather has a gradient. My caption is a negative
+in the rows of every other rank, and what these rows want of it must come home. For N ranks with the
+loss L = Σ_r L_r:
 
     forward     all_gather        everybody gets the rows of all
     backward    reduce_scatter    everybody gets Σ_r ∂L_r / ∂(its own rows)
 
-Detached (as all_gather of plain PyTorch is), each rank would only see how its own rows push: its
-encoders get 1/N of the contrastive gradient. No error, no warning, worse numbers. The column sums
-go the other way: every rank has a number for everybody's captions, and sends each to its owner
-(`exchange`, an all_to_all: B numbers a rank; gathering all would be N·B).
+The all_gather of plain PyTorch has no gradient. With it, each rank would only see how its own rows
+push: its encoders would get 1/N of the contrastive gradient, while terms without a gather (SKP)
+would keep theirs. No error, no warning, worse numbers. Column sums go the other way: every rank has
+a number for everybody's captions, and sends each to its owner (`exchange`, an all_to_all).
 
-**The mean.** DDP averages over ranks, so each rank must weigh its pairs by N / B, not by 1 / n.
-Batches are cut by `share_sizes`, as equal as can be: any batch size on any number of ranks gives
-the gradient of one process (tests/test_distributed.py).
+**The mean.** DDP averages over ranks, so each rank weighs its pairs by N / B, not by 1 / n. Both
+are the same where B = N·n; the first is right also where it is not. `share_sizes` cuts batches as
+equally as can be. So any batch size on any number of ranks gives the gradient of one process, in
+the last batch of an epoch, too (tests/test_distributed.py). The model has neither dropout nor batch
+norm, which would see only a share.
 
-**Faults.** No rank can go on alone. A rank that dies takes the others along. On CPUs (gloo) they
-see the closed connection at once. One that hangs in a GPU collective is ended by its launcher, 30 s
-after that found the dead one; on another machine by NCCL's timeout, 10 minutes. The rank that
-failed speaks first, the others say one line, the launcher's last line names it. SIGTERM or SIGINT
-to any of them is a request (`StopSignals`), which the ranks agree on at the next step.
+**Faults.** No rank can go on alone, so a rank that dies takes the others along. On CPUs (gloo) they
+see the closed connection at once. A rank that hangs in a GPU collective is ended by its launcher
+30 s later; one on another machine by NCCL's timeout, 10 minutes. The rank that failed speaks first,
+the others say one line, the launcher's last line names it. SIGTERM or SIGINT to any of them is a
+request (`StopSignals`), on which the ranks agree at the next step.
 """
 
 import logging
@@ -46,9 +48,7 @@ import torch.distributed as dist
 from cli import UserError
 
 LOST_RANK = 3  # exit status of a rank whose only fault is that another one went away
-LOST_CONNECTION = re.compile(
-    r"Connection (?:closed|reset) by peer|Broken pipe|NCCL[^\n]{,100}"
-)  # as gloo and NCCL say it
+LOST_CONNECTION = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe|NCCL[^\n]{,100}")
 
 
 class LostRank(UserError):
@@ -63,16 +63,15 @@ class LostRank(UserError):
 def launch(processes: int) -> int:
     """Run `processes` copies of this command to their end; the exit status for this process.
 
-    This is `torchrun --standalone --nproc-per-node=… train.py …`, minus its screenful of words when
-    a rank fails: one line says which, after that rank's own. Before SIGKILL ranks get 5 minutes to
-    save their checkpoint.
+    This is `torchrun --standalone --nproc-per-node=… train.py …` in this very process, without its
+    screenful of words where a rank fails. One line says which one, after that rank's own.
     """
     from torch.distributed import run as torchrun  # here: only a launcher needs it
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # s, to save a checkpoint
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
     words = ["--standalone", f"--nproc-per-node={processes}", *sys.argv]
 
@@ -81,26 +80,26 @@ def launch(processes: int) -> int:
     except SignalException as stop:
         return 130 if stop.sigval == signal.SIGINT else 0
     except ChildFailedError as error:
-        return blame(error.failures)
-
+        return explain_failure(error.failures)
     return 0
 
 
-def blame(failures: dict) -> int:
-    """Name the rank that failed; the exit status. failures: {rank: torchrun's ProcessFailure}."""
+def explain_failure(failures: dict) -> int:
+    """Print which rank failed first, and how; the exit status for the launcher."""
 
-    def is_guilty_first(item: tuple) -> tuple:
-        # the first by time is often a rank that was only taken along
-        was_taken_along = item[1].exitcode in (LOST_RANK, -signal.SIGTERM)
-        return was_taken_along, item[1].timestamp
+    in_order = sorted(failures.items(), key=lambda found: found[1].timestamp)
+    # the first one was often only taken along: look for one with a reason of its own
+    taken_along = (LOST_RANK, -signal.SIGTERM)
+    own = [found for found in in_order if found[1].exitcode not in taken_along]
+    rank, failure = (own or in_order)[0]
+    if failure.exitcode in (UserError.status, 130):  # its one line is on the screen
+        return failure.exitcode
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        how = f"was ended by {name} (out of memory, or from outside)"
+    else:
+        how = f"failed with status {failure.exitcode}, its message is above"
 
-    rank, failure = min(failures.items(), key=is_guilty_first)
-    status = failure.exitcode
-    if status in (UserError.status, 130):  # its one line is on the screen
-        return status
-    how = f"failed with status {status}, its message is above"
-    if status < 0:
-        how = f"was ended by {signal.Signals(-status).name} (out of memory, or from outside)"
     print(
         f"error: rank {rank} (process {failure.pid}) {how}; the same command goes on from the "
         "newest checkpoint",
@@ -117,15 +116,14 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    # for waits that may last hours: what the first rank does alone
-    patient: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None  # for waits of hours, while the first works alone
 
     @classmethod
     def join(cls, *, cpu: bool = False) -> "Ranks":
-        """Join the group that torchrun (or `launch`) announced in the environment, if there is one.
+        """Join the group that torchrun (or `launch`) announced in the environment.
 
-        One GPU a rank with NCCL; gloo on CPUs, or if `cpu`. Raises UserError if there are fewer
-        GPUs than ranks.
+        Without one: a run of this process alone. One GPU a rank with NCCL; gloo on CPUs, or if
+        `cpu`. Raises UserError where there are fewer GPUs than ranks.
         """
         gpus = 0 if cpu else torch.cuda.device_count()
         if "LOCAL_RANK" not in os.environ:
@@ -150,7 +148,7 @@ class Ranks:
 
     @contextmanager
     def first_goes_first(self):
-        """The body runs on the first rank, then on the others, which find what it made."""
+        """The first rank runs the body; then the others do, and find its files and caches."""
         if not self.is_first:
             self.wait()
         yield
@@ -163,7 +161,7 @@ class Ranks:
             dist.barrier(self.patient)
 
     def mean_of(self, parts: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The mean of each part over the ranks, the same bits on all; NaN if any has one."""
+        """The mean of each part over the ranks, the same bits on all; NaN where any has one."""
         values = torch.stack([part.detach().float() for part in parts.values()])
         if self.world_size > 1:
             dist.all_reduce(values)
@@ -180,15 +178,16 @@ class Ranks:
 
     @contextmanager
     def explain_lost_rank(self):
-        """A collective whose other end went away ends in one line: the fault is not this rank's."""
+        """A collective that fails because another rank went away ends in one line: LostRank."""
         try:
             yield
-        except RuntimeError as error:  # NCCL's is one; gloo has no class of its own
+        except RuntimeError as error:  # of NCCL, a subclass; gloo has no class of its own
             lost = LOST_CONNECTION.search(str(error))
             if self.world_size == 1 or not lost:
                 raise
-            what = f"another rank went away, so this one ends too ({lost[0]})"
-            raise LostRank(f"rank {self.rank}: {what}") from error
+            raise LostRank(
+                f"rank {self.rank}: another rank went away, so this one ends too ({lost[0]})"
+            ) from error
 
     def fail(self, message: str) -> None:
         """End all ranks for a reason that they agree on: the first one says it."""
@@ -200,29 +199,28 @@ class Ranks:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a request: `received` is the signal's number, or 0.
+    """SIGTERM and SIGINT as a request: the loop reads `received`, the signal's number or 0.
 
-    The loop reads it after each step. In a single process a second signal acts as if none of this
-    were here. (Among ranks, Ctrl-C reaches each of them twice: from the terminal and from the
-    launcher.)
+    In a single process a second signal acts as if none of this were here. (Among ranks, Ctrl-C
+    reaches each of them twice: from the terminal and from the launcher.)
     """
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.received, self.before = ranks, 0, {}
+        self.ranks, self.received, self.handlers = ranks, 0, {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self.note)
+            self.handlers[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame) -> None:
+    def note(self, number, frame) -> None:
         if not self.received and self.ranks.is_first:
-            # os.write: a print may be what the signal interrupted
-            os.write(2, f"{signal.Signals(number).name}: stops after this step\n".encode())
+            line = f"{signal.Signals(number).name}: stops after this step\n"
+            os.write(2, line.encode())  # print may be what the signal interrupted
         self.received = number
         if self.ranks.world_size == 1:
             self.__exit__()
@@ -236,18 +234,23 @@ def world_size() -> int:
 
 
 def share_sizes(total: int, parts: int) -> list[int]:
-    """`total` rows in `parts` shares, as equal as can be, the larger first (np.array_split)."""
+    """`total` rows in `parts` shares, as np.array_split: nearly equal, the larger ones first."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def gather(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """[n, …] on each rank, n = sizes[rank] -> [sum(sizes), …] on all, by rank, with gradient."""
+def gather(x, sizes: list[int]):
+    """[n, …] on each rank, n = sizes[rank] -> [sum(sizes), …] on all, in rank order.
+
+    The gradient goes back to the rank whose row it is.
+    """
     assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
     return Gather.apply(x, sizes) if len(sizes) > 1 else x
 
 
-def exchange(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """[B, …] on each rank, what it says of everybody's rows -> [world_size, n, …], of mine."""
+def exchange(x, sizes: list[int]):
+    """[B, …] on each rank, what it has to say of everybody's rows -> [world_size, n, …]: what all
+    say of mine. With gradient.
+    """
     assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
     return Exchange.apply(x, sizes) if len(sizes) > 1 else x[None]
 
@@ -255,27 +258,27 @@ def exchange(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 class Gather(torch.autograd.Function):
     """all_gather; backward reduce_scatter.
 
-    Shares differ by one row at most: shorter ones travel with a row of zeros. An all_reduce of the
-    whole gradient, of which each rank then keeps its share, would send twice the bytes.
+    Shares differ by one row at most: shorter ones travel with a row of zeros. (An all_reduce of the
+    whole gradient, of which each rank keeps its share, would send twice the bytes.)
     """
 
     @staticmethod
     def forward(ctx, x, sizes):
         ctx.sizes = sizes
-        everyone = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
-        dist.all_gather(everyone, pad(x, max(sizes)))
-        return torch.cat([rows[:size] for rows, size in zip(everyone, sizes)])
+        shares = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
+        dist.all_gather(shares, pad(x, max(sizes)))
+        return torch.cat([rows[:size] for rows, size in zip(shares, sizes)])
 
     @staticmethod
     def backward(ctx, grad):
-        wanted = [pad(rows, max(ctx.sizes)) for rows in grad.split(ctx.sizes)]
-        mine = torch.empty_like(wanted[0])
-        dist.reduce_scatter(mine, wanted)
+        shares = [pad(rows, max(ctx.sizes)) for rows in grad.split(ctx.sizes)]
+        mine = torch.empty_like(shares[0])
+        dist.reduce_scatter(mine, shares)
         return mine[: ctx.sizes[dist.get_rank()]], None
 
 
-def pad(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """x with zeros below, `rows` in all; contiguous."""
+def pad(x, rows: int):
+    """[n, …] -> [rows, …], with zeros."""
     if len(x) == rows:
         return x.contiguous()
     return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
@@ -286,15 +289,14 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, sizes):
-        ctx.sizes = sizes
-        mine = [sizes[dist.get_rank()]] * len(sizes)
-        out = x.new_empty(sum(mine), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), mine, sizes)
-        return out.unflatten(0, (len(sizes), -1))
+        ctx.theirs, ctx.mine = sizes, [sizes[dist.get_rank()]] * len(sizes)
+        received = x.new_empty(sum(ctx.mine), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), ctx.mine, ctx.theirs)
+        return received.unflatten(0, (len(sizes), -1))
 
     @staticmethod
     def backward(ctx, grad):
-        mine = [grad.shape[1]] * len(ctx.sizes)
-        out = grad.new_empty(sum(ctx.sizes), *grad.shape[2:])
-        dist.all_to_all_single(out, grad.flatten(0, 1).contiguous(), ctx.sizes, mine)
-        return out, None
+        returned = grad.new_empty(sum(ctx.theirs), *grad.shape[2:])
+        sent = grad.flatten(0, 1).contiguous()
+        dist.all_to_all_single(returned, sent, ctx.theirs, ctx.mine)
+        return returned, None

@@ -7,7 +7,6 @@ A folder holds one run. The first rank writes there; the others only count along
     best.safetensors         the best on validation, weights only
 """
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -116,31 +115,25 @@ class Run:
     def save(self, metrics: dict[str, float] | None) -> None:
         """Write a checkpoint, and best.safetensors if `metrics` are the best; all ranks wait."""
         if self.ranks.is_first:
-            self.check_folder()
             if metrics:
                 score = self.log.validation(self.step, metrics)
-                if self.progress["best"] is None or score > self.progress["best"]:
+                best = self.progress["best"]
+                if best is None or score > best or not (self.out / "best.safetensors").exists():
                     self.progress["best"] = score
                     self.write_checkpoint("best")
 
             self.log.flush_to_disk()
             training = optimizer_tensors(self.optimizer, self.model)
             self.saved = self.write_checkpoint(f"step-{self.step:06d}", training)
+            if not self.log.path.exists():
+                raise UserError(
+                    f"{self.out}: was deleted or moved while the run went on; its newest state is "
+                    f"{self.saved}, from which the same command goes on with a new log"
+                )
             if self.config.keep:
                 for old in list_checkpoints(self.out)[: -self.config.keep]:
-                    os.remove(old)
+                    old.unlink()
         self.ranks.wait()
-
-    def check_folder(self) -> None:
-        """Save and end where somebody deleted the run's folder under it."""
-        if self.log.path.exists():
-            return
-        training = optimizer_tensors(self.optimizer, self.model)
-        saved = self.write_checkpoint(f"step-{self.step:06d}", training)
-        raise UserError(
-            f"{self.out}: was deleted while the run went on; its newest state is {saved}, from "
-            "which the same command goes on with a new log"
-        )
 
     def write_checkpoint(self, name: str, training: dict | None = None) -> Path:
         path = self.out / f"{name}.safetensors"
