@@ -79,9 +79,8 @@ def make_folder(out: Path) -> None:
 def write_whole(path: str | Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` when the block ends well, and vanishes otherwise.
 
-    So a reader sees the old file or the new one, never half of one, whenever the process is killed
-    or the power fails. The folder is made if it is not there. Raises UserError where the file
-    cannot be written.
+    So a reader sees the old file or the new one, never half of one, whenever the process is killed.
+    The folder is made if it is not there. Raises UserError where the file cannot be written.
     """
     path = Path(path)
     # in the same folder, since a rename cannot cross disks; with the same suffix, since OpenCV
@@ -90,8 +89,6 @@ def write_whole(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it has the name
         os.replace(unfinished, path)
     except OSError as error:
         reason = error.strerror or error
