@@ -1,27 +1,25 @@
-"""The kinds of files that data sets come in, read with suspicion.
+"""The kinds of files that data sets are published in, read with suspicion.
 
-An annotation file was written by strangers, with a script of their own. A caption that silently
-vanished changes every number that is measured afterwards. So nothing is guessed and nothing is
-skipped. A column that is missing, a number where a text should be, a broken quote, a byte that is
-no UTF-8: each ends in one line (UserError) that says where, and what was expected,
+An annotation file was written by strangers, with a script of their own. One caption that silently
+vanishes changes every number that is measured afterwards. So nothing is guessed and nothing is
+skipped. A missing column, a number where a text should be, a broken quote, a byte that is not UTF-8
+end in one line (UserError), which says where it is and what was expected:
 
     train.csv, line 3: 1 columns, the header has 2; expected video, caption
     MSRVTT_data.json, sentences[17]: the entry has no caption; expected video_id, caption
 
-The readers know kinds of files, not data sets (published.py). Each yields (where, row) and holds
-one row at a time, whatever the size of the file:
+These readers know files, not data sets (those are in published.py). Each yields (where, row); the
+first four hold one row at a time, so a file may have any size:
 
-    read_csv               a header, then rows
-    read_columns           no header, a fixed number of columns, no quotes
-    read_jsonl             a JSON object a line
-    read_list              a name a line
-    read_json              one JSON document, whole
-    read_captions_pickle   {video: captions} in a pickle
+    read_csv        a header, then rows           read_columns    no header, no quotes
+    read_jsonl      a JSON object per line        read_list       a name per line
+    read_json       one JSON document, whole      read_entries    a list in such a document
+    read_pickle     a pickle of plain data
 
-Three things that a file from elsewhere must not do: run code (a pickle may call any function, so
-ours is read by a reader that can build plain data only), point out of the folder of the data
-(`check_name`), and bring characters that no name or text holds (control characters in a path,
-halves of characters in a caption).
+A file from elsewhere may not run code: a pickle may call any function, so ours is read by a reader
+that builds plain data only. It may not name a file outside of the folder of the data
+(`check_name`). And it may not bring what no name and no text holds: control characters in a path,
+halves of characters in a caption.
 """
 
 import csv
@@ -33,13 +31,21 @@ from pathlib import Path
 from captions.tagger import load_plain_pickle
 from cli import UserError
 
-# ---- rows ----------------------------------------------------------------------------------------
+Rows = Iterator[tuple[str, dict]]  # (where it stands, {column: value})
 
-KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+TYPE_NAMES = {str: "a text", int: "a whole number", list: "a list"}
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+# ---- values --------------------------------------------------------------------------------------
 
 
-def check_row(row, where: str, columns: dict[str, type]) -> None:
-    """Raise UserError unless `row` is a dict in which each column is there, and of its type."""
+def shorten(value) -> str:
+    return repr(value)[:40]
+
+
+def check_row(row, where: str, columns: dict[str, type]) -> dict:
+    """`row`, if it is a dict with these columns, each of its type. Raises UserError."""
     expected = f"expected {', '.join(columns)}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: the entry is not an object; {expected}")
@@ -47,189 +53,44 @@ def check_row(row, where: str, columns: dict[str, type]) -> None:
         raise UserError(f"{where}: the entry has no {' or '.join(missing)}; {expected}")
 
     for name, kind in columns.items():
-        if type(row[name]) is not kind:
-            raise UserError(f"{where}: {name} is {short(row[name])}, not {KINDS[kind]}; {expected}")
+        value = row[name]
+        if type(value) is not kind:
+            is_not = f"{shorten(value)}, not {TYPE_NAMES[kind]}"
+            raise UserError(f"{where}: {name} is {is_not}; {expected}")
         if kind is str:
-            check_text(row[name], where, name)
+            check_text(value, where, name)
+    return row
 
 
 def check_text(text, where: str, name: str) -> str:
     """`text`, if it is one that can be written as UTF-8. Raises UserError."""
     if not isinstance(text, str):
-        raise UserError(f"{where}: {name} is {short(text)}, not a text")
+        raise UserError(f"{where}: {name} is {shorten(text)}, not a text")
     if not text.isascii() and SURROGATE.search(text):
-        raise UserError(
-            f"{where}: {name} holds half of a character (a lone surrogate); repair the file"
-        )
+        problem = "holds half of a character (a lone surrogate)"
+        raise UserError(f"{where}: {name} {problem}; repair the file")
     return text
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def short(value) -> str:
-    return repr(value)[:40]
-
-
 def check_name(name: str, where: str, *, inside: bool = True) -> str:
-    """A file's name from an annotation file, if no character in it is a control character and, with
-    `inside`, it cannot leave the folder that it is looked up in: no absolute path, no "..".
-    Raises UserError.
+    """`name`, if it can be that of a file. Raises UserError.
+
+    With `inside` it must stay in the folder that it is looked up in: no absolute path, no "..".
     """
     if not name.strip():
         raise UserError(f"{where}: video is empty; expected the name of a file")
+    video = f"{where}: the video {shorten(name)}"
     if CONTROL.search(name):
-        raise UserError(
-            f"{where}: the video {short(name)} has control characters in its name; repair the file"
-        )
-    if inside and (name[0] in "/\\" or name[1:2] == ":" or ".." in re.split(r"[/\\]", name)):
-        raise UserError(
-            f"{where}: the video {short(name)} lies outside of the data root; expected a path "
-            "below it"
-        )
+        raise UserError(f"{video} has control characters in its name; repair the file")
+
+    parts = re.split(r"[/\\]", name)  # of Unix and of Windows
+    is_absolute = parts[0] == "" or name[1:2] == ":"
+    if inside and (is_absolute or ".." in parts):
+        raise UserError(f"{video} lies outside of the data root; expected a path below it")
     return name
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def read_csv(
-    path: Path, columns: Sequence[str], delimiter: str = ","
-) -> Iterator[tuple[str, dict]]:
-    """(where, {column: text}) of each row of a file whose header holds these columns.
-
-    Blank lines are no rows. Raises UserError as the top of this file says; also where the file has
-    no header.
-    """
-    expected = f"expected {', '.join(columns)}"
-    reader = csv.reader(read_lines(path, expected), strict=True, delimiter=delimiter)
-    header, start = None, 1
-
-    try:
-        for row in reader:
-            where = f"{path}, line {start}"
-            # a quoted caption may run over several lines: the row begins at `start`
-            start = reader.line_num + 1
-            if header is None and any(map(str.strip, row)):
-                header = row
-                if missing := [name for name in columns if name not in header]:
-                    shown = delimiter.join(header)[:80]
-                    raise UserError(
-                        f"{where}: the header {shown!r} has no {' or '.join(missing)}; {expected}"
-                    )
-            elif header and row:
-                if len(row) != len(header):
-                    raise UserError(
-                        f"{where}: {len(row)} columns, the header has {len(header)}; {expected} "
-                        "(a caption with a comma stands in double quotes)"
-                    )
-                yield where, dict(zip(header, row))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
-
-    if not header:
-        raise UserError(f"{path}: the file is empty; {expected}")
-
-
-def read_columns(
-    path: Path, columns: Sequence[str], delimiter: str = "\t"
-) -> Iterator[tuple[str, dict]]:
-    """(where, {column: text}) of each line of a file without header or quotes: every line has just
-    these columns.
-    """
-    expected, empty = f"expected {', '.join(columns)}, separated by tabs, without a header", True
-    for number, line in enumerate(read_lines(path, expected), 1):
-        values = line.rstrip("\r\n").split(delimiter)
-        if line.strip():
-            if len(values) != len(columns):
-                raise UserError(f"{path}, line {number}: {len(values)} columns; {expected}")
-            empty = False
-            yield f"{path}, line {number}", dict(zip(columns, values))
-    if empty:
-        raise UserError(f"{path}: the file is empty; {expected}")
-
-
-def read_list(path: Path) -> list[tuple[str, str]]:
-    """(where, name) of each line of a file of names, one a line, without a header."""
-    names = []
-    for number, line in enumerate(read_lines(path, "expected one name a line"), 1):
-        where = f"{path}, line {number}"
-        if line.strip():
-            names.append((where, check_text(line.strip(), where, "the name")))
-    if not names:
-        raise UserError(f"{path}: the file is empty; expected one name a line")
-    return names
-
-
-def read_jsonl(path: Path, columns: dict[str, type]) -> Iterator[tuple[str, dict]]:
-    """(where, object) of each line, in which these columns are there, of their types."""
-    expected, empty = f"expected an object with {', '.join(columns)} on each line", True
-    for number, line in enumerate(read_lines(path, expected), 1):
-        if line.strip():
-            row = parse_json(line, f"{path}, line {number}", expected)
-            check_row(row, f"{path}, line {number}", columns)
-            empty = False
-            yield f"{path}, line {number}", row
-    if empty:
-        raise UserError(f"{path}: the file is empty; {expected}")
-
-
-def read_json(path: Path, expected: str):
-    """The value of a JSON file. Raises UserError with the line of a mistake in its syntax."""
-    return parse_json(
-        "".join(read_lines(path, f"expected {expected}")), str(path), f"expected {expected}"
-    )
-
-
-def read_entries(
-    path: Path, document, key: str | None, columns: dict[str, type]
-) -> Iterator[tuple[str, dict]]:
-    """(where, object) of each entry of the list document[key] (key None: the document is the list),
-    checked.
-    """
-    if key is not None:
-        check_row(document, str(path), {key: list})
-    entries = document if key is None else document[key]
-    if not isinstance(entries, list) or not entries:
-        raise UserError(
-            f"{path}: no entries in it; expected a list of objects with {', '.join(columns)}"
-        )
-    for number, entry in enumerate(entries):
-        check_row(entry, where := f"{path}, {key or 'entry '}[{number}]", columns)
-        yield where, entry
-
-
-def read_captions_pickle(path: Path) -> dict[str, list]:
-    """{video: [caption, …]} of a pickle, in which a caption is a text or a list of words.
-
-    Only dicts, lists, texts and numbers are built, nothing is called (`tagger.load_plain_pickle`).
-    Texts that Python 2 wrote are bytes: UTF-8 where they can be, else Latin-1. Raises UserError
-    where there is anything else.
-    """
-
-    def text(value):
-        if isinstance(value, bytes):
-            try:
-                return value.decode("utf-8")
-            except UnicodeDecodeError:
-                return value.decode("latin-1")
-        return [text(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    try:
-        data = load_plain_pickle(path.read_bytes(), encoding="bytes")
-        if isinstance(data, dict):
-            return {text(video): text(captions) for video, captions in data.items()}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    # a damaged pickle raises nearly anything; a list may be its own member, or a key a list
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a pickle of plain data ({short(str(error))}); expected {{video: "
-            "captions}}; fetch it again"
-        ) from error
-
-    raise UserError(f"{path}: holds {short(data)}; expected {{video: captions}}")
+# ---- lines ---------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path, expected: str) -> Iterator[str]:
@@ -237,21 +98,121 @@ def read_lines(path: Path, expected: str) -> Iterator[str]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 text; save the file as UTF-8"
-                    ) from error
+                # Windows begins a file with a mark that is no part of the text
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{path}, line {number}"
+        raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
-        raise UserError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {expected}"
-        ) from error
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{path}: cannot be read ({reason}); {expected}") from error
+
+
+def number_lines(path: Path, expected: str) -> Iterator[tuple[str, str]]:
+    """(where, line) of each line that is not blank. Raises UserError where all are."""
+    is_empty = True
+    for number, line in enumerate(read_lines(path, expected), 1):
+        if line.strip():
+            is_empty = False
+            yield f"{path}, line {number}", line
+    if is_empty:
+        raise UserError(f"{path}: the file is empty; {expected}")
+
+
+def read_list(path: Path) -> list[tuple[str, str]]:
+    """(where, name) of each line of a file of names."""
+    lines = number_lines(path, "expected one name a line")
+    return [(where, check_text(line.strip(), where, "the name")) for where, line in lines]
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Rows:
+    """(where, {column: text}) of a file without header or quotes, its columns between tabs."""
+    expected = f"expected {', '.join(columns)}, separated by tabs, without a header"
+    for where, line in number_lines(path, expected):
+        values = line.rstrip("\r\n").split("\t")
+        if len(values) != len(columns):
+            raise UserError(f"{where}: {len(values)} columns; {expected}")
+        yield where, dict(zip(columns, values))
+
+
+def read_csv(path: Path, columns: Sequence[str], delimiter: str = ",") -> Rows:
+    """(where, {column: text}) of a file whose header holds these columns, and perhaps others.
+
+    Blank lines are no rows. Raises UserError also where there is no row.
+    """
+    expected = f"expected {', '.join(columns)}"
+    reader = csv.reader(read_lines(path, expected), strict=True, delimiter=delimiter)
+    header, is_empty = None, True
+    start = 1  # the line where the row begins: a quoted caption may run over several
+    try:
+        for row in reader:
+            where = f"{path}, line {start}"
+            start = reader.line_num + 1
+            if len(row) < 2 and not "".join(row).strip():
+                continue
+
+            if header is None:
+                header = row
+                if missing := [name for name in columns if name not in header]:
+                    raise UserError(
+                        f"{where}: the header {delimiter.join(header)[:80]!r} has no "
+                        f"{' or '.join(missing)}; {expected}"
+                    )
+                continue
+
+            if len(row) != len(header):
+                raise UserError(
+                    f"{where}: {len(row)} columns, the header has {len(header)}; {expected} "
+                    "(a caption with a comma stands in double quotes)"
+                )
+            is_empty = False
+            yield where, dict(zip(header, row))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
+    if is_empty:
+        found = "no samples in it" if header else "the file is empty"
+        raise UserError(f"{path}: {found}; {expected}")
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path, columns: dict[str, type]) -> Rows:
+    """(where, object) of each line. The columns are there, of their types."""
+    expected = f"expected an object with {', '.join(columns)} on each line"
+    for where, line in number_lines(path, expected):
+        yield where, check_row(parse_json(line, where, expected), where, columns)
+
+
+def read_json(path: Path, expected: str):
+    """The value of a JSON file. Raises UserError with the line of a mistake in its syntax."""
+    expected = f"expected {expected}"
+    return parse_json("".join(read_lines(path, expected)), str(path), expected)
+
+
+def read_entries(path: Path, document, key: str | None, columns: dict[str, type]) -> Rows:
+    """(where, object) of the list document[key]; without a key, the document is the list."""
+    entries = check_row(document, str(path), {key: list})[key] if key else document
+    if not isinstance(entries, list) or not entries:
+        expected = f"expected a list of objects with {', '.join(columns)}"
+        raise UserError(f"{path}: no entries in it; {expected}")
+    for number, entry in enumerate(entries):
+        where = f"{path}, {key or 'entry '}[{number}]"
+        yield where, check_row(entry, where, columns)
 
 
 def parse_json(text: str, where: str, expected: str):
+    def no_twins(pairs: list) -> dict:
+        """A dict. A key that comes twice would lose the first one's value."""
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f"{where}: {shorten(name)} stands there twice")
+            found[name] = value
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: refuse_twins(pairs, where))
+        return json.loads(text, object_pairs_hook=no_twins)
     except json.JSONDecodeError as error:
         at = f" (line {error.lineno})" if "\n" in text.strip() else ""
         raise UserError(f"{where}: not valid JSON{at}; {expected}") from error
@@ -259,22 +220,35 @@ def parse_json(text: str, where: str, expected: str):
         raise UserError(f"{where}: not valid JSON; {expected}") from error
 
 
-def refuse_twins(pairs: list, where: str) -> dict:
-    """A dict; a key that comes twice would lose the first one's value."""
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise UserError(f"{where}: {short(name)} stands there twice")
-        found[name] = value
-    return found
+# ---- pickles -------------------------------------------------------------------------------------
 
 
-# ---- one's own videos ----------------------------------------------------------------------------
+def read_pickle(path: Path, expected: str) -> dict:
+    """The dict in a pickle. Only dicts, lists, texts and numbers are built, nothing is called.
+
+    Texts that Python 2 wrote are bytes: UTF-8 where they can be, else Latin-1. Raises UserError
+    where there is anything else.
+    """
+    try:
+        data = load_plain_pickle(path.read_bytes(), encoding="bytes")
+        if isinstance(data, dict):
+            return {decode(key): decode(value) for key, value in data.items()}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {expected}") from error
+    # a damaged pickle raises nearly anything; a list may be its own member, or a key a list
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a pickle of plain data ({shorten(str(error))}); {expected}; "
+            "fetch it again"
+        ) from error
+    raise UserError(f"{path}: holds {shorten(data)}; {expected}")
 
 
-def read_pairs(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, {"video", "caption", …}) of each row of a csv (with header) or jsonl file."""
-    if path.suffix.lower() == ".jsonl":
-        yield from read_jsonl(path, {"video": str, "caption": str})
-    else:
-        yield from read_csv(path, ["video", "caption"])
+def decode(value):
+    """The same value with texts for bytes, and lists for tuples."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin-1")
+    return [decode(part) for part in value] if isinstance(value, list | tuple) else value

@@ -27,7 +27,7 @@ from report.page import printable
 from videos.decode import VIDEO_SUFFIXES
 
 # .ts is a video to a data set, and a program to most folders
-SEARCHED = VIDEO_SUFFIXES - {".ts"}
+SEARCHED = set(VIDEO_SUFFIXES) - {".ts"}
 
 # ---- the folder ----------------------------------------------------------------------------------
 

@@ -1,6 +1,4 @@
-"""datasets.py, check.py, train.py, eval.py on tiny sets in every published form, and on the real
-files if there.
-"""
+"""The published data sets: tiny ones in every form, and the real files where they lie beside us."""
 
 import csv
 import json
@@ -38,20 +36,20 @@ WORDS = [
     "boys kick a ball",
     "a horse jumps",
 ]
-SIZES = dict(train=6, val=2, test=3)  # videos of each tiny split
+# the videos of the tiny splits
+NUMBERS = dict(train=range(6), val=range(6, 8), test=range(8, 11))
 KEYS = {f"{d}_{m}" for d in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
 
 
-def film(path: Path, number: int, frames: int = 8, rate: float = 25.0):
-    """A video of noise, another for each number, under any name."""
+def noise(number: int, frames: int = 8) -> np.ndarray:
+    """Pixels [frames, 4, 4, 3], others for each number."""
+    return np.random.default_rng(number).integers(0, 256, (frames, 4, 4, 3), np.uint8)
+
+
+def film(path: Path, number: int):
+    """A video of noise under any name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise = (
-        np.random.default_rng(number)
-        .integers(0, 256, (frames, 4, 4, 3), np.uint8)
-        .repeat(8, 1)
-        .repeat(8, 2)
-    )
-    write_video(path.with_name("new.mp4"), noise, rate)
+    write_video(path.with_name("new.mp4"), noise(number).repeat(8, 1).repeat(8, 2))
     path.with_name("new.mp4").rename(path)
 
 
@@ -60,226 +58,210 @@ def lines(path: Path, *texts: str):
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
-def numbers(role: str) -> range:
-    """The videos of a split: train 0 … 5, val 6, 7, test 8 … 10."""
-    first = dict(train=0, val=6, test=8)[role]
-    return range(first, first + SIZES[role])
-
-
 def captions_of(i: int) -> list[str]:
     return [f"{WORDS[i % 8]} at place {i}", f"{WORDS[(i + 3) % 8]}, take {i}"]
 
 
-# ---- one builder a form: (folder); every one leaves what its authors publish ---------------------
+def role_of(i: int) -> str:
+    return next(role for role, numbers in NUMBERS.items() if i in numbers)
 
 
-def build_msrvtt(root: Path, files: str = "MSRVTT_data.json"):
+# ---- one builder per form: it leaves in a folder what the authors publish ------------------------
+
+
+def build_msrvtt(root: Path):
     for i in range(11):
         film(root / "videos/all" / f"video{i}.mp4", i)
-    lines(root / "MSRVTT_train.9k.csv", "video_id", *(f"video{i}" for i in range(8)))
-    lines(root / "MSRVTT_train.7k.csv", "video_id", *(f"video{i}" for i in numbers("train")))
-    lines(
-        root / "MSRVTT_JSFUSION_test.csv",
-        "key,vid_key,video_id,sentence",
-        *(f'ret{i},msr{i},video{i},"{captions_of(i)[1]}"' for i in numbers("test")),
-    )
-    split_of = {
-        i: name
-        for role, name in (("train", "train"), ("val", "validate"), ("test", "test"))
-        for i in numbers(role)
-    }
-
-    def document(chosen):
-        return dict(
-            info={"year": "2016"},
-            videos=[
-                dict(video_id=f"video{i}", category=3, split=split_of[i], url="http://example.org")
-                for i in chosen
-            ],
-            sentences=[
-                dict(video_id=f"video{i}", caption=text, sen_id=j)
-                for i in chosen
-                for j, text in enumerate(captions_of(i))
-            ],
-        )
-
-    if files == "MSRVTT_data.json":
-        lines(root / files, json.dumps(document(range(11))))
-    else:
-        lines(root / "train_val_videodatainfo.json", json.dumps(document(range(8))))
-        lines(root / "test_videodatainfo.json", json.dumps(document(range(8, 11))))
+    write_msrvtt_lists(root)
+    lines(root / "MSRVTT_data.json", msrvtt_document(range(11)))
 
 
 def build_msrvtt_official(root: Path):
-    build_msrvtt(root, "official")
+    for i in range(11):
+        film(root / "videos/all" / f"video{i}.mp4", i)
+    write_msrvtt_lists(root)
+    lines(root / "train_val_videodatainfo.json", msrvtt_document(range(8)))
+    lines(root / "test_videodatainfo.json", msrvtt_document(range(8, 11)))
 
 
-def build_msvd(root: Path, pickled: bool = True):
+def build_msrvtt_clip4clip(root: Path):
+    """CLIP4Clip's msrvtt_data.zip and MSRVTT.zip."""
+    for i in range(11):
+        film(root / "MSRVTT_Videos" / f"video{i}.mp4", i)
+    write_msrvtt_lists(root / "msrvtt_data")
+    lines(root / "msrvtt_data/MSRVTT_data.json", msrvtt_document(range(11)))
+
+
+def build_msrvtt_frozen(root: Path):
+    """Frozen in Time's MSRVTT.zip, unpacked in the root."""
+    for i in range(11):
+        film(root / "MSRVTT/videos/all" / f"video{i}.mp4", i)
+    sentences = []
+    for i in range(11):
+        sentences += [dict(image_id=f"video{i}", caption=text) for text in captions_of(i)]
+    document = dict(images=[dict(id=f"video{i}") for i in range(11)], annotations=sentences)
+    lines(root / "MSRVTT/annotation/MSR_VTT.json", json.dumps(document))
+
+    lists = root / "MSRVTT/high-quality/structured-symlinks"
+    lines(lists / "train_list_jsfusion.txt", *(f"video{i}" for i in range(8)))
+    lines(lists / "val_list_jsfusion.txt", *(f"video{i}" for i in NUMBERS["test"]))
+    chosen = {f"video{i}": 1 for i in NUMBERS["test"]}
+    (lists / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps(chosen))
+    for role, numbers in NUMBERS.items():
+        lines(lists / f"{role}_list_full.txt", *(f"video{i}" for i in numbers))
+
+
+def write_msrvtt_lists(root: Path):
+    lines(root / "MSRVTT_train.9k.csv", "video_id", *(f"video{i}" for i in range(8)))
+    lines(root / "MSRVTT_train.7k.csv", "video_id", *(f"video{i}" for i in NUMBERS["train"]))
+    rows = [f'ret{i},msr{i},video{i},"{captions_of(i)[1]}"' for i in NUMBERS["test"]]
+    lines(root / "MSRVTT_JSFUSION_test.csv", "key,vid_key,video_id,sentence", *rows)
+
+
+def msrvtt_document(numbers: range) -> str:
+    official = dict(train="train", val="validate", test="test")
+    videos, sentences = [], []
+    for i in numbers:
+        split = official[role_of(i)]
+        videos.append(dict(video_id=f"video{i}", category=3, split=split, url="http://a.org"))
+        for j, text in enumerate(captions_of(i)):
+            sentences.append(dict(video_id=f"video{i}", caption=text, sen_id=j))
+    return json.dumps(dict(info=dict(year="2016"), videos=videos, sentences=sentences))
+
+
+def build_msvd(root: Path):
+    write_msvd_videos(root)
+    captions = {}
+    for i in range(11):
+        captions[f"v{i}_1_{i}"] = [text.split() for text in captions_of(i)]
+    (root / "raw-captions.pkl").write_bytes(pickle.dumps(captions, protocol=2))
+
+
+def build_msvd_json(root: Path):
+    write_msvd_videos(root)
     captions = {f"v{i}_1_{i}": captions_of(i) for i in range(11)}
-    for role in SIZES:
-        lines(root / f"{role}_list.txt", *(f"v{i}_1_{i}" for i in numbers(role)))
-    if pickled:
-        words = {video: [text.split() for text in texts] for video, texts in captions.items()}
-        (root / "raw-captions.pkl").write_bytes(pickle.dumps(words, protocol=2))
-    else:
-        lines(root / "captions_msvd.json", json.dumps(captions))
+    lines(root / "captions_msvd.json", json.dumps(captions))
+
+
+def write_msvd_videos(root: Path):
+    for role, numbers in NUMBERS.items():
+        lines(root / f"{role}_list.txt", *(f"v{i}_1_{i}" for i in numbers))
     for i in range(11):
         film(root / "YouTubeClips" / f"v{i}_1_{i}.avi", i)
 
 
-def build_msvd_json(root: Path):
-    build_msvd(root, pickled=False)
-
-
 def build_didemo(root: Path):
-    for role in SIZES:
-        entries = [
-            dict(
-                video=f"9@N0_{i}.m4v",
-                description=text,
-                times=[[0, 1]],
-                num_segments=6,
-                annotation_id=i,
-                dl_link="http://example.org",
-            )
-            for text in (0, 1)
-            for i in numbers(role)
-        ]  # not video by video
-        for entry in entries:
-            entry["description"] = captions_of(entry["annotation_id"])[entry["description"]]
+    for role, numbers in NUMBERS.items():
+        entries = []
+        for n in (0, 1):  # not video by video
+            for i in numbers:
+                entries.append(dict(video=f"9@N0_{i}.m4v", description=captions_of(i)[n]))
         lines(root / f"{role}_data.json", json.dumps(entries))
-    for i in range(11):
-        film(
-            root / "videos" / f"9@N0_{i}{['.mp4', '.mov', '.m4v.mp4'][i % 3]}", i
-        )  # as people have converted them
+    for i in range(11):  # as people have converted them
+        film(root / "videos" / f"9@N0_{i}{['.mp4', '.mov', '.m4v.mp4'][i % 3]}", i)
+
+
+LSMDC_FILES = dict(
+    train="LSMDC16_annos_training.csv",
+    val="LSMDC16_annos_val.csv",
+    test="LSMDC16_challenge_1000_publictect.csv",
+)
 
 
 def build_lsmdc(root: Path):
-    names = dict(
-        train="LSMDC16_annos_training.csv",
-        val="LSMDC16_annos_val.csv",
-        test="LSMDC16_challenge_1000_publictect.csv",
-    )
-    for role, name in names.items():
-        rows = [(i, captions_of(i)[0]) for i in numbers(role)] + [(0, "again on another line")] * (
-            role == "train"
-        )
-        lines(
-            root / name,
-            *(
-                "\t".join(
-                    [
-                        f"10{i:02d}_The_Film_00.0{i}.01.129-00.0{i}.05.000",
-                        "00.00",
-                        "00.01",
-                        "00.00",
-                        "00.01",
-                        text,
-                    ]
-                )
-                for i, text in rows
-            ),
-        )
     for i in range(11):
-        film(
-            root / f"10{i:02d}_The_Film" / f"10{i:02d}_The_Film_00.0{i}.01.129-00.0{i}.05.000.avi",
-            i,
-        )
+        film(root / lsmdc_clip(i)[:13] / f"{lsmdc_clip(i)}.avi", i)
+    for role, numbers in NUMBERS.items():
+        rows = [(lsmdc_clip(i), captions_of(i)[0]) for i in numbers]
+        if role == "train":
+            rows.append((lsmdc_clip(0), "again on another line"))
+        times = ["00.00", "00.01", "00.00", "00.01"]
+        lines(root / LSMDC_FILES[role], *("\t".join([clip, *times, text]) for clip, text in rows))
+
+
+def lsmdc_clip(i: int) -> str:
+    return f"10{i:02d}_The_Film_00.0{i}.01.129-00.0{i}.05.000"
 
 
 def build_webvid(root: Path):
     for role in ("train", "val"):
-        lines(
-            root / f"results_2M_{role}.csv",
-            "videoid,contentUrl,duration,page_dir,name",
-            *(
-                f'{1000 + i},https://example.org/{i}.mp4,PT00H00M10S,00{i}_0,"{captions_of(i)[0]}, '
-                'up close"'
-                for i in numbers(role)
-            ),
-        )
-    for i in range(8):
-        film(root / "videos" / f"00{i}_0" / f"{1000 + i}.mp4", i)
+        rows = []
+        for i in NUMBERS[role]:
+            film(root / "videos" / f"00{i}_0" / f"{1000 + i}.mp4", i)
+            url = f"https://example.org/{i}.mp4"
+            rows.append(f'{1000 + i},{url},PT00H00M10S,00{i}_0,"{captions_of(i)[0]}, up close"')
+        lines(root / f"results_2M_{role}.csv", "videoid,contentUrl,duration,page_dir,name", *rows)
 
 
-def build_cc3m(root: Path, tsv: bool = True):
-    for role, name in (
-        ("train", "Train_GCC-training.tsv"),
-        ("val", "Validation_GCC-1.1.0-Validation.tsv"),
-    ):
-        rows = [(captions_of(i)[0], f"http://example.org/{i}.jpg?ü") for i in numbers(role)]
-        if tsv:
-            lines(root / name, *("\t".join(row) for row in rows))
-        else:
-            lines(
-                root / f"cc3m_{role}.csv",
-                "caption,thumbnailUrl",
-                *(f'"{text}",{url}' for text, url in rows),
-            )
-        for i, (_, url) in zip(numbers(role), rows):
-            image = np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)
-            path = (
-                root
-                / ("training" if role == "train" else "validation")
-                / str(zlib.crc32(url.encode()) & 0xFFFFFFFF)
-            )
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(
-                cv2.imencode(".jpg", image)[1].tobytes()
-            )  # no ending, as the downloader leaves them
+CC3M_FILES = dict(train="Train_GCC-training.tsv", val="Validation_GCC-1.1.0-Validation.tsv")
+
+
+def build_cc3m(root: Path):
+    write_images(root)
+    for role, name in CC3M_FILES.items():
+        lines(root / name, *(f"{captions_of(i)[0]}\t{image_url(i)}" for i in NUMBERS[role]))
 
 
 def build_cc3m_csv(root: Path):
-    build_cc3m(root, tsv=False)
+    write_images(root)
+    for role in CC3M_FILES:
+        rows = [f'"{captions_of(i)[0]}",{image_url(i)}' for i in NUMBERS[role]]
+        lines(root / f"cc3m_{role}.csv", "caption,thumbnailUrl", *rows)
+
+
+def image_url(i: int) -> str:
+    return f"http://example.org/{i}.jpg?ü"
+
+
+def write_images(root: Path):
+    """Without ending, as the downloader leaves them."""
+    for role, folder in dict(train="training", val="validation").items():
+        (root / folder).mkdir(parents=True)
+        for i in NUMBERS[role]:
+            image = cv2.imencode(".jpg", noise(i)[0].repeat(10, 0).repeat(12, 1))[1]
+            (root / folder / str(zlib.crc32(image_url(i).encode()))).write_bytes(image.tobytes())
 
 
 def build_csv(root: Path):
-    for role in SIZES:
-        lines(
-            root / f"{role}.csv",
-            "video,caption",
-            *(f'clips/{i}.mp4,"{text}"' for i in numbers(role) for text in captions_of(i)),
-        )
-    for i in range(11):
-        film(root / "clips" / f"{i}.mp4", i)
+    for role, numbers in NUMBERS.items():
+        rows = []
+        for i in numbers:
+            film(root / "clips" / f"{i}.mp4", i)
+            rows += [f'clips/{i}.mp4,"{text}"' for text in captions_of(i)]
+        lines(root / f"{role}.csv", "video,caption", *rows)
 
 
 def build_mc(root: Path, form: str):
-    questions = [(i, [captions_of(j)[0] for j in range(i - 4, i + 1)], 4) for i in numbers("test")]
-    questions += [(8, [captions_of(j)[1] for j in (8, 1, 2, 3, 4)], 0)]
+    questions = []
+    for i in NUMBERS["test"]:
+        questions.append((i, [captions_of(j)[0] for j in range(i - 4, i + 1)], 4))
+    questions.append((8, [captions_of(j)[1] for j in (8, 1, 2, 3, 4)], 0))
+
+    rows = []
+    for i, options, answer in questions:
+        if form == "tsv":
+            rows.append("\t".join([f"msr{i}", *options, str(answer)]))
+        elif form == "jsonl":
+            row = dict(qid=len(rows), clip_name=f"video{i}", options=options, answer=answer)
+            rows.append(json.dumps(row))
+        else:
+            rows.append(dict(video=f"video{i}.mp4", caption=options, answer=answer))
     if form == "tsv":
-        lines(
-            root / "msrvtt_mc_test.tsv",
-            "\t".join(["vid_key", "a1", "a2", "a3", "a4", "a5", "answer"]),
-            *("\t".join([f"msr{i}", *options, str(answer)]) for i, options, answer in questions),
-        )
-    elif form == "jsonl":
-        lines(
-            root / "msrvtt_mc_test.jsonl",
-            *(
-                json.dumps(dict(qid=n, clip_name=f"video{i}", options=options, answer=a))
-                for n, (i, options, a) in enumerate(questions)
-            ),
-        )
-    else:
-        lines(
-            root / "msrvtt_mc_test.json",
-            json.dumps(
-                [
-                    dict(video=f"video{i}.mp4", caption=options, answer=answer)
-                    for i, options, answer in questions
-                ],
-                indent=1,
-            ),
-        )
+        rows.insert(0, "\t".join(["vid_key", "a1", "a2", "a3", "a4", "a5", "answer"]))
+    if form == "json":
+        rows = [json.dumps(rows, indent=1)]
+    lines(root / f"msrvtt_mc_test.{form}", *rows)
 
 
 BUILDERS = {  # form: (build, data set)
     "msrvtt": (build_msrvtt, "msrvtt"),
     "msrvtt official files": (build_msrvtt_official, "msrvtt"),
+    "msrvtt of CLIP4Clip": (build_msrvtt_clip4clip, "msrvtt"),
+    "msrvtt of Frozen": (build_msrvtt_frozen, "msrvtt"),
     "msrvtt-7k": (build_msrvtt, "msrvtt-7k"),
     "msrvtt-full": (build_msrvtt, "msrvtt-full"),
     "msrvtt-full official files": (build_msrvtt_official, "msrvtt-full"),
+    "msrvtt-full of Frozen": (build_msrvtt_frozen, "msrvtt-full"),
     "msvd": (build_msvd, "msvd"),
     "msvd json": (build_msvd_json, "msvd"),
     "didemo": (build_didemo, "didemo"),
@@ -304,9 +286,9 @@ def folders(tmp_path_factory):
     return folder
 
 
-# ---- what the loaders say ------------------------------------------------------------------------
+# ---- what the readers say ------------------------------------------------------------------------
 
-EXPECTED = {  # of video i in a role: its captions
+EXPECTED = {  # the captions of video i in a role
     "msrvtt": lambda i, role: captions_of(i)[1:] if role == "test" else captions_of(i),
     "msrvtt-full": lambda i, role: captions_of(i),
     "msvd": lambda i, role: captions_of(i),
@@ -318,30 +300,33 @@ EXPECTED = {  # of video i in a role: its captions
 EXPECTED["msrvtt-7k"] = EXPECTED["msrvtt"]
 
 
+def captions_by_video(split) -> list[list[str]]:
+    found = [[] for _ in split.video_paths]
+    for caption, j in zip(split.captions, split.video_of_caption):
+        found[j].append(caption)
+    return found
+
+
 @pytest.mark.parametrize("form", BUILDERS)
 def test_every_caption_meets_its_video(folders, form):
     build, dataset = BUILDERS[form]
     for role in DATASETS[dataset].videos:
         split = load_split(dataset, folders(build), role)
-        ids = (
-            range(8) if (dataset, role) == ("msrvtt", "train") else numbers(role)
-        )  # the tiny 9k list has 8
-        assert len(split.video_paths) == len(ids) and all(
-            Path(path).is_file() for path in split.video_paths
-        )
-        found = {}
-        for caption, j in zip(split.captions, split.video_of_caption):
-            found.setdefault(split.video_paths[j], []).append(caption)
-        assert list(found.values()) == [EXPECTED[dataset](i, role) for i in ids]
-        if dataset != "cc3m":  # and the file is that video, not another one
-            cache = FrameCache(folders(build) / "check", size=16, num_frames=2)
-            for path, i in zip(split.video_paths, ids):
-                noise = np.random.default_rng(i).integers(0, 256, (8, 4, 4, 3), np.uint8)[2]
-                assert np.abs(cache.get(path)[0][2::4, 2::4].astype(int) - noise).mean() < 40
+        # the tiny 9k list has 8
+        ids = range(8) if (dataset, role) == ("msrvtt", "train") else NUMBERS[role]
+        assert captions_by_video(split) == [EXPECTED[dataset](i, role) for i in ids]
         assert split.window == ((0.0, 30.0) if dataset == "didemo" else (0.0, None))
 
+        # and the file is that video, not another one
+        cache = FrameCache(folders(build) / "check", size=16, num_frames=2)
+        for path, i in zip(split.video_paths, ids):
+            assert Path(path).is_file()
+            if dataset != "cc3m":
+                frame = cache.get(path)[0][2::4, 2::4].astype(int)
+                assert np.abs(frame - noise(i)[2]).mean() < 40
 
-def test_a_set_without_a_split_says_why(folders):
+
+def test_a_set_without_a_split_says_why():
     for dataset, role, says in (
         ("msrvtt", "val", "1k-A has none.*last checkpoint"),
         ("webvid", "test", "it has train"),
@@ -351,9 +336,14 @@ def test_a_set_without_a_split_says_why(folders):
             load_split(dataset, "anywhere", role)
 
 
-def test_missing_annotations_are_named(tmp_path):
-    for dataset, role, says in (
-        ("msrvtt", "train", "no MSRVTT_train.9k.csv in it, nor in annotations/"),
+@pytest.mark.parametrize(
+    "dataset, role, says",
+    [
+        (
+            "msrvtt",
+            "train",
+            "no MSRVTT_train.9k.csv or train_list_jsfusion.txt in it or in its",
+        ),
         ("msrvtt-full", "test", "no MSRVTT_data.json or test_videodatainfo.json"),
         ("msvd", "train", "no raw-captions.pkl or captions_msvd.json"),
         ("didemo", "val", "no val_data.json"),
@@ -361,278 +351,200 @@ def test_missing_annotations_are_named(tmp_path):
         ("webvid", "train", "no results_2M_train.csv"),
         ("cc3m", "val", "no Validation_GCC"),
         ("msrvtt-mc", "test", "no msrvtt_mc_test.jsonl or"),
-    ):
-        with pytest.raises(UserError, match=says):
-            load_split(dataset, tmp_path, role)
+    ],
+)
+def test_missing_annotations_are_named(tmp_path, dataset, role, says):
+    with pytest.raises(UserError, match=f"{says}.* annotations/, .*msrvtt_data/"):
+        load_split(dataset, tmp_path, role)
 
 
 def test_annotations_may_lie_in_a_folder_of_their_own(folders, tmp_path):
     whole = folders(build_webvid)
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations/results_2M_val.csv").write_bytes(
-        (whole / "results_2M_val.csv").read_bytes()
-    )
+    name = "results_2M_val.csv"
+    lines(tmp_path / "annotations" / name, (whole / name).read_text())
     (tmp_path / "videos").symlink_to(whole / "videos")
-    assert (
-        load_split("webvid", tmp_path, "val").captions
-        == load_split("webvid", whole, "val").captions
-    )
+    expected = load_split("webvid", whole, "val").captions
+    assert load_split("webvid", tmp_path, "val").captions == expected
 
 
 def test_where_videos_are_found(tmp_path):
     def find(name):
-        return VideoFinder(tmp_path).find(name, "here")
+        path = VideoFinder(tmp_path).find(name, "here")
+        return str(Path(path).relative_to(tmp_path))
 
-    assert find("a.mp4") == f"{tmp_path}/a.mp4"  # nowhere: where it should be
-    for name in (
-        "clips/a.webm",
-        "clips/a.txt",
-        "clips/a.avi",
-        "clips/a.MKV",
-        "clips/a.b.mp4",
-        "clips/a",
-    ):
-        lines(tmp_path / name, "x")
-    assert find("a.mp4") == f"{tmp_path}/clips/a.avi"  # another ending: the first of SUFFIXES
-    assert find("a") == f"{tmp_path}/clips/a" and find("b.mp4") == f"{tmp_path}/b.mp4"
+    assert find("a.mp4") == "a.mp4"  # nowhere: where it should be
+    for name in ("a.webm", "a.txt", "a.avi", "a.MKV", "a.b.mp4", "a"):
+        lines(tmp_path / "clips" / name, "x")
+    assert find("a.mp4") == "clips/a.avi"  # another ending: the first in the list of suffixes
+    assert find("a") == "clips/a" and find("b.mp4") == "b.mp4"
     lines(tmp_path / "videos/all/a.m4v", "x")
-    assert find("a.mp4") == f"{tmp_path}/videos/all/a.m4v"  # folders in their order
+    assert find("a.mp4") == "videos/all/a.m4v"  # folders in their order
     lines(tmp_path / "clips/a.mp4", "x")
-    assert find("a.mp4") == f"{tmp_path}/clips/a.mp4"  # the very name first, wherever it is
+    assert find("a.mp4") == "clips/a.mp4"  # the very name first, wherever it is
+    lines(tmp_path / "TestVideo/TestVideo/c.mp4", "x")
+    assert find("c.mp4") == "TestVideo/TestVideo/c.mp4"  # as it unpacks
+
+
+def test_didemo_names_end_in_anything(tmp_path):
+    """Real names end in ".", ".3g2", ".m2ts"; two spellings of one name are one video."""
+    names = ["1@N1_a.", "1@N1_a.mp4", "2@N2_b.3g2", "3@N3_c.m2ts", "3@N3_c.", "4@N4_d.weird"]
+    entries = [dict(video=name, description=f"of {name[:6]} {n}.") for n, name in enumerate(names)]
+    lines(tmp_path / "test_data.json", json.dumps(entries))
+    for name in ("1@N1_a.mov", "2@N2_b.3g2", "3@N3_c.m2ts.mp4", "4@N4_d.mkv", "4@N4_d.txt"):
+        lines(tmp_path / "videos" / name, "x")
+
+    split = load_split("didemo", tmp_path, "test")
+    found = [Path(path).name for path in split.video_paths]
+    assert found == ["1@N1_a.mov", "2@N2_b.3g2", "3@N3_c.m2ts.mp4", "4@N4_d.mkv"]
+    assert split.captions[0] == "of 1@N1_a 0. of 1@N1_a 1." and len(split.captions) == 4
+
+    lines(tmp_path / "test_list.txt", "3@N3_c.mp4", "1@N1_a")
+    split = load_split("didemo", tmp_path, "test")
+    assert split.captions == ["of 3@N3_c 3. of 3@N3_c 4.", "of 1@N1_a 0. of 1@N1_a 1."]
 
 
 def test_didemo_takes_the_listed_videos_and_30_seconds(folders, tmp_path):
     whole = folders(build_didemo)
-    (tmp_path / "val_data.json").write_bytes((whole / "val_data.json").read_bytes())
+    lines(tmp_path / "val_data.json", (whole / "val_data.json").read_text())
     lines(tmp_path / "val_list.txt", "9@N0_7.mp4")
     grey = np.arange(0, 240, 6, dtype=np.uint8)[:, None, None, None]  # 40 s at one frame a second
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos/9@N0_7.mp4", np.broadcast_to(grey, (40, 32, 32, 3)), rate=1.0)
+
     split = load_split("didemo", tmp_path, "val")
     assert split.captions == [" ".join(captions_of(7))]
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=6)
     split = keep_decodable(split, cache, workers=1, progress=False)
-    frames = (
-        load_videos(cache, split.video_paths, 6, window=split.window).float().mean(dim=(0, 2, 3, 4))
-    )
-    assert frames.tolist() == pytest.approx([6 * (i + 0.5) * 30 / 6 - 3 for i in range(6)], abs=4)
+    frames = load_videos(cache, split.video_paths, 6, window=split.window).float()
+    expected = [6 * (i + 0.5) * 30 / 6 - 3 for i in range(6)]
+    assert frames.mean(dim=(0, 2, 3, 4)).tolist() == pytest.approx(expected, abs=4)
+
     lines(tmp_path / "val_list.txt", "9@N0_7", "9@N0_99.mp4")
     with pytest.raises(UserError, match="val_list.txt, line 2: '9@N0_99' has no caption"):
         load_split("didemo", tmp_path, "val")
 
 
-MALFORMED = [  # data set, role, file, its text, what is said of it
-    (
-        "msrvtt",
-        "train",
-        "MSRVTT_train.9k.csv",
-        "video\nvideo1\n",
-        "line 1: the header 'video' has no video_id",
-    ),
-    (
-        "msrvtt",
-        "train",
-        "MSRVTT_train.9k.csv",
-        "video_id\nvideo1\nvideo77\n",
-        "line 3: 'video77' has no caption",
-    ),
-    (
-        "msrvtt",
-        "train",
-        "MSRVTT_train.9k.csv",
-        "video_id\nvideo1\nvideo1\n",
-        "line 3: 'video1' stands there twice",
-    ),
-    (
-        "msrvtt",
-        "test",
-        "MSRVTT_JSFUSION_test.csv",
-        "key,vid_key,video_id,sentence\nret0,msr8,video8\n",
-        "line 2: 3 columns, the header has 4; expected key, vid_key, video_id, sentence",
-    ),
-    (
-        "msrvtt-full",
-        "val",
-        "MSRVTT_data.json",
-        '{"videos": [\n{]',
-        "not valid JSON .line 2.; expected an object with",
-    ),
-    (
-        "msrvtt-full",
-        "val",
-        "MSRVTT_data.json",
-        '{"videos": []}',
-        "no entries in it; expected .* video_id, split",
-    ),
-    (
-        "msrvtt-full",
-        "val",
-        "MSRVTT_data.json",
-        '{"videos": [{"video_id": "v", "split": "test"}, {"video_id": "w"}]}',
-        "videos.1.: the entry has no split; expected video_id, split",
-    ),
-    (
-        "msrvtt-full",
-        "val",
-        "MSRVTT_data.json",
-        '{"videos": [{"video_id": "v", "split": "test"}], "sentences": '
-        '[{"video_id": "v", "caption": 3}]}',
-        "sentences.0.: caption is 3, not a text; expected video_id, caption",
-    ),
-    (
-        "msrvtt-full",
-        "val",
-        "MSRVTT_data.json",
-        '{"videos": [{"video_id": "v", "split": "test"}], "sentences": '
-        '[{"video_id": "w", "caption": "x"}]}',
-        "sentences.0.: 'w' is not among the file's videos",
-    ),
-    (
-        "msrvtt-full",
-        "val",
-        "MSRVTT_data.json",
-        '{"videos": [{"video_id": "v", "split": "test"}, {"video_id": "v", "split": "train"}]}',
-        "videos.1.: v is in two splits",
-    ),
-    ("msvd", "test", "captions_msvd.json", '{"a": ["x"], "a": []}', "'a' stands there twice"),
-    ("msvd", "test", "captions_msvd.json", "[]", "expected {video: .sentence"),
-    (
-        "msvd",
-        "test",
-        "captions_msvd.json",
-        '{"v8_1_8": "x"}',
-        "entry 'v8_1_8': not a list; expected a list of sent",
-    ),
-    (
-        "msvd",
-        "test",
-        "captions_msvd.json",
-        '{"v8_1_8": ["x", 5]}',
-        r"entry 'v8_1_8'\[1\]: a word or sentence is 5",
-    ),
-    ("msvd", "test", "test_list.txt", "v8_1_8\n\nv9\n", "line 3: 'v9' has no caption"),
-    ("msvd", "test", "test_list.txt", "\n", "the file is empty; expected one name a line"),
-    (
-        "didemo",
-        "val",
-        "val_data.json",
-        '[{"video": "a"}]',
-        r"entry \[0\]: the entry has no description; exp",
-    ),
-    (
-        "didemo",
-        "val",
-        "val_data.json",
-        "{}",
-        "no entries in it; expected a list of objects with video, description",
-    ),
-    (
-        "lsmdc",
-        "test",
-        "LSMDC16_challenge_1000_publictect.csv",
-        "a_0-1\tb\tc\td\te\tf\na b\tc\n",
-        "line 2: 2 columns; expected CLIP_ID, START_ALIGNED, .*, SENTENCE, separated by tabs",
-    ),
-    (
-        "lsmdc",
-        "test",
-        "LSMDC16_challenge_1000_publictect.csv",
-        "CLIP\tb\tc\td\te\tf\n",
-        "line 1: CLIP_ID is 'CLIP'",
-    ),
-    (
-        "webvid",
-        "val",
-        "results_2M_val.csv",
-        "videoid,name\n1,x\n",
-        "line 1: the header .* has no page_dir",
-    ),
-    (
-        "cc3m",
-        "val",
-        "Validation_GCC-1.1.0-Validation.tsv",
-        "a dog\thttp://x/1\na cat\n",
-        "line 2: 1 columns; exp",
-    ),
-    (
-        "cc3m",
-        "val",
-        "Validation_GCC-1.1.0-Validation.tsv",
-        "a dog\tx\n",
-        "line 1: 'x' is no address",
-    ),
-    (
-        "msrvtt-mc",
-        "test",
-        "msrvtt_mc_test.tsv",
-        "vid_key\ta1\ta2\ta3\ta4\nx\n",
-        "line 1: the header .* has no a5",
-    ),
-    (
-        "msrvtt-mc",
-        "test",
-        "msrvtt_mc_test.tsv",
-        "vid_key\ta1\ta2\ta3\ta4\ta5\tanswer\nmsr1\ta\tb\tc\td\te\tx\n",
-        "line 2: answer is 'x', expected a whole number",
-    ),
-    (
-        "msrvtt-mc",
-        "test",
-        "msrvtt_mc_test.jsonl",
-        '{"qid": 0, "clip_name": "video1", "options": ["a", "b"]}\n',
-        "line 1: the entry has no answer; expected clip_name, options, answer",
-    ),
-    (
-        "msrvtt-mc",
-        "test",
-        "msrvtt_mc_test.json",
-        '[{"video": "video1", "caption": ["a", "b"], "answer": 7}]',
-        r"entry \[0\]: answer is 7, expected 0 … 1",
-    ),
-]
+@pytest.mark.parametrize("chosen", [{"video8": 2}, {"video8": 1.0}, {"video8": "x"}, {}], ids=str)
+def test_frozens_caption_numbers_are_checked(folders, tmp_path, chosen):
+    (tmp_path / "MSRVTT").symlink_to(folders(build_msrvtt_frozen) / "MSRVTT")
+    lines(tmp_path / "val_list_jsfusion.txt", "video8")
+    (tmp_path / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps(chosen))
+    with pytest.raises(UserError, match="val_list_jsfusion.txt, line 1: 'video8' has no caption"):
+        load_split("msrvtt", tmp_path, "test")
 
 
-@pytest.mark.parametrize(
-    "dataset, role, name, text, says", MALFORMED, ids=lambda value: str(value)[:30]
-)
-def test_malformed_files_are_refused_with_their_line(
-    folders, tmp_path, dataset, role, name, text, says
-):
-    builder = {"msvd": build_msvd_json, "msrvtt-mc": None}.get(
-        dataset, globals().get(f"build_{dataset[:6]}")
-    )
-    for path in folders(builder).iterdir() if builder else ():
-        (tmp_path / path.name).symlink_to(path)
+TWO_SPLITS = [dict(video_id="v", split="test"), dict(video_id="v", split="train")]
+BAD_CAPTION = dict(videos=TWO_SPLITS[:1], sentences=[dict(video_id="v", caption=3)])
+STRANGER = dict(videos=TWO_SPLITS[:1], sentences=[dict(video_id="w", caption="x")])
+NO_SPLIT = dict(videos=[TWO_SPLITS[0], dict(video_id="w")])
+LATE_ANSWER = [dict(video="video1", caption=["a", "b"], answer=7)]
+NO_ANSWER = dict(qid=0, clip_name="video1", options=["a", "b"])
+MALFORMED = {  # (data set, role, file): (its text, what is said of it), …
+    ("msrvtt", "train", "MSRVTT_train.9k.csv"): [
+        ("video\nvideo1\n", "line 1: the header 'video' has no video_id"),
+        ("video_id\nvideo1\nvideo77\n", "line 3: 'video77' has no caption"),
+        ("video_id\nvideo1\nvideo1\n", "line 3: 'video1' stands there twice"),
+        ("video_id\n", "no samples in it"),
+    ],
+    ("msrvtt", "test", "MSRVTT_JSFUSION_test.csv"): [
+        (
+            "key,vid_key,video_id,sentence\nret0,msr8,video8\n",
+            "line 2: 3 columns, the header has 4; expected key, vid_key, video_id, sentence",
+        ),
+    ],
+    ("msrvtt-full", "val", "MSRVTT_data.json"): [
+        ('{"videos": [\n{]', "not valid JSON .line 2.; expected an object with"),
+        ('{"videos": []}', "no entries in it; expected .* video_id, split"),
+        (json.dumps(NO_SPLIT), "videos.1.: the entry has no split; expected video_id, split"),
+        (json.dumps(BAD_CAPTION), "sentences.0.: caption is 3, not a text; expected video_id"),
+        (json.dumps(STRANGER), "sentences.0.: 'w' is not among the file's videos"),
+        (json.dumps(dict(videos=TWO_SPLITS)), "videos.1.: v is in two splits"),
+    ],
+    ("msvd", "test", "captions_msvd.json"): [
+        ('{"a": ["x"], "a": []}', "'a' stands there twice"),
+        ("[]", "expected {video: .sentence"),
+        ('{"v8_1_8": "x"}', "entry 'v8_1_8': not a list; expected a list of sentences"),
+        ('{"v8_1_8": ["x", 5]}', r"entry 'v8_1_8'\[1\]: a word or sentence is 5"),
+    ],
+    ("msvd", "test", "test_list.txt"): [
+        ("v8_1_8\n\nv9\n", "line 3: 'v9' has no caption"),
+        ("\n", "the file is empty; expected one name a line"),
+    ],
+    ("didemo", "val", "val_data.json"): [
+        ('[{"video": "a"}]', r"entry \[0\]: the entry has no description; expected"),
+        ("{}", "no entries in it; expected a list of objects with video, description"),
+    ],
+    ("lsmdc", "test", "LSMDC16_challenge_1000_publictect.csv"): [
+        (
+            "a_0-1\tb\tc\td\te\tf\na b\tc\n",
+            "line 2: 2 columns; expected CLIP_ID, START_ALIGNED, .*, SENTENCE, separated by tabs",
+        ),
+        ("CLIP\tb\tc\td\te\tf\n", "line 1: CLIP_ID is 'CLIP'"),
+    ],
+    ("webvid", "val", "results_2M_val.csv"): [
+        ("videoid,name\n1,x\n", "line 1: the header .* has no page_dir"),
+    ],
+    ("cc3m", "val", "Validation_GCC-1.1.0-Validation.tsv"): [
+        ("a dog\thttp://x/1\na cat\n", "line 2: 1 columns; expected"),
+        ("a dog\tx\n", "line 1: 'x' is no address"),
+    ],
+    ("msrvtt-mc", "test", "msrvtt_mc_test.tsv"): [
+        ("vid_key\ta1\ta2\ta3\ta4\nx\n", "line 1: the header .* has no a5"),
+        (
+            "vid_key\ta1\ta2\ta3\ta4\ta5\tanswer\nmsr1\ta\tb\tc\td\te\tx\n",
+            "line 2: answer is 'x', expected a whole number",
+        ),
+    ],
+    ("msrvtt-mc", "test", "msrvtt_mc_test.jsonl"): [
+        (json.dumps(NO_ANSWER), "line 1: the entry has no answer; expected clip_name, options"),
+    ],
+    ("msrvtt-mc", "test", "msrvtt_mc_test.json"): [
+        (json.dumps(LATE_ANSWER), r"entry \[0\]: answer is 7, expected 0 … 1"),
+    ],
+}
+WHOLE = {
+    "msrvtt": build_msrvtt,
+    "msrvtt-full": build_msrvtt,
+    "msvd": build_msvd_json,
+    "didemo": build_didemo,
+    "lsmdc": build_lsmdc,
+    "webvid": build_webvid,
+    "cc3m": build_cc3m,
+}
+
+
+@pytest.mark.parametrize("place", MALFORMED, ids=" ".join)
+def test_malformed_files_are_refused_with_their_line(folders, tmp_path, place):
+    dataset, role, name = place
+    if dataset in WHOLE:
+        for path in folders(WHOLE[dataset]).iterdir():
+            (tmp_path / path.name).symlink_to(path)
     (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=says) as caught:
-        load_split(dataset, tmp_path, role)
-    assert name in str(caught.value) and "\n" not in str(caught.value)
+    for text, says in MALFORMED[place]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=says) as caught:
+            load_split(dataset, tmp_path, role)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-OUTSIDE = [  # data set, role, file, its text with the name of a video in it
-    (
-        "msrvtt",
-        "test",
-        "MSRVTT_JSFUSION_test.csv",
-        "key,vid_key,video_id,sentence\nret0,msr8,NAME,x\n",
+OUTSIDE = {  # (data set, role, file): its text with the name of a video in it
+    ("msrvtt", "test", "MSRVTT_JSFUSION_test.csv"): (
+        "key,vid_key,video_id,sentence\nret0,msr8,NAME,x\n"
     ),
-    ("didemo", "test", "test_data.json", '[{"video": "NAME.mp4", "description": "x"}]'),
-    ("lsmdc", "test", "LSMDC16_challenge_1000_publictect.csv", "NAME_0-1\t0\t0\t0\t0\tx\n"),
-    ("webvid", "train", "results_2M_train.csv", "videoid,page_dir,name\n5,NAME,x\n"),
-    (
-        "msrvtt-mc",
-        "test",
-        "msrvtt_mc_test.json",
-        '[{"video": "NAME", "caption": ["a", "b"], "answer": 0}]',
+    ("didemo", "test", "test_data.json"): '[{"video": "NAME.mp4", "description": "x"}]',
+    ("lsmdc", "test", "LSMDC16_challenge_1000_publictect.csv"): "NAME_0-1\t0\t0\t0\t0\tx\n",
+    ("webvid", "train", "results_2M_train.csv"): "videoid,page_dir,name\n5,NAME,x\n",
+    ("msrvtt-mc", "test", "msrvtt_mc_test.json"): (
+        '[{"video": "NAME", "caption": ["a", "b"], "answer": 0}]'
     ),
-]
+}
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../secret", "a/../../b"])
-@pytest.mark.parametrize("dataset, role, file, text", OUTSIDE, ids=[row[0] for row in OUTSIDE])
-def test_no_annotation_leaves_the_data_root(tmp_path, dataset, role, file, text, name):
-    lines(tmp_path / file, text.replace("NAME", name))
+@pytest.mark.parametrize("place", OUTSIDE, ids=" ".join)
+def test_no_annotation_leaves_the_data_root(tmp_path, place, name):
+    dataset, role, file = place
+    lines(tmp_path / file, OUTSIDE[place].replace("NAME", name))
     with pytest.raises(UserError, match=f"{file}, .*: the video .* lies outside of the data root"):
         load_split(dataset, tmp_path, role)
 
@@ -645,50 +557,40 @@ def test_the_three_forms_of_msrvtt_mc_ask_the_same(folders, tmp_path, form):
     build_mc(tmp_path, form)
     (tmp_path / "videos").symlink_to(folders(build_msrvtt) / "videos")
     questions = load_msrvtt_mc(tmp_path)
-    assert questions[0] == Question(
-        f"{tmp_path}/videos/all/video8.mp4", [captions_of(j)[0] for j in range(4, 9)], 4
-    )
-    assert [question.answer for question in questions] == [4, 4, 4, 0] and Path(
-        questions[3].video
-    ).is_file()
+    video = f"{tmp_path}/videos/all/video8.mp4"
+    assert questions[0] == Question(video, [captions_of(j)[0] for j in range(4, 9)], 4)
+    assert [question.answer for question in questions] == [4, 4, 4, 0]
+    assert questions[3].video == video
 
 
 def test_answers_that_count_from_one(tmp_path):
+    path = tmp_path / "other.jsonl"
     rows = [dict(qid=i, clip_name="video1", options=list("abcde"), answer=i + 1) for i in range(5)]
-    lines(tmp_path / "other.jsonl", *map(json.dumps, rows))
-    assert [question.answer for question in load_msrvtt_mc(tmp_path, tmp_path / "other.jsonl")] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
-    lines(tmp_path / "other.jsonl", *map(json.dumps, [*rows, rows[0] | dict(answer=0)]))
-    with pytest.raises(
-        UserError, match="other.jsonl, line 5: answer is 5"
-    ):  # 0 and 5: neither way of counting
-        load_msrvtt_mc(tmp_path, tmp_path / "other.jsonl")
+    lines(path, *map(json.dumps, rows))
+    assert [question.answer for question in load_msrvtt_mc(tmp_path, path)] == [0, 1, 2, 3, 4]
+
+    # 0 and 5: neither way of counting
+    lines(path, *map(json.dumps, [*rows, rows[0] | dict(answer=0)]))
+    with pytest.raises(UserError, match="other.jsonl, line 5: answer is 5"):
+        load_msrvtt_mc(tmp_path, path)
 
 
 def test_questions(tmp_path):
     path = tmp_path / "mc.jsonl"
     good = dict(video="videos/a.mp4", options=["a dog", "a cat"], answer=1, kind="noun")
-    path.write_text(json.dumps(good) + "\n")
-    (question,) = load_questions(path)
-    assert question == Question(str(tmp_path / "videos/a.mp4"), ["a dog", "a cat"], 1, "noun")
-    for wrong in (
-        dict(answer=2),
-        dict(answer=True),
-        dict(answer="1"),
-        dict(options=["a"]),
-        dict(options="ab"),
-        dict(options=[1, 2]),
-        dict(kind=0),
-    ):
-        path.write_text(json.dumps(good) + "\n" + json.dumps(good | wrong))
+    lines(path, json.dumps(good))
+    expected = Question(str(tmp_path / "videos/a.mp4"), ["a dog", "a cat"], 1, "noun")
+    assert load_questions(path) == [expected]
+
+    wrongs = [dict(answer=2), dict(answer=True), dict(answer="1"), dict(kind=0)]
+    wrongs += [dict(options=["a"]), dict(options="ab"), dict(options=[1, 2])]
+    for wrong in wrongs:
+        lines(path, json.dumps(good), json.dumps(good | wrong))
         with pytest.raises(UserError, match=f"mc.jsonl, line 2: {next(iter(wrong))}"):
             load_questions(path)
-    path.write_text(json.dumps({key: good[key] for key in ("video", "options", "kind")}))
+
+    del good["answer"]
+    lines(path, json.dumps(good))
     with pytest.raises(UserError, match="has no answer; expected video, kind, options, answer"):
         load_questions(path)
 
@@ -696,46 +598,29 @@ def test_questions(tmp_path):
 # ---- is it whole? --------------------------------------------------------------------------------
 
 
+def copy_files(source: Path, target: Path):
+    target.mkdir(exist_ok=True)
+    for path in source.glob("*.*"):
+        (target / path.name).write_bytes(path.read_bytes())
+
+
 def test_check_counts_and_lists_what_is_missing_or_broken(folders, tmp_path):
-    whole = folders(build_msvd)
-    for path in whole.glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "videos").mkdir()
-    for path in (whole / "YouTubeClips").iterdir():
-        (tmp_path / "videos" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "videos/v1_1_1.avi").unlink()
-    (tmp_path / "videos/v8_1_8.avi").write_bytes(b"")
-    (tmp_path / "videos/v9_1_9.avi").write_bytes(
-        (tmp_path / "videos/v9_1_9.avi").read_bytes()[:300]
-    )
+    whole, videos = folders(build_msvd), tmp_path / "videos"
+    copy_files(whole, tmp_path)
+    copy_files(whole / "YouTubeClips", videos)
+    (videos / "v1_1_1.avi").unlink()
+    (videos / "v8_1_8.avi").write_bytes(b"")
+    (videos / "v9_1_9.avi").write_bytes((videos / "v9_1_9.avi").read_bytes()[:300])
     (tmp_path / "val_list.txt").unlink()
-    counts, problems = check_dataset("msvd", tmp_path)
-    assert counts == [
-        dict(
-            split="train",
-            expected=1200,
-            listed=6,
-            captions=12,
-            found=5,
-            missing=1,
-            broken=0,
-            decoded=5,
-        ),
-        dict(
-            split="val", expected=100, listed=0, captions=0, found=0, missing=0, broken=0, decoded=0
-        ),
-        dict(
-            split="test",
-            expected=670,
-            listed=3,
-            captions=6,
-            found=3,
-            missing=0,
-            broken=2,
-            decoded=1,
-        ),
+
+    rows, problems = check_dataset("msvd", tmp_path)
+    assert list(rows[0]) == "split expected listed captions found missing broken decoded".split()
+    assert [list(row.values()) for row in rows] == [
+        ["train", 1200, 6, 12, 5, 1, 0, 5],
+        ["val", 100, 0, 0, 0, 0, 0, 0],
+        ["test", 670, 3, 6, 3, 0, 2, 1],
     ]
-    assert [(row["split"], row["status"], Path(row["video"]).name) for row in problems] == [
+    assert [(role, status, Path(video).name) for role, status, video, _ in problems] == [
         ("train", "count", ""),
         ("train", "missing", "v1_1_1.avi"),
         ("val", "no split", ""),
@@ -744,82 +629,45 @@ def test_check_counts_and_lists_what_is_missing_or_broken(folders, tmp_path):
         ("test", "broken", "v8_1_8.avi"),
         ("test", "broken", "v9_1_9.avi"),
     ]
-    assert problems[4]["reason"] == "its files list 6 captions, the protocol has 27,763"
-    drawn = {
-        check_dataset("msvd", tmp_path, sample=1, seed=seed)[0][2]["broken"] for seed in range(8)
-    }
-    assert drawn == {1, 2}  # empty files are always found, others if the sample holds them
-    assert check_dataset("msvd", tmp_path, sample=0)[0][0]["decoded"] == 0
+    assert problems[4][-1] == "its files list 6 captions, the protocol has 27,763"
+
+    # empty files are always found, others if the sample holds them
+    drawn = set()
+    for seed in range(8):
+        rows, _ = check_dataset("msvd", tmp_path, sample=1, seed=seed)
+        drawn.add(rows[2]["broken"])
+    assert drawn == {1, 2}
+    rows, _ = check_dataset("msvd", tmp_path, sample=0)
+    assert rows[0]["decoded"] == 0
 
 
 def check_command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "datasets.check", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "datasets.check", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_check_command(folders, tmp_path):
-    done = check_command("csv", "--root", folders(build_csv), "--out", tmp_path / "list.csv")
-    assert done.returncode == 0 and "csv: whole" in done.stdout, done.stdout + done.stderr
-    assert (tmp_path / "list.csv").read_text().split() == ["split,status,video,reason"]
-    done = check_command(
-        "lsmdc", "--root", folders(build_lsmdc), "--sample", 2, "--out", tmp_path / "l.csv"
-    )
-    assert (
-        done.returncode == 1 and "lsmdc: not whole; results on it are not comparable" in done.stdout
-    )
-    assert "random sample of 2 videos a split (seed 0)" in done.stdout
-    assert [row["reason"] for row in csv.DictReader(open(tmp_path / "l.csv"))] == [
-        f"its files list 3 {what}, the protocol has 1,000" for what in ("videos", "captions")
-    ]
+    out = tmp_path / "list.csv"
+    done = check_command("csv", "--root", folders(build_csv), "--out", out)
+    assert done.returncode == 0 and "csv: whole" in done.stdout
+    assert out.read_text().split() == ["split,status,video,reason"]
+
+    done = check_command("lsmdc", "--root", folders(build_lsmdc), "--sample", 2, "--out", out)
+    assert done.returncode == 1
+    assert "lsmdc: not whole; results on it are not comparable" in done.stdout
+    with open(out) as file:
+        reasons = [row["reason"] for row in csv.DictReader(file)]
+    expected = "its files list 3 {}, the protocol has 1,000"
+    assert reasons == [expected.format(what) for what in ("videos", "captions")]
+
+
+def test_check_command_says_what_it_needs():
     for words, says in (
         (["msrvtt"], "--root"),
         (["nothing", "--root", "."], "nothing: no such data set"),
     ):
         done = check_command(*words)
-        assert done.returncode == 2 and says in done.stderr, done.stderr
-
-
-def test_didemo_whatever_the_ending(tmp_path):
-    """As in its real files: "X.", "X.3g2" and "X.mp4" are one video, in lists and on disk too."""
-    said = [
-        ("a@N0_1.", "one"),
-        ("b@N0_2.3g2", "two"),
-        ("a@N0_1.mp4", "more"),
-        ("c@N0_3.dv", "three"),
-    ]
-    entries = [dict(video=video, description=text) for video, text in said]
-    (tmp_path / "test_data.json").write_text(json.dumps(entries))
-    (tmp_path / "test_list.txt").write_text("a@N0_1.m4v\nb@N0_2.\nc@N0_3\n")
-    (tmp_path / "videos").mkdir()
-    there = ["a@N0_1.m2ts", "b@N0_2.", "c@N0_3.mov"]
-    for name in there:
-        (tmp_path / "videos" / name).touch()
-    split = load_split("didemo", tmp_path, "test")
-    assert [Path(path).name for path in split.video_paths] == there
-    assert split.captions == ["one more", "two", "three"]
-
-
-@pytest.mark.parametrize(
-    "annotations, videos",
-    [
-        ("msrvtt_data", "MSRVTT_Videos"),  # CLIP4Clip's
-        ("annotation", "videos/all"),  # Frozen's
-        ("", "TestVideo/TestVideo"),  # MSR-VTT's own archives, unpacked with their folders
-    ],
-)
-def test_msrvtt_where_its_users_have_it(tmp_path, annotations, videos):
-    for folder in (annotations, videos):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    text = "key,vid_key,video_id,sentence\nret0,msr7,video7,a dog runs\n"
-    (tmp_path / annotations / "MSRVTT_JSFUSION_test.csv").write_text(text)
-    (tmp_path / videos / "video7.mp4").touch()
-    assert load_split("msrvtt", tmp_path, "test").video_paths == [
-        str(tmp_path / videos / "video7.mp4")
-    ]
+        assert done.returncode == 2 and says in done.stderr
 
 
 # ---- train and evaluate on each ------------------------------------------------------------------
@@ -827,23 +675,15 @@ def test_msrvtt_where_its_users_have_it(tmp_path, annotations, videos):
 
 def train_tiny(out: Path, **config):
     """Two steps of the smallest model."""
-    train.train(
-        train.TrainConfig(
-            **dict(
-                out=str(out),
-                steps=2,
-                batch_size=4,
-                num_frames="2",
-                warmup=1,
-                log_every=1,
-                eval_every=2,
-                workers=1,
-                guided_from=0.0,
-            )
-            | config
-        )
-    )
+    tiny = dict(steps=2, batch_size=4, num_frames="2", warmup=1, log_every=1, eval_every=2)
+    tiny |= dict(out=str(out), workers=1, guided_from=0.0)
+    train.train(train.TrainConfig(**tiny | config))
     return load_checkpoint(out)
+
+
+def evaluate_tiny(run: Path, task: str, root: Path, cache: str, **config) -> dict:
+    paths = dict(checkpoint=str(run), data_root=str(root), cache=cache)
+    return evaluate(EvalConfig(task=task, device="cpu", **paths, **config))
 
 
 @pytest.fixture(scope="module")
@@ -851,230 +691,93 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("form", BUILDERS)
-def test_train_and_evaluate(folders, tmp_path, cache, form):
-    build, dataset = BUILDERS[form]
-    root = folders(build)
-    checkpoint = train_tiny(tmp_path / "run", dataset=dataset, data_root=str(root), cache=cache)
+# the forms differ in what they read, which is tested above: here one of each data set
+@pytest.mark.parametrize("dataset", EXPECTED)
+def test_train_and_evaluate(folders, tmp_path, cache, dataset):
+    build, _ = BUILDERS[dataset]
+    root, run, out = folders(build), tmp_path / "run", tmp_path / "eval"
+    checkpoint = train_tiny(run, dataset=dataset, data_root=str(root), cache=cache)
     assert checkpoint.step == 2 and checkpoint.config["dataset"] == dataset
-    validated = any(
-        "validation" in line for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
-    )
-    assert validated == ("val" in DATASETS[dataset].videos)
+    has_val = "validation" in (run / "log.jsonl").read_text()
+    assert has_val == ("val" in DATASETS[dataset].videos)
+
     task = "msrvtt" if dataset == "msrvtt-7k" else dataset
     if task not in TASKS:
         assert task in ("webvid", "cc3m")  # for training only
         return
-    record = evaluate(
-        EvalConfig(
-            checkpoint=str(tmp_path / "run"),
-            task=task,
-            data_root=str(root),
-            device="cpu",
-            out=str(tmp_path / "eval"),
-            cache=cache,
-            sim_out=str(tmp_path / "sim.npz"),
-        )
-    )
-    assert json.loads(
-        (tmp_path / "eval/metrics.json").read_text(encoding="utf-8")
-    ) == record and KEYS <= set(record)
-    captions = sum(len(EXPECTED[dataset](i, "test")) for i in numbers("test"))
-    assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (
-        3,
-        captions,
-        0,
-        0,
-    )
-    assert (
-        record["protocol"].startswith(DATASETS[task].protocol)
-        and record["checkpoint_sha256"] == checkpoint.sha256
-    )
-    official = DATASETS[task].videos["test"]
-    assert (
-        record["note"].startswith(f"3 of {official:,} videos")
-        and "comparable (the files list 3" in record["note"]
-    )
-    assert ("trained on MSR-VTT's 9k list" in record["note"]) == (
-        dataset == "msrvtt" and task == "msrvtt-full"
-    )
-    page = (tmp_path / "eval/report.html").read_text(encoding="utf-8")
-    assert f"3 of {official:,} videos" in page
-    saved = np.load(tmp_path / "sim.npz")
-    assert (
-        saved["sim"].shape == (captions, 3) and len(json.loads(str(saved["captions"]))) == captions
-    )
+    sim_file = tmp_path / "sim.npz"
+    record = evaluate_tiny(run, task, root, cache, out=str(out), sim_out=str(sim_file))
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == record
+    assert KEYS <= set(record)
+    captions = sum(len(EXPECTED[dataset](i, "test")) for i in NUMBERS["test"])
+    counts = [record[name] for name in ("videos", "captions", "missing", "broken")]
+    assert counts == [3, captions, 0, 0]
+    assert record["protocol"].startswith(DATASETS[task].protocol)
+    assert record["checkpoint_sha256"] == checkpoint.sha256
+
+    official = f"3 of {DATASETS[task].videos['test']:,} videos"
+    assert record["note"].startswith(official)
+    assert "comparable (the files list 3" in record["note"]
+    assert official in (out / "report.html").read_text(encoding="utf-8")
+    saved = np.load(sim_file)
+    assert saved["sim"].shape == (captions, 3)
+    assert len(json.loads(str(saved["captions"]))) == captions
+
+
+def test_a_result_on_videos_of_the_training_list_is_not_comparable(folders, tmp_path, cache):
+    root = folders(build_msrvtt)
+    train_tiny(tmp_path / "run", dataset="msrvtt", data_root=str(root), cache=cache)
+    record = evaluate_tiny(tmp_path / "run", "msrvtt-full", root, cache)
+    assert "trained on MSR-VTT's 9k list" in record["note"]
 
 
 def test_the_official_number_is_comparable(folders, tmp_path, cache, monkeypatch):
     """The same tiny set with a protocol of its size: no note. With a video less: N of M."""
-    root = folders(build_lsmdc)
+    root, run = folders(build_lsmdc), tmp_path / "run"
     monkeypatch.setitem(DATASETS["lsmdc"].videos, "test", 3)
     monkeypatch.setitem(DATASETS["lsmdc"].captions, "test", 3)
-    train_tiny(tmp_path / "run", dataset="lsmdc", data_root=str(root), cache=cache)
-    config = EvalConfig(
-        checkpoint=str(tmp_path / "run"),
-        task="lsmdc",
-        data_root=str(root),
-        device="cpu",
-        cache=cache,
-    )
-    assert (
-        evaluate(config)["note"] == "" and (tmp_path / "run/eval-lsmdc-test/metrics.json").is_file()
-    )
-    for path in root.glob("LSMDC16*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    train_tiny(run, dataset="lsmdc", data_root=str(root), cache=cache)
+    assert evaluate_tiny(run, "lsmdc", root, cache)["note"] == ""
+    assert (run / "eval-lsmdc-test/metrics.json").is_file()
+
+    copy_files(root, tmp_path)
     for i in (8, 9):
-        (tmp_path / f"10{i:02d}_The_Film").symlink_to(root / f"10{i:02d}_The_Film")
-    config.data_root, config.max_broken = str(tmp_path), 0.5
-    assert evaluate(config)["note"] == "2 of 3 videos, 2 of 3 captions: not comparable (1 missing)"
+        film_folder = lsmdc_clip(i)[:13]
+        (tmp_path / film_folder).symlink_to(root / film_folder)
+    record = evaluate_tiny(run, "lsmdc", tmp_path, cache, max_broken=0.5)
+    assert record["note"] == "2 of 3 videos, 2 of 3 captions: not comparable (1 missing)"
 
 
-@pytest.mark.parametrize("form", ["tsv", "jsonl", "json"])
-def test_msrvtt_mc_is_accuracy_only(folders, tmp_path, cache, form):
-    build_mc(tmp_path, form)
+def test_msrvtt_mc_is_accuracy_only(folders, tmp_path, cache):
+    build_mc(tmp_path, "tsv")
     (tmp_path / "videos").symlink_to(folders(build_msrvtt) / "videos")
-    run = Path(cache) / "mc-run"
-    if not run.exists():
-        train_tiny(run, dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache)
-    record = evaluate(
-        EvalConfig(
-            checkpoint=str(run),
-            task="msrvtt-mc",
-            data_root=str(tmp_path),
-            device="cpu",
-            out=str(tmp_path / "eval"),
-            cache=cache,
-            sim_out=str(tmp_path / "sim.npz"),
-        )
-    )
-    assert (
-        not {name for name in record if name[:3] in ("t2v", "v2t")}
-        and 0 <= record["mc_accuracy"] <= 100
-    )
-    assert not {name for name in record if name.startswith("mc_accuracy_")}
-    assert (record["videos"], record["captions"], record["questions"]) == (3, 0, 4)
+    run, out = tmp_path / "run", tmp_path / "eval"
+    train_tiny(run, dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache)
+    sim_file = tmp_path / "sim.npz"
+    record = evaluate_tiny(run, "msrvtt-mc", tmp_path, cache, out=str(out), sim_out=str(sim_file))
+    assert 0 <= record["mc_accuracy"] <= 100
+    assert not [name for name in record if name.startswith(("t2v", "v2t", "mc_accuracy_"))]
+    assert [record[name] for name in ("videos", "captions", "questions")] == [3, 0, 4]
     assert "4 of 2,990 questions: not comparable (the files list 4 questions)" in record["note"]
     assert "9k list, which holds 1,990 of these videos: not comparable" in record["note"]
-    page = (tmp_path / "eval/report.html").read_text(encoding="utf-8")
-    assert (
-        "Multiple choice" in page
-        and "Text to video" not in page
-        and "holds 1,990 of these videos" in page
-    )
-    saved = np.load(tmp_path / "sim.npz")
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Multiple choice" in page and "holds 1,990 of these videos" in page
+    assert "Text to video" not in page
+    saved = np.load(sim_file)
     assert saved["option_scores"].shape == (4, 5) and saved["answers"].tolist() == [4, 4, 4, 0]
     with pytest.raises(UserError, match="--dsl: 0 captions"):
-        evaluate(
-            EvalConfig(
-                checkpoint=str(run),
-                task="msrvtt-mc",
-                data_root=str(tmp_path),
-                device="cpu",
-                dsl=True,
-                out=str(tmp_path / "eval"),
-                cache=cache,
-            )
-        )
+        evaluate_tiny(run, "msrvtt-mc", tmp_path, cache, out=str(out), dsl=True)
 
 
-def test_command_lines_name_what_they_need(folders, tmp_path):
-    for command, says in (
-        (["train.py", "--dataset", "msvd"], "--dataset msvd: needs --data-root"),
-        (["train.py", "--dataset", "csv"], "--dataset csv: needs --data FILE"),
+def test_command_lines_name_what_they_need(tmp_path):
+    for dataset, says in (
+        ("msvd", "--dataset msvd: needs --data-root"),
+        ("csv", "--dataset csv: needs --data FILE"),
     ):
-        done = subprocess.run(
-            [sys.executable, *command, "--out", tmp_path / "run"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "train.py", "--dataset", dataset, "--out", tmp_path / "run"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
-
-
-# ---- the real files, where they lie beside the repository ----------------------------------------
-
-LISTS = SHARED / "annotations" / "msrvtt"
-needs_lists = pytest.mark.skipif(
-    not LISTS.is_dir(), reason="no real MSR-VTT lists in ../shared/annotations/msrvtt"
-)
-needs_clips = pytest.mark.skipif(
-    not (SHARED / "msrvtt_mini").is_dir(), reason="no real clips in ../shared/msrvtt_mini"
-)
-
-
-def listed(name: str) -> set[str]:
-    return {row["video_id"] for _, row in read_csv(LISTS / name, ["video_id"])}
-
-
-@needs_lists
-def test_the_real_1ka():
-    split = load_split("msrvtt", LISTS, "test")
-    assert len(split.video_paths) == len(split.captions) == 1000 and len({*split.captions}) == 995
-    assert split.video_of_caption.tolist() == list(range(1000))
-    tested = listed("MSRVTT_JSFUSION_test.csv")
-    train7k, train9k = listed("MSRVTT_train.7k.csv"), listed("MSRVTT_train.9k.csv")
-    official = [listed(f"MSRVTT_{role}.full.csv") for role in ("train", "val", "test")]
-    assert [len(part) for part in (train7k, train9k, *official)] == [7010, 9000, 6513, 497, 2990]
-    assert not tested & train7k and not tested & train9k and tested <= official[2]
-    assert len(train9k & official[2]) == 1990 and not train7k & official[2]
-    assert official[1] <= train7k, (
-        "the official validation split is part of the 7k list: it validates nothing there"
-    )
-    for name, entry in (("msrvtt", train9k), ("msrvtt-7k", train7k)):
-        assert DATASETS[name].videos == dict(train=len(entry), test=1000)
-    assert DATASETS["msrvtt-full"].videos == dict(train=6513, val=497, test=2990)
-
-
-@needs_clips
-def test_the_real_captions_by_both_loaders():
-    for role, name, count in (("train", "train.csv", 3151), ("val", "val.csv", 244)):
-        split = load_split("msrvtt-full", SHARED / "msrvtt_mini", role)
-        own = load_split("csv", SHARED / "msrvtt_mini" / name)
-        assert len(split.video_paths) == count and len(split.captions) == 20 * count
-        by_video = [
-            {
-                (Path(s.video_paths[j]).name, caption)
-                for caption, j in zip(s.captions, s.video_of_caption)
-            }
-            for s in (split, own)
-        ]
-        assert by_video[0] == by_video[1]
-
-
-@needs_clips
-def test_the_real_clips_are_checked_and_evaluated(tmp_path, cache):
-    counts, problems = check_dataset("msrvtt-full", SHARED / "msrvtt_mini", sample=20)
-    assert [(row["listed"], row["missing"], row["broken"], row["decoded"]) for row in counts] == [
-        (3151, 0, 0, 20),
-        (244, 0, 0, 20),
-        (0, 0, 0, 0),
-    ]
-    assert {row["status"] for row in problems} == {"count"}
-    document = json.loads((SHARED / "msrvtt_mini/MSRVTT_data.json").read_text())
-    chosen = [v for v in document["videos"] if v["split"] == "train"][:12]
-    chosen += [v for v in document["videos"] if v["split"] == "validate"][:12]
-    names = {video["video_id"] for video in chosen}
-    sentences = [sentence for sentence in document["sentences"] if sentence["video_id"] in names]
-    (tmp_path / "MSRVTT_data.json").write_text(json.dumps(dict(videos=chosen, sentences=sentences)))
-    (tmp_path / "videos").symlink_to((SHARED / "msrvtt_mini/videos").resolve())
-    train_tiny(tmp_path / "run", dataset="msrvtt-full", data_root=str(tmp_path), cache=cache)
-    record = evaluate(
-        EvalConfig(
-            checkpoint=str(tmp_path / "run"),
-            task="msrvtt-full",
-            split="val",
-            device="cpu",
-            data_root=str(tmp_path),
-            cache=cache,
-            out=str(tmp_path / "eval"),
-        )
-    )
-    assert (record["videos"], record["captions"], record["missing"]) == (12, 240, 0)
-    assert record["note"].startswith("12 of 497 videos, 240 of 9,940 captions: not comparable")
-
-
-# ---- pre-training --------------------------------------------------------------------------------
 
 
 def test_videos_and_images_train_together_from_one_frame_on(tmp_path, cache):
@@ -1083,17 +786,82 @@ def test_videos_and_images_train_together_from_one_frame_on(tmp_path, cache):
     split = load_split("webvid+cc3m", tmp_path)
     parts = [load_split(name, tmp_path / name) for name in ("webvid", "cc3m")]
     assert split.captions == [*parts[0].captions, *parts[1].captions]
-    assert (
-        split.video_paths == [*parts[0].video_paths, *parts[1].video_paths]
-        and len(split.video_paths) == 12
-    )
-    checkpoint = train_tiny(
-        tmp_path / "run",
-        dataset="webvid+cc3m",
-        data_root=str(tmp_path),
-        cache=cache,
-        steps=3,
-        batch_size=12,
-        num_frames="1,2,4",
-    )
+    assert split.video_paths == [*parts[0].video_paths, *parts[1].video_paths]
+
+    config = dict(dataset="webvid+cc3m", data_root=str(tmp_path), cache=cache)
+    config |= dict(steps=3, batch_size=12, num_frames="1,2,4")
+    checkpoint = train_tiny(tmp_path / "run", **config)
     assert checkpoint.step == 3 and checkpoint.model.config.num_frames == 4
+
+
+# ---- the real files, where they lie beside the repository ----------------------------------------
+
+LISTS = SHARED / "annotations/msrvtt"
+CLIPS = SHARED / "msrvtt_mini"
+needs_lists = pytest.mark.skipif(
+    not LISTS.is_dir(), reason="no real MSR-VTT lists in ../shared/annotations/msrvtt"
+)
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="no clips in ../shared/msrvtt_mini")
+
+
+def listed(name: str) -> set[str]:
+    return {row["video_id"] for _, row in read_csv(LISTS / f"MSRVTT_{name}.csv", ["video_id"])}
+
+
+@needs_lists
+def test_the_real_1ka():
+    split = load_split("msrvtt", LISTS, "test")
+    assert len(split.video_paths) == len(split.captions) == 1000 and len({*split.captions}) == 995
+    assert split.video_of_caption.tolist() == list(range(1000))
+
+    tested, train7k, train9k = listed("JSFUSION_test"), listed("train.7k"), listed("train.9k")
+    official = dict(train=listed("train.full"), val=listed("val.full"), test=listed("test.full"))
+    assert not tested & train7k and not tested & train9k and tested <= official["test"]
+    assert len(train9k & official["test"]) == 1990 and not train7k & official["test"]
+    # the official validation split is part of the 7k list: it validates nothing there
+    assert official["val"] <= train7k
+
+    assert DATASETS["msrvtt"].videos == dict(train=len(train9k), test=1000)
+    assert DATASETS["msrvtt-7k"].videos == dict(train=len(train7k), test=1000)
+    sizes = {role: len(videos) for role, videos in official.items()}
+    assert DATASETS["msrvtt-full"].videos == sizes
+
+
+@needs_clips
+@pytest.mark.parametrize("role, count", [("train", 3151), ("val", 244)])
+def test_the_real_captions_by_both_readers(role, count):
+    found = []
+    for split in (
+        load_split("msrvtt-full", CLIPS, role),
+        load_split("csv", CLIPS / f"{role}.csv"),
+    ):
+        assert len(split.video_paths) == count and len(split.captions) == 20 * count
+        names = [Path(path).name for path in split.video_paths]
+        found.append(dict(zip(names, map(set, captions_by_video(split)))))
+    assert found[0] == found[1]
+
+
+@needs_clips
+def test_the_real_clips_are_checked_and_evaluated(tmp_path, cache):
+    rows, problems = check_dataset("msrvtt-full", CLIPS, sample=20)
+    names = ("listed", "missing", "broken", "decoded")
+    found = [[row[name] for name in names] for row in rows]
+    assert found == [[3151, 0, 0, 20], [244, 0, 0, 20], [0, 0, 0, 0]]
+    assert {status for _, status, _, _ in problems} == {"count"}
+
+    document = json.loads((CLIPS / "MSRVTT_data.json").read_text())
+    chosen = []
+    for part in ("train", "validate"):
+        chosen += [video for video in document["videos"] if video["split"] == part][:12]
+    names = {video["video_id"] for video in chosen}
+    sentences = [sentence for sentence in document["sentences"] if sentence["video_id"] in names]
+    lines(tmp_path / "MSRVTT_data.json", json.dumps(dict(videos=chosen, sentences=sentences)))
+    (tmp_path / "videos").symlink_to((CLIPS / "videos").resolve())
+
+    run = tmp_path / "run"
+    train_tiny(run, dataset="msrvtt-full", data_root=str(tmp_path), cache=cache)
+    record = evaluate_tiny(
+        run, "msrvtt-full", tmp_path, cache, split="val", out=str(tmp_path / "eval")
+    )
+    assert [record[name] for name in ("videos", "captions", "missing")] == [12, 240, 0]
+    assert record["note"].startswith("12 of 497 videos, 240 of 9,940 captions: not comparable")

@@ -215,7 +215,7 @@ class StopAfter(StopSignals):
     """SIGINT arrives at this rank alone, during the step of this number."""
 
     def __init__(self, ranks, step):
-        self.ranks, self.reads, self.step, self.before = ranks, 0, step, {}
+        self.ranks, self.reads, self.step, self.handlers = ranks, 0, step, {}
 
     @property
     def received(self):

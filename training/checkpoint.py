@@ -98,6 +98,8 @@ def save_checkpoint(
             save_file(tensors, unfinished, metadata)
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(error) from error
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it has the name
     return sha256
 
 

@@ -40,11 +40,10 @@ from cli import UserError  # noqa: E402
 cv2.setNumThreads(1)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-VIDEO_SUFFIXES = {
-    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".3g2", ".wmv",
-    ".flv", ".ogv", ".mts", ".m2ts", ".ts",
-}  # fmt: skip
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .3gp .3g2 .wmv .flv .ogv .mts .m2ts .ts".split()
+)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRUNCATED_BELOW = 0.5  # of the frames that the header claims
 
 

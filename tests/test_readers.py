@@ -1,0 +1,247 @@
+"""Files are read whole or refused with their line; nothing in them runs or leaves the root."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cli import UserError
+from datasets.published import load_split
+from datasets.readers import read_csv, read_pickle
+
+fuzz = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+# ---- files ---------------------------------------------------------------------------------------
+
+ROWS = [
+    ("a.mp4", "a dog, running"),
+    ("b/c.mp4", ""),
+    ("a.mp4", 'a "dog"'),
+    ("/abs/d.mp4", "犬 läuft"),
+    ("a.mp4", "word " * 10_000),
+]
+
+
+def as_csv() -> str:
+    lines = ["video,length,caption"]
+    for video, caption in ROWS:
+        quoted = caption.replace('"', '""')
+        lines.append(f'{video},3,"{quoted}"')
+    return "\n\n".join(lines)  # with blank lines
+
+
+def as_jsonl() -> str:
+    lines = [json.dumps(dict(video=video, caption=text, more=[1])) for video, text in ROWS]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name, text", [("own.csv", as_csv()), ("own.jsonl", as_jsonl())])
+def test_csv_and_jsonl_say_the_same(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with the mark of Windows
+    split = load_split("csv", tmp_path / name)
+    assert split.captions == [caption for _, caption in ROWS]
+    assert split.video_paths == [f"{tmp_path}/a.mp4", f"{tmp_path}/b/c.mp4", "/abs/d.mp4"]
+    assert split.video_of_caption.tolist() == [0, 1, 0, 2, 0]
+    assert split.video_of_caption.dtype == np.int64
+
+
+@pytest.mark.parametrize("dataset", ["toy", "csv"])
+@pytest.mark.parametrize("role", ["train", "val", "test"])
+def test_a_folder_holds_its_splits(tmp_path, dataset, role):
+    (tmp_path / f"{role}.csv").write_text(f"video,caption\nv.mp4,{role}\n")
+    assert load_split(dataset, tmp_path, role).captions == [role]
+
+
+BAD_CSV = [  # content, what is said of it
+    (b"", "the file is empty"),
+    (b" \n\n", "the file is empty"),
+    (b"video,caption\n", "no samples"),
+    (b"path,text\na.mp4,b\n", "line 1: the header 'path,text' has no video or caption"),
+    (
+        b"video,caption\na.mp4,x\nb.mp4\n",
+        "line 3: 1 columns, the header has 2; expected video, caption",
+    ),
+    (b"video,caption\na.mp4,a dog, running\n", "line 2: 3 columns"),
+    (b"video,caption\n,\n", "line 2: video is empty"),
+    (b'video,caption\na.mp4,x\na.mp4,"open\n' + b"b.mp4,y\n" * 9, "line 3: not valid csv"),
+    (b"video,caption\na.mp4,x\nb.mp4,caf\xe9\n", "line 3: not UTF-8"),
+    (b"video,caption\n ,x\n", "line 2: video is empty"),
+    (b"video,caption\na.mp4," + b"x" * 200_000 + b"\n", "line 2: not valid csv"),
+    (b"video,caption\na\x00.mp4,x\n", "line 2: the video 'a\\x00.mp4' has control characters"),
+]
+BAD_JSONL = [
+    (b'{"video": "a", "caption": "b"}\nhello\n', "line 2: not valid JSON; expected an object"),
+    (b"[1]\n", "line 1: the entry is not an object"),
+    (b"[" * 100_000, "line 1: not valid JSON"),
+    (b'{"video": "a"}\n', "line 1: the entry has no caption; expected video, caption"),
+    (b'{"video": "a", "caption": "x\\ud800"}\n', "line 1: caption holds half of a character"),
+    (b'{"video": "a", "caption": "b", "video": "c"}\n', "line 1: 'video' stands there twice"),
+    (
+        b'{"video": "a\\n.mp4", "caption": "b"}\n',
+        "line 1: the video 'a\\n.mp4' has control characters",
+    ),
+    (b'\n{"video": "a", "caption": 3}\n', "line 2: caption is 3, not a text; expected video"),
+]
+BAD_FILES = [("own.csv", *bad) for bad in BAD_CSV] + [("own.jsonl", *bad) for bad in BAD_JSONL]
+
+
+@pytest.mark.parametrize("name, content, says", BAD_FILES, ids=range(len(BAD_FILES)))
+def test_malformed_files_are_refused_with_their_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_split("csv", tmp_path / name)
+    message = str(caught.value)
+    assert says in message and name in message and "\n" not in message
+
+
+def test_missing_files_and_data_sets(tmp_path):
+    with pytest.raises(UserError, match="none.csv: cannot be read .No such file"):
+        load_split("csv", tmp_path / "none.csv")
+    with pytest.raises(UserError, match="test.csv: cannot be read"):
+        load_split("toy", tmp_path, "test")
+    with pytest.raises(UserError, match="webvid-10m: no such data set; one of toy, csv"):
+        load_split("webvid-10m", tmp_path)
+
+
+csv_files = st.text(max_size=80).map(lambda text: f"video,caption\n{text}".encode(errors="replace"))
+json_files = st.recursive(
+    st.none() | st.text(max_size=5) | st.integers(),
+    lambda inner: st.dictionaries(st.sampled_from(["video", "caption", "x"]), inner, max_size=3),
+).map(lambda value: json.dumps(value).encode())
+
+
+@fuzz
+@given(st.binary(max_size=80) | csv_files | json_files)
+def test_any_bytes_are_a_split_or_one_line(tmp_path, content):
+    for name in ("fuzz.csv", "fuzz.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        try:
+            split = load_split("csv", tmp_path / name)
+            assert len(split.captions) == len(split.video_of_caption) > 0
+        except UserError as error:
+            assert name in str(error)
+
+
+def test_rows_are_read_one_at_a_time(tmp_path):
+    """The rows before a mistake have been handed out when it is found."""
+    path = tmp_path / "long.csv"
+    path.write_bytes(b"video,caption\n" + b"a.mp4,x\n" * 1000 + b"b.mp4,\xff\n")
+    rows = read_csv(path, ["video", "caption"])
+    for _ in range(1000):
+        where, _ = next(rows)
+    assert where == f"{path}, line 1001"
+    with pytest.raises(UserError, match="line 1002: not UTF-8"):
+        next(rows)
+
+
+def test_a_caption_over_several_lines_is_one(tmp_path):
+    path = tmp_path / "two.csv"
+    path.write_text('video,caption\na.mp4,"a dog\nruns"\nb.mp4,"x" y\n')
+    rows = read_csv(path, ["video", "caption"])
+    assert next(rows) == (f"{path}, line 2", dict(video="a.mp4", caption="a dog\nruns"))
+    with pytest.raises(UserError, match="line 4: not valid csv"):
+        next(rows)
+
+
+# ---- the data root -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../x.mp4", "a/../../x.mp4", "..", "a\\..\\x.mp4", "C:\\x.mp4"]
+)
+def test_no_path_leaves_a_given_root(tmp_path, name):
+    path = tmp_path / "own.jsonl"
+    rows = [dict(video="in.mp4", caption="x"), dict(video=name, caption="y")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        UserError, match="jsonl, line 2: the video .* lies outside of the data root"
+    ):
+        load_split("csv", path, root=tmp_path / "videos")
+    # without a root one's own file may point anywhere
+    assert len(load_split("csv", path).video_paths) == 2
+
+
+def test_with_a_root_paths_are_relative_to_it(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("video,caption\na/..b.mp4,x\n")
+    assert load_split("csv", path).video_paths == [f"{tmp_path}/a/..b.mp4"]
+    assert load_split("csv", path, root="elsewhere").video_paths == ["elsewhere/a/..b.mp4"]
+
+
+# ---- pickles -------------------------------------------------------------------------------------
+
+
+def pickle_of_python2(value) -> bytes:
+    """What Python 2's pickle.dump(value, protocol=2) writes of dicts, lists and byte strings."""
+
+    def body(value):
+        if isinstance(value, dict):
+            return b"}(" + b"".join(body(key) + body(part) for key, part in value.items()) + b"u"
+        if isinstance(value, list):
+            return b"](" + b"".join(map(body, value)) + b"e"
+        return b"U" + bytes([len(value)]) + value
+
+    return b"\x80\x02" + body(value) + b"."
+
+
+def test_texts_of_python_2_become_text(tmp_path):
+    path = tmp_path / "old.pkl"
+    words = {b"v_1_2": [[b"a", b"caf\xc3\xa9"], [b"caf\xe9"]], b"w": [[b"x"]]}
+    path.write_bytes(pickle_of_python2(words))
+    assert pickle.loads(path.read_bytes(), encoding="bytes") == words  # the helper is right
+    assert read_pickle(path, "") == {"v_1_2": [["a", "café"], ["café"]], "w": [["x"]]}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_texts_of_every_protocol(tmp_path, protocol):
+    captions = {"v": [["Ünï", "猫"]]}
+    (tmp_path / "new.pkl").write_bytes(pickle.dumps(captions, protocol))
+    assert read_pickle(tmp_path / "new.pkl", "") == captions
+
+
+def test_a_pickle_runs_no_code(tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "raw-captions.pkl"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    evil = [pickle.dumps({"v": [Evil()]}, protocol) for protocol in range(6)]
+    pickle.loads(evil[0])
+    assert marker.exists(), "the attack is real: the plain reader runs it"
+    marker.unlink()
+
+    evil += [
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"(S'true'\nios\nsystem\n.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
+        b"\x80\x02\x82\x01.",
+        b"Pid\n.",
+    ]
+    for payload in evil:
+        path.write_bytes(payload)
+        with pytest.raises(UserError, match="raw-captions.pkl: not a pickle of plain data"):
+            read_pickle(path, "")
+    assert not marker.exists()
+
+
+broken_dicts = st.binary(max_size=40).map(lambda noise: b"\x80\x02}(U\x01v" + noise)
+
+
+@fuzz
+@given(st.binary(max_size=60) | broken_dicts)
+def test_any_pickle_is_captions_or_one_line(tmp_path, content):
+    (tmp_path / "raw-captions.pkl").write_bytes(content)
+    (tmp_path / "test_list.txt").write_text("v\n")
+    try:
+        split = load_split("msvd", tmp_path, "test")
+        assert split.video_paths and all(isinstance(caption, str) for caption in split.captions)
+    except UserError as error:
+        assert "raw-captions.pkl" in str(error) or "test_list.txt, line 1" in str(error)
