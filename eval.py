@@ -518,6 +518,15 @@ def save_similarities(path: str, results: Results) -> None:
         np.savez(file, **arrays)
 
 
+def check_flags(config: EvalConfig) -> None:
+    """A flag of another task is a forgotten --task."""
+    if config.task != "search" and (config.query or config.videos):
+        flag = "--query" if config.query else "--videos"
+        raise UserError(f"{flag}: is for --task search; name the task too")
+    if config.task == "toy" and config.data and Path(config.data).is_file():
+        raise UserError(f"--data {config.data}: a file is for --task csv; name the task too")
+
+
 def choose_device(config: EvalConfig) -> str:
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -534,6 +543,7 @@ def evaluate(config: EvalConfig) -> dict:
     videos, an unwritable --out, a model that yields NaN.
     """
     started = time.perf_counter()
+    check_flags(config)
     device = choose_device(config)
     if config.checkpoint is None:
         print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")

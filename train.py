@@ -50,7 +50,7 @@ from datasets import toyworld
 from datasets.published import DATASETS, load_split
 from datasets.split import Split
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
-from knowledge import ConceptVocab, concept_vectors, extract_many
+from knowledge import ConceptVocab, Knowledge, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig, build_config
 from training.checkpoint import Checkpoint, resume_checkpoint
@@ -243,15 +243,23 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     train_split, val_split = load_splits(config)
     sizes, tokenizer, init = starting_point(config, resumed)
 
+    # knowledge first: it takes minutes where decoding takes hours, and may be a reason to stop
+    tagging = dict(workers=config.workers, cache=folder / "knowledge", progress=show)
+    knowledge = extract_many(train_split.captions, **tagging)
+    vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
+    check_captions(train_split.captions, vocab, config, show)
+    row = {caption: i for i, caption in enumerate(train_split.captions)}
+
     cache = open_cache(folder / "frames", sizes)
     decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
     train_split = keep_decodable(train_split, cache, **decoding)
     if val_split:
         val_split = keep_decodable(val_split, cache, **decoding)
 
-    tagging = dict(workers=config.workers, cache=folder / "knowledge", progress=show)
-    knowledge = extract_many(train_split.captions, **tagging)
-    vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
+    if train_split.broken:
+        kept = [row[caption] for caption in train_split.captions]
+        knowledge = Knowledge(knowledge.names, knowledge.held[kept])
+        vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
     tokenizer = tokenizer or Tokenizer.train(train_split.captions, sizes.vocab_size)
     samples = PairDataset(
         train_split, cache, tokenizer, vocab, knowledge, text_length=sizes.text_length
@@ -273,6 +281,19 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         print(f"{counts}, {len(vocab)} concepts; ready after {seconds:.0f} s", flush=True)
     splits = (train_split, val_split)
     return Data(*splits, tokenizer, vocab, samples, sampler, sizes, init, config.seed)
+
+
+def check_captions(captions: list[str], vocab: ConceptVocab, config, show: bool) -> None:
+    """Say how many captions are empty or come twice. Raise UserError where none has a concept."""
+    empty = sum(not caption.strip() for caption in captions)
+    repeated = len(captions) - len(set(captions))
+    if show and (empty or repeated):
+        print(f"{len(captions)} captions: {empty} empty, {repeated} repeat another one")
+    if not len(vocab) and (config.skp_weight or config.beta):
+        raise UserError(
+            f"--dataset {config.dataset}: no two of its {len(captions)} captions share a noun or "
+            "verb (only English is read); train without knowledge: --skp-weight 0 --beta 0"
+        )
 
 
 def starting_point(config: TrainConfig, resumed: Checkpoint | None) -> tuple:

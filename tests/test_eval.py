@@ -257,6 +257,8 @@ def test_toy_gallery_and_questions(world, tmp_path):
         (dict(checkpoint="nowhere.safetensors"), "nowhere.safetensors: no such checkpoint"),
         (dict(data=None), "--task csv: needs --data"),
         (dict(data="absent.csv"), "absent.csv"),
+        (dict(query="a dog"), "--query: is for --task search"),
+        (dict(task="toy", data=__file__), "a file is for --task csv"),
         (dict(device="cuda"), "--device cuda"),
         (dict(task="msvd"), "--task msvd: needs --data-root"),
         (dict(task="msrvtt", split="val", data_root="."), "msrvtt: has no val split"),

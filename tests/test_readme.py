@@ -78,6 +78,8 @@ STORIES = {
         ("-m bench.knowledge", "--million 0.001", "ms CPU"),
         ("-m bench.toyworld", "--train 20", "videos/s"),
         ("-m bench.data", "--captions 0.01 --repeats 1", "cache"),
+    ],
+    "more benches": [
         ("-m bench.search", "--videos 200 --queries 2 --presets toy", "128"),
         (
             "-m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1",
