@@ -20,10 +20,9 @@ from captions.tagger import SUBORDINATORS, Sentence
 
 # Words that say "this is a caption", only count, or stand for others: no concepts. Relations look
 # through the nouns among them: "folds a piece of paper" is "fold paper".
-STOP_NOUNS = set(
-    """video clip footage lot kind type sort bunch piece group pair way thing stuff something
-    someone somebody anyone anything everyone everybody everything nothing nobody one other""".split()
-)
+NOUNS = """video clip footage lot kind type sort bunch piece group pair way thing stuff something
+    someone somebody anyone anything everyone everybody everything nothing nobody one other"""
+STOP_NOUNS = set(NOUNS.split())
 STOP_VERBS = set("be have do can will".split())
 
 # every other tag is a "clause": it ends whatever it stands beside

@@ -23,6 +23,8 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+import regex
+
 from cli import UserError
 
 WEIGHTS_PACKAGE = "textblob-aptagger"
@@ -51,6 +53,9 @@ def parse(caption: str) -> Sentence:
 WORD = re.compile(r"\d+(?:[.,:]\d+)*[^\W_]*|[^\W_]+(?:['-][^\W_]+)*|[.,;:!?&]")
 NOT = re.compile(r"\b(do|does|did|is|are|was|were|ca|could|would|should|wo|has|have|had)n[' ]t\b")
 CLITIC = re.compile(r"(?<=[^\W\d_])[' ](s|re|ve|ll)\b")
+# The 30 accents on a letter that Unicode's stream-safe format allows (UAX #15), and more. They are
+# sorted letter by letter, in a time that grows with the square of their number.
+ACCENTS = regex.compile(r"(\p{M}{30})\p{M}+")
 CLITICS = {"'s", "'re", "'ve", "'ll", "n't"}
 
 
@@ -60,12 +65,21 @@ def tokenize(caption: str) -> list[str]:
     MSR-VTT writes apostrophes as blanks ("the dog s tail", "they don t"): the same split. Case is
     dropped, because captions use it for titles as often as for names.
     """
-    text = unicodedata.normalize("NFKC", caption).lower().replace("\u2019", "'")
+    text = normalize(caption).lower().replace("\u2019", "'")
     text = CLITIC.sub(r" '\1", NOT.sub(r"\1 n't", text))
     words = []
     for part in text.split():
         words += [part] if part in CLITICS else WORD.findall(part)
     return words
+
+
+def normalize(text: str) -> str:
+    """The text in NFKC: "ｄｏｇ" -> "dog"."""
+    return unicodedata.normalize("NFKC", cut_accents(text))
+
+
+def cut_accents(text: str) -> str:
+    return text if text.isascii() else ACCENTS.sub(r"\1", text)
 
 
 # ---- NLTK's tagger -------------------------------------------------------------------------------
