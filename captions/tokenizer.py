@@ -49,6 +49,7 @@ from cli import UserError
 WORD_PATTERN = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
+# Python refuses to read a number of more than 4,300 digits
 HUGE_NUMBER = regex.compile(r"&#\d{4000,};?")
 PAD = 0
 # where CLIP's merges are found
@@ -60,8 +61,8 @@ def clean(caption: str) -> str:
     """CLIP's clean-up: "CAFÃ‰ &amp;amp;  bar" -> "café & bar"."""
     is_plain = caption.isascii() and caption.isprintable() and "&" not in caption
     if not is_plain:
-        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for
-        # "&amp;amp;amp;…". Twice is enough for captions; then twice more without ftfy, as CLIP does.
+        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for "&amp;amp;…".
+        # Twice is enough for captions. Then twice more without ftfy, as CLIP does.
         if "<" not in caption:
             caption = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption))
         caption = ftfy.fix_text(cut_accents(caption), MEND)
@@ -70,7 +71,7 @@ def clean(caption: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """Undo HTML's entities, once. Python refuses to read a number of more than 4,300 digits."""
+    """Undo HTML's entities, once. A letter of a number beyond Unicode is "�", as in browsers."""
     return html.unescape(HUGE_NUMBER.sub("\ufffd", text))
 
 
