@@ -37,7 +37,6 @@ import multiprocessing
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -52,7 +51,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from captions.relations import STOP_NOUNS, find_relations, is_auxiliary
-from captions.tagger import WEIGHTS_SHA256, Sentence, load_tagger, parse
+from captions.tagger import WEIGHTS_SHA256, Sentence, load_tagger, normalize, parse
 from cli import UserError, parse_config, run, write_whole
 
 # ---- one caption ---------------------------------------------------------------------------------
@@ -294,7 +293,7 @@ def meaning_ids(captions: list[str], knowledge: Knowledge) -> np.ndarray:
     for i, caption in enumerate(captions):
         key = "\n".join(sorted(knowledge.concepts_of(i)))
         if not key:
-            text = unicodedata.normalize("NFKC", caption).lower()
+            text = normalize(caption).lower()
             key = "text " + " ".join(re.findall(r"\w+", text) or text.split())
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         ids[i] = int.from_bytes(digest, "little", signed=True)

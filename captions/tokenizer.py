@@ -42,12 +42,15 @@ import regex
 import tiktoken
 import torch
 
+from captions.tagger import cut_accents
 from cli import UserError
 
 # CLIP's own: English clitics, runs of letters, single digits, runs of anything else
 WORD_PATTERN = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
+# Python refuses to read a number of more than 4,300 digits
+HUGE_NUMBER = regex.compile(r"&#\d{4000,};?")
 PAD = 0
 # where CLIP's merges are found
 CLIP_FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")
@@ -58,13 +61,18 @@ def clean(caption: str) -> str:
     """CLIP's clean-up: "CAFÃ‰ &amp;amp;  bar" -> "café & bar"."""
     is_plain = caption.isascii() and caption.isprintable() and "&" not in caption
     if not is_plain:
-        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for
-        # "&amp;amp;amp;…". Twice is enough for captions; then twice more without ftfy, as CLIP
-        # does.
+        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for "&amp;amp;…".
+        # Twice is enough for captions. Then twice more without ftfy, as CLIP does.
         if "<" not in caption:
             caption = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption))
-        caption = html.unescape(html.unescape(ftfy.fix_text(caption, MEND)))
+        caption = ftfy.fix_text(cut_accents(caption), MEND)
+        caption = unescape(unescape(caption))
     return " ".join(caption.split()).lower()
+
+
+def unescape(text: str) -> str:
+    """Undo HTML's entities, once. A letter of a number beyond Unicode is "�", as in browsers."""
+    return html.unescape(HUGE_NUMBER.sub("\ufffd", text))
 
 
 def split_words(caption: str) -> list[str]:
@@ -85,6 +93,7 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     tokens = [bytes([byte]) for byte in range(256)]
     words = [[bytes([byte]) for byte in word] for word in word_counts]
     counts = list(word_counts.values())
+
     frequency = collections.Counter()  # pair -> how often it occurs now
     where = collections.defaultdict(set)  # pair -> words that hold it, or held it once
 

@@ -34,26 +34,11 @@ def cache(tmp_path_factory):
 
 def settings(world, out, cache, **other):
     """A run of seconds on the tiny world."""
-    return TrainConfig(
-        **dict(
-            dataset="csv",
-            data=str(world / "train.csv"),
-            val_data=str(world / "val.csv"),
-            out=str(out),
-            cache=cache,
-            steps=6,
-            batch_size=16,
-            num_frames="2",
-            warmup=2,
-            log_every=1,
-            eval_every=3,
-            workers=1,
-            guided_from=0.0,
-            hard_k=2,
-            hard_weight=0.5,
-        )
-        | other
-    )
+    files = dict(dataset="csv", data=str(world / "train.csv"), val_data=str(world / "val.csv"))
+    files |= dict(out=str(out), cache=cache, workers=1)
+    run = dict(steps=6, batch_size=16, num_frames="2", warmup=2, log_every=1, eval_every=3)
+    losses = dict(guided_from=0.0, hard_k=2, hard_weight=0.5)
+    return TrainConfig(**(files | run | losses | other))
 
 
 def log_of(out) -> list[dict]:
@@ -72,18 +57,8 @@ def test_a_run_learns_and_writes_what_it_promises(tiny_world, tmp_path, cache):
     }  # SKP starts from the log-odds, far down
     assert np.mean([nce[s] for s in (28, 29, 30)]) < 0.9 * np.mean([nce[s] for s in (1, 2, 3)])
     assert {"config", "commit", "versions", "hardware", "parameters"} <= set(lines[0])
-    assert {
-        "loss",
-        "nce",
-        "hard",
-        "skp",
-        "logit_scale",
-        "grad_norm",
-        "lr",
-        "pairs_per_s",
-        "step_s",
-        "data_s",
-    } <= set(lines[1])
+    wanted = "loss nce hard skp logit_scale grad_norm lr pairs_per_s step_s data_s"
+    assert set(wanted.split()) <= set(lines[1])
     assert [line["step"] for line in lines if "validation" in line] == [15, 30]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [
@@ -197,23 +172,6 @@ def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
     with pytest.raises(UserError, match=r"other settings \(--lr 0.001 → 0.5\)"):
         train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=0.5))
     assert log_of(tmp_path)[-1]["step"] == 1  # nothing was lost
-
-
-def test_too_many_non_finite_losses_name_step_and_checkpoint(
-    tiny_world, tmp_path, cache, monkeypatch
-):
-    calls = []
-
-    def explode(*args, **kwargs):
-        loss, parts = real(*args, **kwargs)
-        calls.append(1)
-        return loss * float("nan" if len(calls) >= 5 else 1), parts
-
-    real = train.clop_loss
-    monkeypatch.setattr(train, "clop_loss", explode)
-    with pytest.raises(UserError, match=r"step 8: loss nan .*step-000006.safetensors"):
-        train.train(settings(tiny_world, tmp_path, cache, steps=12))
-    assert load_checkpoint(tmp_path).progress["skipped"] == 2
 
 
 def test_base_run_without_knowledge_trains(tiny_world, tmp_path, cache):
