@@ -85,9 +85,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def step_gradients(case, ranks=ALONE):
-    """{parameter: gradient} of one optimizer step of the tiny model on this rank's shares of the
-    case's batches.
-    """
+    """{parameter: gradient} of a step of the tiny model on this rank's share of the batch."""
     B, chunk, checkpointing = CASES[case]
     torch.manual_seed(0)
     model = CLOP(build_config("toy", **TINY))
@@ -125,7 +123,7 @@ def settings(world, folder, name, **other):
 
 
 def poison(rank, at_calls):
-    """Make train.py's loss NaN at these of its calls; returns the function to restore."""
+    """Make train.py's loss NaN at these of its calls on rank 1; the function to restore."""
     real, calls = train.clop_loss, []
 
     def clop_loss_or_nan(*args, **kwargs):
@@ -173,8 +171,14 @@ def rank_main(rank, count, port, folder, world, answers):
 class StopAfter:
     """Stands for StopSignals: SIGINT arrives at this rank alone, during the step of this number."""
 
-    def __init__(self, ranks, step):
-        self.ranks, self.reads, self.step, self.handlers = ranks, 0, step, {}
+    def __init__(self, step):
+        self.reads, self.step = 0, step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
 
     @property
     def received(self):

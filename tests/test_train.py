@@ -444,9 +444,7 @@ def test_compiled_while_the_number_of_frames_changes(tiny_world, tmp_path, monke
 def test_captions_that_say_nothing_known(tiny_world, tmp_path, capsys):
     """Said before anything is decoded; without knowledge they train."""
     video = tiny_world / "videos" / "train_0000{}.mp4"
-    rows = [
-        str(video).format(i) + f",{text}" for i, text in enumerate(["猫在跑", "🐈", "", ""])
-    ]
+    rows = [str(video).format(i) + f",{text}" for i, text in enumerate(["猫在跑", "🐈", "", ""])]
     (tmp_path / "zh.csv").write_text("video,caption\n" + "\n".join(rows) + "\n", encoding="utf-8")
     config = dict(dataset="csv", data=str(tmp_path / "zh.csv"), cache=str(tmp_path / "cache"))
     config |= dict(steps=1, batch_size=2, num_frames="2", workers=1, out=str(tmp_path / "run"))
