@@ -91,9 +91,12 @@ def clop_loss(
     signature=None,
     concept_logits=None,
     concepts=None,
+    extra_text_emb=None,
+    extra_knowledge=None,
+    extra_signature=None,
     batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
     impl="auto",
-    dtype=None,
 ):
     """The whole objective of one batch -> (loss, {name: detached part}).
 
@@ -101,7 +104,9 @@ def clop_loss(
     (None: as many on each). knowledge [n, M], for β > 0: unit rows whose dot product is κ
     (knowledge.concept_vectors). signature [n, S] int64: captions with an equal entry in any column
     are false negatives (video id, meaning id). concept_logits, concepts [n, K]: SKP's prediction
-    and target. impl, dtype: of the op, see kernels. A loss that is not finite is returned, not
+    and target. extra_text_emb [x, E], with extra_knowledge and extra_signature where the batch has
+    such: this rank's x captions without a video, negatives of every video; as many on each rank.
+    dtype, impl: see kernels. A loss that is not finite is returned, not
     raised: the caller looks.
     """
     n, B = len(video_emb), batch_size or len(video_emb) * world_size()
@@ -109,8 +114,19 @@ def clop_loss(
     rank = dist.get_rank() if dist.is_initialized() else 0
     assert n == sizes[rank], f"rank {rank} has {n} of {B} pairs, its share is {sizes[rank]}"
 
-    # this rank's videos against the captions of all ranks
-    all_text_emb = gather(text_emb, sizes)  # [B, E]
+    # this rank's videos against the captions of all ranks, then the extra ones of all ranks
+    def all_texts(mine, extra):  # [n, …], [x, …] -> [B + world_size · x, …]
+        texts = gather(mine, sizes)
+        if extra is None:
+            return texts
+        return torch.cat([texts, gather(extra, [len(extra)] * world_size())])
+
+    concepts_of, ids = None, None
+    if config.beta:
+        concepts_of = knowledge, all_texts(knowledge, extra_knowledge)
+    if config.mask_false_negatives:
+        ids = signature, all_texts(signature, extra_signature)
+    all_text_emb = all_texts(text_emb, extra_text_emb)
     stats = knowledge_nce_stats(
         video_emb,
         all_text_emb,
@@ -118,16 +134,16 @@ def clop_loss(
         offset=sum(sizes[:rank]),
         beta=config.beta,
         k=config.hard_k,
-        concepts=(knowledge, gather(knowledge, sizes)) if config.beta else None,
-        signature=(signature, gather(signature, sizes)) if config.mask_false_negatives else None,
-        impl=impl,
+        concepts=concepts_of,
+        signature=ids,
         dtype=dtype,
+        impl=impl,
         check=False,
     )
 
     # logsumexp(positive, negatives) − positive = softplus(negatives − positive), exact if saturated
     video_to_text = F.softplus(stats.row_negatives - stats.positive)  # [n]
-    by_rank = exchange(stats.col_negatives, sizes)  # [world_size, n], from each rank's rows only
+    by_rank = exchange(stats.col_negatives[:B], sizes)  # [world_size, n], each from its rows only
     col_negatives = by_rank.clamp(min=NO_NEGATIVES).logsumexp(dim=0)  # [n]
     text_to_video = F.softplus(col_negatives - stats.positive)  # [n]
 
@@ -147,8 +163,8 @@ def clop_loss(
 def hard_negative_loss(video_emb, text_emb, all_text_emb, logit_scale, stats, sizes):
     """KCL's second InfoNCE: the positive against the k hardest of its row and its column -> [n].
 
-    all_text_emb [B, E]: those of all ranks; sizes: how many each has. The op mines without
-    gradient, so the few logits that it names are computed again here with one.
+    all_text_emb [B, E]: those of all ranks, and behind them the extra ones; sizes: how many each
+    has. The op mines without gradient, so the few logits that it names are made again, with one.
     """
     scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
@@ -161,7 +177,8 @@ def hard_negative_loss(video_emb, text_emb, all_text_emb, logit_scale, stats, si
         return F.softplus(negatives - stats.positive)
 
     mined = stats.mined
-    t2v_index, t2v_score = merge_columns(mined.t2v_index, mined.t2v_score, sizes)
+    B = sum(sizes)
+    t2v_index, t2v_score = merge_columns(mined.t2v_index[:B], mined.t2v_score[:B], sizes)
     v2t = against_hardest(video_emb, all_text_emb, mined.v2t_index, mined.v2t_score)
     t2v = against_hardest(text_emb, gather(video_emb, sizes), t2v_index, t2v_score)
     return (v2t + t2v) / 2

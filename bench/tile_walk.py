@@ -16,10 +16,8 @@ def box(x, y, w, h, fill="none", stroke=SOFT, width=1.0):
 
 def text(x, y, words, anchor="middle", size=13, fill=INK, turn=0):
     spin = f' transform="rotate({turn} {x} {y})"' if turn else ""
-    parts.append(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"{spin}>'
-        f"{words}</text>"
-    )
+    style = f'text-anchor="{anchor}" font-size="{size}" fill="{fill}"'
+    parts.append(f'<text x="{x}" y="{y}" {style}{spin}>{words}</text>')
 
 
 def arrow(x0, y0, x1, y1, color=INK):

@@ -1,116 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiled and Triton versions as one differentiable PyTorch operator, opaque to torch.compile.
+"""The tiled and the Triton version as one differentiable PyTorch operator.
 
-`torch.library.custom_op` gives a function a name that a compiler can put into its graph without
-looking inside: the rest of a step compiles with `fullgraph=True`. The rule for shapes
-(`register_fake`) is all that the compiler needs to know. The backward is registered like that of
-any operator. Autocast is switched off inside: the caller decided on the dtype of the products.
+`torch.library.custom_op` gives the pair of functions a name. A compiler puts that name into its
+graph without a look inside, so the rest of a step compiles with `fullgraph=True`. `register_fake`
+tells it the shapes, and the backward is registered like that of any operator.
 
-Forward saves its inputs and the two log-sum-exps, O((N + M)·E). Backward computes the logits again,
+Forward saves its inputs and the two log-sum-exps: O((N + M)·E). Backward computes the logits again,
 tile by tile.
 """
 
 import torch
-from torch import Tensor
 
-from .reference import accumulate_dtype, assert_finite
+from .reference import Mined, Problem, Stats, accumulate_dtype
 from .tiled import tiled_backward, tiled_forward
 
+# the fields of Problem
+PROBLEM = (
+    "Tensor video, Tensor text, Tensor scale, Tensor beta, Tensor row_concepts, "
+    "Tensor col_concepts, Tensor row_ids, Tensor col_ids, int offset, int k, ScalarType dtype"
+)
+SAVED = "Tensor row_negatives, Tensor col_negatives"
+UPSTREAM = "Tensor g_row, Tensor g_col, Tensor g_positive"
 
-def pair(rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if rows is None else (rows, cols)
+
+def nce_stats(problem: Problem, impl: str) -> Stats:
+    """`Stats` by impl "tiled" or "triton", differentiable."""
+    out = forward_op(*problem, impl)
+    return Stats(*out[:3], Mined(*out[3:]))
 
 
-@torch.library.custom_op("clop::nce_stats", mutates_args=())
-def nce_stats(
-    video: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    beta: Tensor,
-    row_concepts: Tensor | None,
-    col_concepts: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    offset: int,
-    k: int,
-    dtype: torch.dtype,
-    impl: str,
-    check: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_negatives [N], col_negatives [M], positive [N], and what was mined: v2t_index, v2t_score
-    [N, k], t2v_index, t2v_score [M, k])
-    """
-    concepts, ids = pair(row_concepts, col_concepts), pair(row_ids, col_ids)
-    if check:
-        assert_finite(video, text, scale, beta, concepts)
-
+@torch.library.custom_op(
+    "clop::nce_stats",
+    mutates_args=(),
+    schema=f"({PROBLEM}, str impl) -> ({', '.join(['Tensor'] * 7)})",
+)
+def forward_op(*inputs):
+    *fields, impl = inputs
+    problem = Problem(*fields)
     forward = tiled_forward
     if impl == "triton":
-        from .triton_forward import triton_forward as forward  # only where a GPU asks for it
-    with torch.autocast(video.device.type, enabled=False):
-        return forward(video, text, scale, beta, concepts, ids, offset, k, dtype)
+        from .triton_forward import triton_forward as forward  # only where triton is wanted
+
+    # the caller decided about dtypes; Triton launches on the current GPU
+    device = problem.video.device.type
+    with torch.autocast(device, enabled=False), torch.cuda.device_of(problem.video):
+        stats = forward(problem)
+    return *stats[:3], *stats.mined
 
 
-@nce_stats.register_fake
-def _(video, text, scale, beta, c1, c2, i1, i2, offset, k, dtype, impl, check):
-    n, m, sums = video.shape[0], text.shape[0], accumulate_dtype(video.dtype)
+@forward_op.register_fake
+def _(*inputs):
+    p = Problem(*inputs[:-1])
+    n, m = len(p.video), len(p.text)
+    dtype = accumulate_dtype(p.video.dtype)
+    sums = [p.video.new_empty(count, dtype=dtype) for count in (n, m, n)]
+
     mined = []
     for count in (n, m):
-        mined += [video.new_empty(count, k, dtype=kind) for kind in (torch.int64, torch.float32)]
-    return *(video.new_empty(size, dtype=sums) for size in (n, m, n)), *mined
+        mined.append(p.video.new_empty(count, p.k, dtype=torch.int64))
+        mined.append(p.video.new_empty(count, p.k, dtype=torch.float32))
+    return *sums, *mined
 
 
-@torch.library.custom_op("clop::nce_stats_backward", mutates_args=())
-def nce_stats_backward(
-    g_row: Tensor,
-    g_col: Tensor,
-    g_pos: Tensor,
-    video: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    beta: Tensor,
-    row_concepts: Tensor | None,
-    col_concepts: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_negatives: Tensor,
-    col_negatives: Tensor,
-    offset: int,
-    dtype: torch.dtype,
-    impl: str,
-    wants_beta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_video [N, E], d_text [M, E], d_scale, d_beta)."""
-    concepts, ids = pair(row_concepts, col_concepts), pair(row_ids, col_ids)
-
+@torch.library.custom_op(
+    "clop::nce_stats_backward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, str impl, {SAVED}, {UPSTREAM}, bool wants_beta)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def backward_op(*inputs):
+    *fields, impl, row_negatives, col_negatives, g_row, g_col, g_positive, wants_beta = inputs
+    p = Problem(*fields)
     backward = tiled_backward
     if impl == "triton":
         from .triton_backward import triton_backward as backward
-    problem = (video, text, scale, beta, concepts, ids, offset, dtype)
-    with torch.autocast(video.device.type, enabled=False):
-        return backward(g_row, g_col, g_pos, *problem, row_negatives, col_negatives, wants_beta)
+
+    saved, upstream = (row_negatives, col_negatives), (g_row, g_col, g_positive)
+    with torch.autocast(p.video.device.type, enabled=False), torch.cuda.device_of(p.video):
+        grads = backward(p, saved, upstream, wants_beta)
+    return tuple(grad.to(like.dtype) for grad, like in zip(grads, p))
 
 
-@nce_stats_backward.register_fake
-def _(g_row, g_col, g_pos, video, text, scale, beta, *others):
-    return torch.empty_like(video), torch.empty_like(text), scale.new_empty(()), beta.new_empty(())
+@backward_op.register_fake
+def _(*inputs):
+    return tuple(like.new_empty(like.shape) for like in inputs[:4])
 
 
-def save(ctx, inputs, output):
-    *tensors, ctx.offset, _, ctx.dtype, ctx.impl, _ = inputs
+def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.offset, ctx.k, ctx.dtype, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *output[:2])
     ctx.mark_non_differentiable(*output[3:])
 
 
-def backward(ctx, g_row, g_col, g_pos, *mined):
-    row_negatives, col_negatives = ctx.saved_tensors[-2:]
+def differentiate(ctx, g_row, g_col, g_positive, *mined):
+    *tensors, row_negatives, col_negatives = ctx.saved_tensors
+    inputs = (*tensors, ctx.offset, ctx.k, ctx.dtype, ctx.impl)
+    saved = row_negatives, col_negatives
+
+    # an output that nobody used has no gradient
     upstream = []
-    for g, like in zip((g_row, g_col, g_pos), (row_negatives, col_negatives, row_negatives)):
-        upstream.append(torch.zeros_like(like) if g is None else g.contiguous())
-    wants_beta = ctx.needs_input_grad[3]  # a constant does not pay for its gradient
-    how = (ctx.offset, ctx.dtype, ctx.impl, wants_beta)
-    grads = nce_stats_backward(*upstream, *ctx.saved_tensors, *how)
-    return *grads, *[None] * 9
+    for g, like in zip((g_row, g_col, g_positive), (row_negatives, col_negatives, row_negatives)):
+        upstream.append(torch.zeros_like(like) if g is None else g)
+
+    # a constant β does not pay for its gradient
+    wants_beta = ctx.needs_input_grad[3]
+    grads = backward_op(*inputs, *saved, *upstream, wants_beta)
+    return *grads, *[None] * (len(inputs) - len(grads))
 
 
-nce_stats.register_autograd(backward, setup_context=save)
+forward_op.register_autograd(differentiate, setup_context=save_for_backward)

@@ -1,52 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition: contrastive statistics and hard negatives over a similarity matrix that is really
-there.
+"""The definition: log-sum-exps and hard negatives of a similarity matrix that is really there.
 
-Everything that the other files do with tiles is defined here with plain PyTorch on the whole [N, M]
-matrix, in the order in which METHOD.md tells it, and differentiated by autograd. It stays for ever:
-the tests hold the fast versions against it, and it is what a reader should understand first. It
-costs about 7 matrices of N·M floats in a training step.
+The other files make the matrix in tiles. Here it is one tensor of plain PyTorch, and autograd
+differentiates it. Read this first. The tests hold the fast versions against it.
 
-For N video rows and M text columns, where row i's positive is column offset + i:
+For N videos (rows) and M texts (columns), where column offset + i is the positive of row i:
 
-    a_ij       = s · v_i·t_j + β · κ_ij          κ_ij = c_i·c_j, the overlap of the concepts (data:
-                                                 no gradient)
-    positive_i = s · v_i·t_(offset+i)            no β: a positive is no harder for sharing its own
-                                                 knowledge
-    negatives  = all pairs but positives and false negatives (pairs that share any signature id)
-    row_negatives_i = log Σ_j exp a_ij           over the negatives of row i; −inf where there are
-                                                 none
-    col_negatives_j = log Σ_i exp a_ij           over the negatives of column j
+    a_ij       = s · v_i·t_j + β · κ_ij      κ_ij = c_i·c_j, the overlap of the concepts (data)
+    positive_i = s · v_i·t_(offset+i)        without β: sharing its own knowledge proves nothing
+    negatives    all pairs but the positives and the false negatives, which share a signature id
+    row_negatives_i = log Σ_j exp a_ij       over the negatives of row i; −inf where it has none
+    col_negatives_j = log Σ_i exp a_ij       over the negatives of column j
 
-The positive is kept *out* of the sums. InfoNCE's −log softmax is then softplus(row_negatives −
-positive), which keeps its digits when the batch is solved: at a loss of 1e-9, lse − positive would
-be the difference of two equal numbers.
+The positive stays *out* of the sums. InfoNCE's −log softmax is softplus(row_negatives − positive),
+which keeps its digits when the batch is solved. At a loss of 1e-9, logsumexp − positive would be
+the difference of two equal numbers.
+
+It costs about 7 matrices of N·M floats in a training step.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-class Mined(NamedTuple):
-    """The k hardest negatives of every row and column, hardest first; index −1 and score −inf where
-    there are fewer.
+class Problem(NamedTuple):
+    """What every version is given: N videos against M texts.
+
+    No concepts are K = 0 columns of them, no signature is S = 0 ids.
     """
 
-    v2t_index: Tensor  # [N, k] int64, columns (texts) for each row (video)
-    v2t_score: Tensor  # [N, k] float32, their logits a_ij, without gradient
-    t2v_index: Tensor  # [M, k] int64, rows (videos) for each column (text)
+    video: Tensor  # [N, E]
+    text: Tensor  # [M, E]
+    scale: Tensor  # 0-dim: s
+    beta: Tensor  # 0-dim: β
+    row_concepts: Tensor  # [N, K]
+    col_concepts: Tensor  # [M, K]
+    row_ids: Tensor  # [N, S] integers
+    col_ids: Tensor  # [M, S]
+    offset: int  # column of row 0's positive
+    k: int  # hard negatives of each row and of each column
+    dtype: torch.dtype  # the embeddings are rounded to it
+
+
+class Mined(NamedTuple):
+    """The k hardest negatives of every row and column, hardest first.
+
+    Equal scores come by lowest index. Index −1 and score −inf where there are fewer than k.
+    """
+
+    v2t_index: Tensor  # [N, k] int64: columns (texts) for each row (video)
+    v2t_score: Tensor  # [N, k] float32: their logits a_ij, without gradient
+    t2v_index: Tensor  # [M, k] int64: rows (videos) for each column (text)
     t2v_score: Tensor  # [M, k] float32
 
 
 class Stats(NamedTuple):
-    """What InfoNCE needs of the matrix; the first three are differentiable, float32 (float64 if the
-    embeddings are).
-    """
+    """What InfoNCE needs of the matrix. The first three are differentiable."""
 
-    # [N] log-sum-exp of the logits over the negatives of each row; −inf where there are none
-    row_negatives: Tensor
+    row_negatives: Tensor  # [N] log-sum-exp over each row's negatives; float32, or float64
     col_negatives: Tensor  # [M] the same for each column
     positive: Tensor  # [N] the logits of the positives
     mined: Mined
@@ -57,118 +71,86 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assert_finite(
-    video: Tensor, text: Tensor, scale: Tensor, beta: Tensor, concepts: tuple[Tensor, Tensor] | None
-) -> None:
-    """Raise FloatingPointError with the name and row of the first NaN or inf.
-
-    Waits for the device.
-    """
-    row_concepts, col_concepts = concepts or (None, None)
+def assert_finite(p: Problem) -> None:
+    """Raise FloatingPointError with the name and place of the first NaN or inf. Waits for a GPU."""
     named = {
-        "video embeddings": video,
-        "text embeddings": text,
-        "exp(logit_scale)": scale,
-        "beta": beta,
-        "concepts of the videos": row_concepts,
-        "concepts of the texts": col_concepts,
+        "video embeddings": p.video,
+        "text embeddings": p.text,
+        "exp(logit_scale)": p.scale,
+        "beta": p.beta,
+        "concepts of the videos": p.row_concepts,
+        "concepts of the texts": p.col_concepts,
     }
-
     for name, value in named.items():
-        # one pass, no matrix of flags
-        if value is not None and not value.sum(dtype=torch.float64).isfinite():
-            at = (~value.isfinite()).nonzero()[:1].tolist()
-            where = f" (first at {at[0]})" if at and at[0] else ""
-            raise FloatingPointError(
-                f"NaN or inf in the {name}{where}: the model has diverged, or its input was bad"
-            )
-
-
-def masked_pairs(
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    first_row: int,
-    rows: int,
-    cols: int,
-    offset: int,
-    device: torch.device,
-) -> Tensor:
-    """bool [rows, cols]: True where a pair is no negative, because it is the positive or shares a
-    signature id.
-    """
-    masked = torch.zeros(rows, cols, dtype=torch.bool, device=device)
-    if row_ids is not None:
-        for r, c in zip(row_ids[first_row : first_row + rows].unbind(1), col_ids.unbind(1)):
-            masked |= r[:, None] == c
-    row = torch.arange(rows, device=device)
-    masked[row, row + first_row + offset] = True
-    return masked
+        if value.sum(dtype=torch.float64).isfinite():  # one pass, no matrix of flags
+            continue
+        place = (~value.isfinite()).nonzero()[:1].flatten().tolist()
+        raise FloatingPointError(
+            f"NaN or inf in the {name} (first at {place}): "
+            "the model has diverged, or its input was bad"
+        )
 
 
 def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(index [N, k] int64, score [N, k]) of the k largest of each row of `score` [N, M], equal
-    scores by lowest index.
+    """The k largest of each row of `score` [N, M], equal scores by lowest index.
 
-    Index −1 where the score is −inf. torch.topk leaves open which of equal scores it takes, and in
-    what order; one place more than asked for shows the rows where that matters, and these are
-    sorted as a whole. They are few, but for degenerate embeddings.
+    Returns (index [N, k] int64, score [N, k]); index −1 where the score is −inf.
     """
     value, index = score.topk(min(k + 1, score.shape[1]), dim=1)
-    tied = ((value[:, 1:] == value[:, :-1]) & (value[:, 1:] > -torch.inf)).any(1).nonzero()[:, 0]
+
+    # torch.topk leaves open which of equal scores it takes. One place more than asked for shows the
+    # rows where that matters. They are few, and sorted as a whole.
+    equals_next = (value[:, 1:] == value[:, :-1]) & (value[:, 1:] > -torch.inf)
+    tied = equals_next.any(1).nonzero()[:, 0]
     if len(tied):
         ordered, order = score[tied].sort(dim=1, descending=True, stable=True)
-        value[tied], index[tied] = ordered[:, : value.shape[1]], order[:, : value.shape[1]]
+        value[tied] = ordered[:, : value.shape[1]]
+        index[tied] = order[:, : value.shape[1]]
+
     missing = max(0, k - score.shape[1])  # fewer columns than places
-    value = torch.nn.functional.pad(value[:, :k], (0, missing), value=-torch.inf)
-    index = torch.nn.functional.pad(index[:, :k], (0, missing), value=-1)
+    value = F.pad(value[:, :k], (0, missing), value=-torch.inf)
+    index = F.pad(index[:, :k], (0, missing))
     return index.masked_fill(value == -torch.inf, -1), value
 
 
-def no_negatives(n: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [n, k], score [n, k]) without content: of a mining that was not asked for, or of no
-    rows.
-    """
-    return like.new_empty(n, k, dtype=torch.int64), like.new_empty(
-        n, k, dtype=accumulate_dtype(like.dtype)
-    )
+def take(index: Tensor, place: Tensor) -> Tensor:
+    """index [N, C] at places [N, k]; −1 where the place is −1."""
+    return index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to `dtype`, but kept in the dtype of the sums; the gradient passes unrounded."""
+    x = x.to(accumulate_dtype(x.dtype))
+    return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
 def log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
-    """Log-sum-exp of what is not masked: −inf, with a gradient of zero instead of NaN, where
-    nothing is left.
-    """
+    """Log-sum-exp of what is not masked. Where nothing is left: −inf with a gradient of zero."""
     empty = masked.all(dim, keepdim=True)
-    log_sum = logits.masked_fill(masked & ~empty, -torch.inf).logsumexp(dim)
-    return log_sum.masked_fill(empty.squeeze(dim), -torch.inf)
+    total = logits.masked_fill(masked & ~empty, -torch.inf).logsumexp(dim)
+    return total.masked_fill(empty.squeeze(dim), -torch.inf)
 
 
-def reference_stats(
-    video: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    beta: Tensor,
-    concepts: tuple[Tensor, Tensor] | None,
-    signature: tuple[Tensor, Tensor] | None,
-    offset: int,
-    k: int,
-) -> Stats:
-    """`Stats` of the whole matrix: video [N, E], text [M, E]; concepts ([N, K], [M, K]); signature
-    ([N, S], [M, S]).
-    """
-    n, m, dtype = len(video), len(text), accumulate_dtype(video.dtype)
-    video, text = video.to(dtype), text.to(dtype)
+def reference_stats(p: Problem) -> Stats:
+    """`Stats` by way of the whole matrix."""
+    video, text = round_to(p.video, p.dtype), round_to(p.text, p.dtype)
+    rows = torch.arange(len(video), device=video.device)
+    columns = rows + p.offset  # of the positives
 
-    logits = scale * (video @ text.T)  # [N, M]
-    if concepts is not None:
-        logits = logits + beta * (concepts[0].to(dtype) @ concepts[1].to(dtype).T)
-    positive = scale * (video * text[offset : offset + n]).sum(1)
+    logits = p.scale * (video @ text.T)  # [N, M]
+    kappa = p.row_concepts.to(video.dtype) @ p.col_concepts.to(video.dtype).T
+    logits = logits + p.beta * kappa
+    positive = p.scale * (video * text[columns]).sum(1)
 
-    row_ids, col_ids = signature or (None, None)
-    masked = masked_pairs(row_ids, col_ids, 0, n, m, offset, video.device)
-    if k:
-        negatives = logits.detach().masked_fill(masked, -torch.inf)
-        v2t, t2v = exact_topk(negatives, k), exact_topk(negatives.T.contiguous(), k)
-    else:
-        v2t, t2v = no_negatives(n, k, video), no_negatives(m, k, video)
-    mined = Mined(v2t[0], v2t[1].float(), t2v[0], t2v[1].float())
-    return Stats(log_sum_exp(logits, masked, 1), log_sum_exp(logits, masked, 0), positive, mined)
+    # pairs that are no negatives: the positives, and those that share any signature id
+    masked = torch.zeros_like(logits, dtype=torch.bool)
+    masked[rows, columns] = True
+    for row_id, col_id in zip(p.row_ids.unbind(1), p.col_ids.unbind(1)):
+        masked |= row_id[:, None] == col_id
+
+    negatives = logits.detach().masked_fill(masked, -torch.inf)
+    v2t_index, v2t_score = exact_topk(negatives, p.k)
+    t2v_index, t2v_score = exact_topk(negatives.T.contiguous(), p.k)
+    mined = Mined(v2t_index, v2t_score.float(), t2v_index, t2v_score.float())
+    row_negatives, col_negatives = (log_sum_exp(logits, masked, dim) for dim in (1, 0))
+    return Stats(row_negatives, col_negatives, positive, mined)

@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPU backward: the gradient of the logits, a slab of rows at a time, then two matrix products.
 
+    e_ij  = exp(a_ij − shift), as in the forward
     dA_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)
-          = e_ij · (g_row_i / rowsum_i + g_col_j / colsum_j)    e_ij = exp(a_ij − shift)
-    dV = s · (dA·T + g_pos ⊙ t)
-    dT = s · (dAᵀ·V + g_pos ⊙ v)        the positives are not in dA: no cancellation
+          = e_ij · (g_row_i / rowsum_i + g_col_j / colsum_j)
+    dV    = s · (dA·T + g_pos ⊙ t)        dT = s · (dAᵀ·V + g_pos ⊙ v)
 
-One kernel recomputes e and writes dA for ~4,096 rows at a time in half precision; cuBLAS does the
-two products with float32 results. That is 6·B²·D FLOP and 3 passes over 2·B² bytes; a backward in
-the shape of flash attention, one kernel per side that never writes dA, recomputes e twice (8·B²·D)
-and has to keep [128, D] float32 accumulators in registers, which fit up to D = 256 only. No
+The positives are not in dA, so nothing cancels. One kernel recomputes e and writes dA for a slab of
+rows in half precision. cuBLAS does the two products, with float32 results. That is 6·B²·D FLOP and
+3 passes over 2·B² bytes. A backward in the shape of flash attention never writes dA, but computes e
+twice (8·B²·D), and must keep [128, D] float32 accumulators in registers: they fit up to D = 256. No
 atomics: the same bits every time.
 
-The packed texts carry the concepts as extra columns (triton_layout.py), so dA·[T | C] also gives dβ
-= Σ_ij dA_ij κ_ij = Σ_i c_i·(dA·C)_i, and ds = Σ_ij dA_ij v_i·t_j = Σ_i v_i·dV_i / s costs no pass
-over the matrix.
+The packed texts carry the concepts as further columns (triton_layout.py). So dA·[T | C] also gives
+dβ = Σ_i c_i·(dA·C)_i, and ds = Σ_i v_i·dV_i / s costs no pass over the matrix.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import Problem
 from .triton_layout import (
     CELL,
     LOG2E,
@@ -32,15 +30,15 @@ from .triton_layout import (
     as_argument,
     is_marked,
     load_tile,
-    mask_pairs,
-    on_device,
+    mask_tile,
     pack,
     store_tile,
     tile_for,
 )
 
 SLAB = 1 << 28  # numbers in a slab: 512 MiB in half precision
-GROUP = 8  # programs walk down 8 tiles before they step to the right: their operands meet in L2
+GROUP = 8  # programs walk down 8 tiles before they step to the right: their rows meet in L2
+GAIN = 1024.0  # of dA: float16 would lose a gradient of 1 / 2B
 
 
 @triton.jit
@@ -69,7 +67,8 @@ def slab_kernel(
     HALF: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """slab[x − x_first, y] = dA_xy, one tile a program. x_rows, y_rows, slab: descriptors."""
+    """slab[x − x_first, y] = dA_xy, one tile a program."""
+    # which tile: down a group of them, then one to the right
     program = tl.program_id(0)
     x_tiles, y_tiles = tl.cdiv(x_count, BX), tl.cdiv(n_y, BY)
     group = program // (GROUP * y_tiles)
@@ -84,93 +83,72 @@ def slab_kernel(
         y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
         acc = tl.dot(x, y.T, acc, input_precision="ieee")
 
-    scale2, shift = tl.load(scalars), tl.load(scalars + 1)
-    exponent = tl.fma(acc, scale2, -shift)
     rows, cols = x0 + tl.arange(0, BX), y0 + tl.arange(0, BY)
+    z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
     if is_marked(marks, mark_stride_x, 1, x0, y0, BX, BY, CELL):
-        exponent = mask_pairs(exponent, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
+        z = mask_tile(z, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
     weight = tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :]
-    d_logits = tl.math.exp2(exponent) * weight
+    d_logits = tl.math.exp2(z) * weight
     store_tile(slab, x_slab, y0, n_y, d_logits.to(HALF), BX, BY, TMA)
 
 
-def weights_of(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
-    """g / sum of e in packed order [P]; 0 where there is no negative and at the padding."""
-    inverse = torch.exp2(shift - log_sum.double() * LOG2E).float()
-    weight = g * inverse.masked_fill(log_sum == -torch.inf, 0)
-    packed = weight.new_zeros(len(side.order))
-    packed[side.place.long()] = weight
-    return packed
+def make_weights(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
+    """g / sum of e [P]; 0 where there is no negative, and at the padding."""
+    one_over_sum = torch.exp2(shift - log_sum.double() * LOG2E).float()
+    weights = g.new_zeros(len(side.rows))
+    weights[: len(g)] = g * one_over_sum.masked_fill(log_sum == -torch.inf, 0)
+    return weights
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, whatever the (equal) dtypes of a and b."""
     return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-@on_device
-def triton_backward(
-    g_row: Tensor,
-    g_col: Tensor,
-    g_pos: Tensor,
-    video: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    beta: Tensor,
-    concepts,
-    signature,
-    offset: int,
-    dtype: torch.dtype,
-    row_negatives: Tensor,
-    col_negatives: Tensor,
-    wants_beta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_video [N, E], d_text [M, E], d_scale, d_beta) from the gradients of `triton_forward`'s
-    first three outputs.
+def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool) -> tuple:
+    """(d_video [N, E], d_text [M, E], d_scale, d_beta).
+
+    saved: row_negatives and col_negatives of `triton_forward`; upstream: the gradients of its first
+    three outputs. Without wants_beta, d_beta is 0 and costs nothing.
     """
-    layout = pack(video, text, scale, beta, concepts, signature, offset, dtype)
-    x, y = layout.video, layout.text
-    n, width = video.shape
-    wants_beta = wants_beta and concepts is not None
-    used = width + concepts[1].shape[1] if wants_beta else width  # no dβ, no dA·C
+    (n, width), m = p.video.shape, len(p.text)
+    g_row, g_col, g_positive = upstream
+    video, text, marks, scalars = pack(p)
+    n_x, n_y, device = len(video.rows), len(text.rows), p.video.device
 
-    # dA as stored is at most 2 · gain whatever the upstream gradient: float16 would lose g = 1 / 2B
-    largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax())
-    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
-    gain = 1024.0 if x.rows.dtype == torch.float16 else 1.0
-    x_weight = weights_of(g_row / largest, row_negatives, x, layout.scalars[1])
-    y_weight = weights_of(g_col / largest, col_negatives, y, layout.scalars[1])
-    scalars = layout.scalars.clone()
-    scalars[1] -= math.log2(gain)
+    # dA as stored is at most 2 · GAIN, however small the upstream gradient
+    tiny = torch.finfo(torch.float32).tiny
+    largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax()).clamp(min=tiny)
+    unit = largest / GAIN
+    x_weight = make_weights(g_row / unit, saved[0], video, scalars[1])
+    y_weight = make_weights(g_col / unit, saved[1], text, scalars[1])
 
-    # a slab of dA after the other
-    tile = tile_for("slab", x.rows)
-    rows = max(ROW_MULTIPLE, min(SLAB // len(y.rows) // ROW_MULTIPLE * ROW_MULTIPLE, len(x.rows)))
-    slab = torch.empty(rows, len(y.rows), dtype=x.rows.dtype, device=video.device)
-    d_video = torch.empty(n, used, device=video.device)
-    d_text = torch.zeros(len(y.rows), width, device=video.device)
-    order = x.order.long()
-
-    for first in range(0, n, rows):
-        count = min(rows, len(x.rows) - first)
-        real = min(rows, n - first)
-        slab_kernel[triton.cdiv(count, tile.owned) * triton.cdiv(len(y.rows), tile.streamed),](
-            as_argument(x.rows, tile.owned, tile.depth, tile.tma),
-            as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
-            x.ids,
-            y.ids,
-            layout.marks,
-            layout.marks.stride(0),
+    tile = tile_for("slab", video.rows)
+    height = max(ROW_MULTIPLE, min(SLAB // n_y // ROW_MULTIPLE * ROW_MULTIPLE, n_x))
+    slab = torch.empty(height, n_y, dtype=video.rows.dtype, device=device)
+    columns = width + p.row_concepts.shape[1] if wants_beta else width
+    d_video = torch.empty(n_x, columns, device=device)  # dA·[T | C]
+    d_text = torch.zeros(n_y, width, device=device)
+    for first in range(0, n_x, height):
+        count = min(height, n_x - first)
+        rows = slice(first, first + count)
+        slab_kernel[triton.cdiv(count, tile.owned) * triton.cdiv(n_y, tile.streamed),](
+            as_argument(video.rows, tile.owned, tile.depth, tile.tma),
+            as_argument(text.rows, tile.streamed, tile.depth, tile.tma),
+            video.ids,
+            text.ids,
+            marks,
+            marks.stride(0),
             scalars,
             x_weight,
             y_weight,
             as_argument(slab, tile.owned, tile.streamed, tile.tma),
             first,
             count,
-            len(x.rows),
-            len(y.rows),
-            D=x.rows.shape[1],
-            IDS=len(x.ids),
+            n_x,
+            n_y,
+            D=video.rows.shape[1],
+            IDS=len(video.ids),
             BX=tile.owned,
             BY=tile.streamed,
             BD=tile.depth,
@@ -181,15 +159,17 @@ def triton_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        d_video[order[first : first + real]] = product(slab[:real], y.rows[:, :used])
-        d_text += product(slab[:count].T, x.rows[first : first + count, :width])
+        d_video[rows] = multiply(slab[:count], text.rows[:, :columns])
+        d_text += multiply(slab[:count].T, video.rows[rows, :width])
 
-    unit = largest / gain
-    d_beta = torch.zeros_like(beta)
+    d_beta = torch.zeros_like(p.beta)
     if wants_beta:
-        d_beta = (d_video[:, width:] * concepts[0]).sum() * unit
-    d_video = d_video[:, :width] * unit + g_pos[:, None] * text[offset : offset + n]
-    d_text = d_text[y.place.long()] * unit
-    d_text[offset : offset + n] += g_pos[:, None] * video
-    d_scale = (d_video * video).sum()
-    return (d_video * scale).to(video.dtype), (d_text * scale).to(text.dtype), d_scale, d_beta
+        d_beta = (d_video[:n, width:] * p.row_concepts).sum() * unit
+
+    # the positives, and the scale
+    kept_video, kept_text = video.rows[:n, :width], text.rows[p.offset : p.offset + n, :width]
+    d_video = d_video[:n, :width] * unit + g_positive[:, None] * kept_text
+    d_text = d_text[:m] * unit
+    d_text[p.offset : p.offset + n] += g_positive[:, None] * kept_video
+    d_scale = (d_video * kept_video).sum()
+    return d_video * p.scale, d_text * p.scale, d_scale, d_beta

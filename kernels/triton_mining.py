@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """From lanes to the exact top-k: select, certify, repair, score again.
 
-triton_forward.py leaves, for each column x and each of its ~512 lanes, the two largest e = exp(a −
-shift) among the ~B/512 rows that share the lane, cut to 23 − CODE_BITS bits, with the place they
-came from. Programs of this kernel own a few x each:
+triton_forward.py leaves the two largest e = exp2(a · log2 e − shift) of each lane, for each column
+x and each of its about 512 lanes. They are cut to 23 − CODE_BITS bits, and say where they come
+from. Programs of this kernel own a few x each:
 
 1. Select. k times: take the largest key of all lanes, and strike it. Keys are (cut e, lowest index
-first) in 64 bits.
+   first) in 64 bits. This step alone is a good approximate miner.
 2. Certify. What a lane lost is no larger than the second that it kept. So a lane whose second lies
-below the k-th
-   selected value is *certainly* complete. At k = 16 a random batch has 0.2 other lanes a row.
-3. Repair. Those lanes, ~B/512 pairs each, are computed again, one by one, and merged: a 500th of
-the row's work.
-4. Score. The selected, and what ties with the k-th in the cut bits, are scored once more as float32
-logits, and
-   sorted by (score, index).
+   below the k-th selected value is *certainly* complete. At k = 16 a random batch has 0.2 others a
+   row.
+3. Repair. These lanes, about B/512 pairs each, are computed again, one by one, and merged.
+4. Score. What was selected, and what ties with the k-th in the cut bits, is scored once more as
+   float32 logits, and sorted by (score, index).
 
-The result is exact: every lane is complete or was searched completely. One limit: where more than
+The result is exact: every lane is complete or was searched completely. Two limits. Where more than
 KC − k ≥ 8 logits around place k differ by less than the cut (2^-15 at most), their order is by
-index. A batch of equal embeddings repairs every lane, that is, computes the matrix without the
-matrix unit: slow, and still right.
+index. And a logit below float32's range (triton_layout.log_of_sums) is not mined: index −1. A batch
+of equal embeddings repairs every lane, which computes the matrix without the matrix unit: slow, and
+still right.
 """
 
 import torch
@@ -27,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_layout import INTERPRETED
+from .triton_layout import INTERPRETED, Side
 
 # unless told, ptxas spills some registers to fit one more block into a multiprocessor
 LAUNCH = dict(num_warps=4, maxnreg=255)
@@ -35,17 +34,19 @@ LAUNCH = dict(num_warps=4, maxnreg=255)
 
 @triton.jit
 def flip(index):
-    """int32 index <-> 2^31 − 1 − index, so that of equal values the lowest index makes the largest
-    key.
-    """
+    """int32 index <-> 2^31 − 1 − index: of equal values the lowest index has the largest key."""
     return index ^ 0x7FFFFFFF
 
 
 @triton.jit
+def make_key(value, index):
+    """(int32 value, lowest index first) in 64 bits."""
+    return (value.to(tl.int64) << 32) | flip(index).to(tl.int64)
+
+
+@triton.jit
 def take_largest(a, b, COUNT: tl.constexpr):
-    """The COUNT largest keys of [R, A] and [R, B] together, in order; keys are distinct but for −1
-    = nothing.
-    """
+    """The COUNT largest keys of [R, A] and [R, B] together, in order; −1 = nothing."""
     place = tl.arange(0, COUNT)[None, :]
     taken = tl.full([a.shape[0], COUNT], -1, tl.int64)
     for i in range(COUNT):
@@ -57,8 +58,15 @@ def take_largest(a, b, COUNT: tl.constexpr):
 
 
 @triton.jit
+def value_at(taken, place):
+    """The value in the key at a place of [R, COUNT]; −1: nothing there."""
+    is_place = tl.arange(0, taken.shape[1])[None, :] == place
+    return tl.max(tl.where(is_place, taken, -1), 1)[:, None] >> 32
+
+
+@triton.jit
 def dot_rows(x_rows, y_rows, x, y, D: tl.constexpr, BD: tl.constexpr):
-    """X[x] · Y[y] as float32 [R, C], for positions x [R] and y [R, C]."""
+    """X[x] · Y[y] as float32 [R, C], for rows x [R] and y [R, C]."""
     acc = tl.zeros([y.shape[0], y.shape[1]], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -70,9 +78,7 @@ def dot_rows(x_rows, y_rows, x, y, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def locate(split, lane, code, split_size, BY: tl.constexpr):
-    """The packed row that lane `lane` (of BY / 2) of `split` met as number `code`:
-    triton_forward.fold, backwards.
-    """
+    """The row that lane `lane` (of BY / 2) of `split` met as number `code`: fold, backwards."""
     return split * split_size + code // 2 * BY + lane // 8 * 16 + code % 2 * 8 + lane % 8
 
 
@@ -83,9 +89,6 @@ def mining_kernel(
     y_rows,
     x_ids,
     y_ids,
-    x_order,
-    y_order,
-    y_place,
     scalars,
     index,
     score,
@@ -103,119 +106,99 @@ def mining_kernel(
     R: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Rows R·program … of `index`, `score` [n, K].
+    """Rows R·program … of `index`, `score` [n_x, K].
 
     LANES: of all splits; CODES ≥ rows of a lane; KC > K candidates.
     """
     half: tl.constexpr = BY // 2
+    code_mask: tl.constexpr = (1 << CODE_BITS) - 1
     x = tl.program_id(0) * R + tl.arange(0, R)
-    real = tl.load(x_ids + x) >= 0
     scale2, shift, scale = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
 
     # 1. select
     lane = tl.arange(0, LANES)[None, :]
-    at = best + (lane // half * BY + lane % half).to(tl.int64) * n_x + x[:, None]
-    first = tl.load(at)
-    second = tl.load(at + half * n_x.to(tl.int64))
-    code_mask: tl.constexpr = (1 << CODE_BITS) - 1
-    first_y = locate(lane // half, lane % half, first & code_mask, split_size, BY)
-    second_y = locate(lane // half, lane % half, second & code_mask, split_size, BY)
-    first_key = ((first >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + first_y)).to(
-        tl.int64
-    )
-    second_key = ((second >> CODE_BITS).to(tl.int64) << 32) | flip(tl.load(y_order + second_y)).to(
-        tl.int64
-    )
-    first_key = tl.where(first >> CODE_BITS > 0, first_key, -1)
-    second_key = tl.where(second >> CODE_BITS > 0, second_key, -1)
+    split, within = lane // half, lane % half
+    at = best + (split * BY + within).to(tl.int64) * n_x + x[:, None]
+    first, second = tl.load(at), tl.load(at + half * n_x.to(tl.int64))
+    first_cut, second_cut = first >> CODE_BITS, second >> CODE_BITS
+    first_y = locate(split, within, first & code_mask, split_size, BY)
+    second_y = locate(split, within, second & code_mask, split_size, BY)
+    first_key = tl.where(first_cut > 0, make_key(first_cut, first_y), -1)
+    second_key = tl.where(second_cut > 0, make_key(second_cut, second_y), -1)
     taken = take_largest(first_key, second_key, KC)
 
-    # 2. certify
-    candidate = tl.arange(0, KC)[None, :]
-    # the cut value at place K; −1: fewer than K
-    threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32
-    is_above = (second >> CODE_BITS).to(tl.int64) >= threshold[:, None]
-    open_lanes = (second >> CODE_BITS > 0) & is_above & real[:, None]
+    # 2. certify: against the cut value at place K, −1 where there are fewer than K
+    is_real = (tl.load(x_ids + x) >= 0)[:, None]
+    open_lanes = (second_cut > 0) & (second_cut.to(tl.int64) >= value_at(taken, K - 1)) & is_real
 
-    # 3. repair
+    # 3. repair, a lane of each row at a time
     for _ in range(tl.max(tl.sum(open_lanes.to(tl.int32), 1), 0)):
-        chosen = tl.min(tl.where(open_lanes, lane, LANES), 1)[:, None]
-        kept_first = tl.max(tl.where(lane == chosen, first & code_mask, -1), 1)[:, None]
-        kept_second = tl.max(tl.where(lane == chosen, second & code_mask, -1), 1)[:, None]
+        chosen = tl.min(tl.where(open_lanes, lane, LANES), 1)[:, None]  # LANES: none left
         open_lanes = open_lanes & (lane != chosen)
+
+        # its rows, but for the two that it kept
         code = tl.arange(0, CODES)[None, :]
         y = locate(chosen // half, chosen % half, code, split_size, BY)
         new = (chosen < LANES) & (code // 2 * BY < split_size) & (y < n_y)
-        new = new & (code != kept_first) & (code != kept_second)
+        new &= code != tl.max(tl.where(lane == chosen, first & code_mask, -1), 1)[:, None]
+        new &= code != tl.max(tl.where(lane == chosen, second & code_mask, -1), 1)[:, None]
         y = tl.where(new, y, 0)
+        new &= tl.load(y_ids + y) >= 0
+        for s in tl.static_range(IDS):
+            new &= tl.load(y_ids + s * n_y + y) != tl.load(x_ids + s * n_x + x)[:, None]
+
         e = tl.math.exp2(tl.fma(dot_rows(x_rows, y_rows, x, y, D, BD), scale2, -shift))
-        new = new & (tl.load(y_ids + y) >= 0)
-        for c in tl.static_range(IDS):
-            new = new & (tl.load(y_ids + c * n_y + y) != tl.load(x_ids + c * n_x + x)[:, None])
         cut = e.to(tl.int32, bitcast=True) >> CODE_BITS
-        key = (cut.to(tl.int64) << 32) | flip(tl.load(y_order + y)).to(tl.int64)
-        taken = take_largest(taken, tl.where(new & (cut > 0), key, -1), KC)
+        taken = take_largest(taken, tl.where(new & (cut > 0), make_key(cut, y), -1), KC)
 
     # 4. score
-    threshold = tl.max(tl.where(candidate == K - 1, taken, -1), 1) >> 32
-    found = (taken >= 0) & (taken >> 32 >= threshold[:, None])
-    original = flip(tl.where(found, taken & 0x7FFFFFFF, 0x7FFFFFFF).to(tl.int32))
-    y = tl.load(y_place + original)
+    found = (taken >= 0) & (taken >> 32 >= value_at(taken, K - 1))
+    y = tl.where(found, flip((taken & 0x7FFFFFFF).to(tl.int32)), 0)
     bits = (dot_rows(x_rows, y_rows, x, y, D, BD) * scale).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # floats of either sign in the order of integers
     nothing: tl.constexpr = -(1 << 63)
-    key = tl.where(found, (ordered.to(tl.int64) << 32) | flip(original).to(tl.int64), nothing)
-    out = tl.load(x_order + x).to(tl.int64) * K
+    key = tl.where(found, make_key(ordered, y), nothing)
 
+    out = x.to(tl.int64) * K
     for i in range(K):
         top = tl.max(key, 1)
         key = tl.where(key == top[:, None], nothing, key)
         high = (top >> 32).to(tl.int32)
         value = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(
-            index + out + i,
-            tl.where(top == nothing, -1, flip((top & 0x7FFFFFFF).to(tl.int32))),
-            mask=real,
-        )
-        tl.store(score + out + i, tl.where(top == nothing, float("-inf"), value), mask=real)
+        is_found = top != nothing
+        tl.store(index + out + i, tl.where(is_found, flip((top & 0x7FFFFFFF).to(tl.int32)), -1))
+        tl.store(score + out + i, tl.where(is_found, value, float("-inf")))
 
 
-def hardest(matrix_pass, k: int, n: int) -> tuple[Tensor, Tensor]:
-    """(index [n, k] int64, score [n, k] float32) of the n owned rows of a mining `Pass`, in the
-    caller's order.
-    """
-    x, y, tile, best = matrix_pass.x, matrix_pass.y, matrix_pass.tile, matrix_pass.best
-    device = best.device
-
-    index = torch.empty(n, k, dtype=torch.int64, device=device)
-    score = torch.empty(n, k, device=device)
-
+def hardest(owned, x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(index [P, k] int64, score [P, k] float32) of every packed x, from a `Pass` that mined."""
+    n_x, lanes = len(x.rows), owned.tile.streamed // 2
+    index = torch.empty(n_x, k, dtype=torch.int64, device=x.rows.device)
+    score = torch.empty(n_x, k, device=x.rows.device)
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs
-    mining_kernel[len(x.rows) // rows,](
-        best,
+
+    mining_kernel[n_x // rows,](
+        owned.best,
         x.rows,
         y.rows,
         x.ids,
         y.ids,
-        x.order,
-        y.order,
-        y.place,
-        matrix_pass.scalars,
+        scalars,
         index,
         score,
-        len(x.rows),
+        n_x,
         len(y.rows),
-        matrix_pass.split_size,
+        owned.split_size,
         D=x.rows.shape[1],
         IDS=len(x.ids),
-        BY=tile.streamed,
-        LANES=len(best) * tile.streamed // 2,
-        CODES=triton.next_power_of_2(matrix_pass.split_size // tile.streamed * 2),
-        CODE_BITS=matrix_pass.code_bits,
+        BY=owned.tile.streamed,
+        LANES=len(owned.best) * lanes,
+        CODES=triton.next_power_of_2(owned.split_size // lanes),
+        CODE_BITS=owned.code_bits,
         K=k,
         KC=triton.next_power_of_2(k + 8),
         R=rows,
-        BD=tile.depth,
+        BD=owned.tile.depth,
         **LAUNCH,
     )
     return index, score

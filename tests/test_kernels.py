@@ -10,14 +10,17 @@ import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import knowledge_nce, knowledge_nce_stats, merge_hardest, tiled
+from kernels import choose_impl, knowledge_nce, knowledge_nce_stats, merge_hardest, tiled
+from kernels.reference import Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -79,6 +82,13 @@ def truth(video, text, concepts=None, ids=None, **options):
     return run(
         "reference", video.double(), text.double(), concepts, ids, dtype=torch.float64, **options
     )
+
+
+def as_problem(video, text, concepts, ids, k):
+    """What the versions behind the operator are given."""
+    scale, beta = (torch.tensor(x, device=DEVICE) for x in (20.0, 1.0))
+    sides = (concepts, concepts, ids, ids)
+    return Problem(video, text, scale, beta, *sides, offset=0, k=k, dtype=video.dtype)
 
 
 def plain_pytorch(video, text, concepts, ids, scale, beta):
@@ -238,14 +248,16 @@ def test_gradcheck(impl, monkeypatch):
 @impls
 def test_scale_is_clamped_with_its_gradient(impl):
     video, text, *_ = problem(16, noise=2.0)
-    for log_scale, moves in ((math.log(99.0), True), (math.log(100.0), True), (5.3, False)):
+    # at float32's ln 100, where OpenAI's weights start and train.py clamps to, it still moves
+    for log_scale, moves in (
+        (math.log(99.0), True),
+        (math.log(100.0), True),
+        (math.log(200.0), False),
+    ):
         leaf = torch.tensor(log_scale, device=DEVICE, requires_grad=True)
         loss, _ = knowledge_nce(video, text, leaf, impl=impl)
         loss.backward()
-        assert (leaf.grad != 0).item() == moves, log_scale
-        if moves:  # at the clamp, too, where CLIP's weights start: the gradient of the definition
-            true = truth(video, text, scale=math.exp(log_scale), k=0)[2][2]
-            assert leaf.grad.item() == pytest.approx(true.item(), rel=1e-4)
+        assert (leaf.grad != 0).item() == moves
     assert loss.item() == pytest.approx(
         knowledge_nce(video, text, math.log(100.0), impl=impl)[0].item(), rel=1e-6
     )
@@ -420,7 +432,7 @@ def test_programmers_mistakes_are_assertions(impl):
 
 
 def test_the_choice_is_printed_once(capsys):
-    kernels.announced.clear()
+    kernels.announce.cache_clear()
     video, text, *_ = problem(4)
     for _ in range(2):
         knowledge_nce(video, text, 1.0)
@@ -464,6 +476,154 @@ def test_under_torch_compile(impl):
         torch.testing.assert_close(compiled, eager)
 
 
+@impls
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_in_half_precision_gradients_in_full(impl, dtype):
+    """dtype= rounds the embeddings for the products only: a gradient of 1 / 2B stays what it is."""
+    video, text, concepts, ids = problem(40)
+    options = dict(concepts=concepts, beta=1.0, signature=ids, k=3, impl=impl)
+    leaves = [x.clone().requires_grad_() for x in (video, text)]
+    loss, mined = knowledge_nce(*leaves, 3.0, dtype=dtype, **options)
+    loss.backward()
+
+    rounded = [x.to(dtype).float().requires_grad_() for x in (video, text)]
+    expected, expected_mined = knowledge_nce(*rounded, 3.0, **options)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3 if impl == "triton" else 1e-6)
+    assert torch.equal(mined.v2t_index, expected_mined.v2t_index)
+    for leaf, right in zip(leaves, rounded):
+        assert leaf.grad.dtype == torch.float32
+        error = 4 * torch.finfo(dtype).eps if impl == "triton" else 1e-6
+        assert (leaf.grad - right.grad).norm() <= error * right.grad.norm()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps its rows in float32")
+@pytest.mark.parametrize("major, family", [(8, "small"), (9, "hopper"), (10, "blackwell")])
+def test_float32_embeddings_reach_the_matrix_unit(major, family, monkeypatch):
+    """Training hands the op float32; with dtype=float16 it gets the tiles of half precision."""
+    layout = pytest.importorskip("kernels.triton_layout")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    video, _, concepts, ids = problem(30)
+    for dtype, expected in ((torch.float16, family), (torch.float32, "fp32")):
+        rows = layout.pack_side(video, concepts, list(ids.T), dtype).rows
+        assert layout.tile_for("mine", rows) == layout.TILES[expected]["mine"]
+
+
+def test_auto_is_triton_only_where_it_runs(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    cuda, capability = torch.device("cuda"), [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choose_impl("auto", cuda, torch.float16) == "triton"
+    assert choose_impl("auto", cuda, torch.float64) == "tiled"
+    assert choose_impl("auto", torch.device("cpu"), torch.float32) == "tiled"
+    capability[:] = 7, 5  # Turing
+    assert choose_impl("auto", cuda, torch.float16) == "tiled"
+    capability[:] = 9, 4  # what an MI300 says
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert choose_impl("auto", cuda, torch.float16) == "tiled"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about the tiled version")
+def test_a_constant_beta_does_not_pay_for_a_gradient(monkeypatch):
+    flop = []
+
+    def count(*inputs):
+        with FlopCounterMode(display=False) as counter:
+            grads = tiled.tiled_backward(*inputs)
+        flop.append(counter.get_total_flops())
+        return grads
+
+    monkeypatch.setattr("kernels.autograd.tiled_backward", count)
+    video, text, concepts, _ = problem(30)
+    for beta in (1.0, torch.tensor(1.0, requires_grad=True)):
+        leaf = video.clone().requires_grad_()
+        knowledge_nce(leaf, text, 3.0, concepts=concepts, beta=beta, impl="tiled")[0].backward()
+    assert 0 < flop[0] < flop[1]
+
+
+class _Names(TorchDispatchMode):
+    """Remembers which operations ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's host code")
+def test_nothing_waits_for_the_gpu(monkeypatch):
+    """No number is copied from the host or read back: both would wait, and forbid CUDA graphs."""
+    from kernels import triton_backward, triton_forward
+
+    # the interpreter's own launches do copy: only the code around them counts
+    for module in (triton_forward, triton_backward):
+        for name in ("forward_kernel", "slab_kernel"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, mock.MagicMock())
+    monkeypatch.setattr("kernels.triton_layout.mark_cells", mock.MagicMock())
+    monkeypatch.setattr("kernels.triton_mining.mining_kernel", mock.MagicMock())
+    problem_ = as_problem(*problem(40), k=3)
+    with _Names() as mode:
+        stats = triton_forward.triton_forward(problem_)
+        triton_backward.triton_backward(problem_, stats[:2], stats[:3], True)
+        knowledge_nce(problem_.video, problem_.text, 3.0, impl="triton", check=False)
+    assert not mode.names & {"lift_fresh", "_local_scalar_dense", "nonzero"}
+
+
+@pytest.mark.skipif(INTERPRETED is CUDA, reason="needs a GPU or the interpreter")
+def test_warm_up_kernel():
+    from kernels.triton_warmup import row_lse
+
+    video, text, *_ = problem(64, m=192, dim=64)
+    expected = (20.0 * video.double() @ text.double().T).logsumexp(1)
+    assert (row_lse(video, text, 20.0) - expected).abs().max() <= 1e-5
+
+
+@impls
+def test_extra_texts_are_negatives_of_every_video(impl):
+    """Texts without a video: they add columns to the rows' sums, and lose nothing themselves."""
+    B, k = 30, 4
+    video, text, concepts, ids = problem(B, m=B + 11)
+    ids[B + 2] = ids[5]  # a false negative among the extra texts
+    leaves = [x.clone().requires_grad_() for x in (video, text[:B], text[B:])]
+    loss, mined = knowledge_nce(
+        *leaves[:2],
+        math.log(20.0),
+        concepts=concepts[:B],
+        beta=1.5,
+        signature=ids[:B],
+        extra_text_emb=leaves[2],
+        extra_concepts=concepts[B:],
+        extra_signature=ids[B:],
+        k=k,
+        impl=impl,
+    )
+    grads = torch.autograd.grad(loss, leaves)
+
+    plain = [x.detach().double().requires_grad_() for x in leaves]
+    logits = 20 * plain[0] @ torch.cat(plain[1:]).T  # [B, B + 11]
+    positive = torch.eye(B, B + 11, dtype=torch.bool, device=DEVICE)
+    kappa = (concepts[:B] @ concepts.T).double()
+    logits = logits + 1.5 * kappa.masked_fill(positive, 0)
+    same = (ids[:B, None] == ids).any(2) & ~positive
+    logits = logits.masked_fill(same, -torch.inf)
+    target = torch.arange(B, device=DEVICE)
+    rows, columns = F.cross_entropy(logits, target), F.cross_entropy(logits[:, :B].T, target)
+    expected = (rows + columns) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for grad, true in zip(grads, torch.autograd.grad(expected, plain)):
+        assert grad.norm() > 0 and (grad - true).norm() <= 1e-5 * true.norm()
+
+    negatives = logits.masked_fill(positive, -torch.inf)
+    assert torch.equal(mined.v2t_index, negatives.topk(k, 1).indices)
+    assert (mined.v2t_index >= B).any()
+    assert torch.equal(mined.t2v_index, negatives[:, :B].T.topk(k, 1).indices)
+
+
 class _Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made."""
 
@@ -479,13 +639,11 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.skipif(INTERPRETED, reason="about the tiled version")
 def test_tiled_never_makes_the_matrix():
     video, text, concepts, ids = problem(300, dim=8)
-    pair = dict(concepts=(concepts[:, :3], concepts[:, :3]), signature=(ids, ids))
+    known = concepts[:, :3]
+    problem_ = as_problem(video, text, known, ids, k=4)
     with _Largest() as mode:
-        inputs = video, text, torch.tensor(20.0), torch.tensor(1.0)
-        pair |= dict(offset=0, dtype=torch.float32)
-        row_negatives, col_negatives, g, *_ = tiled.tiled_forward(*inputs, **pair, k=4)
-        saved = dict(row_negatives=row_negatives, col_negatives=col_negatives)
-        tiled.tiled_backward(g, g, g, *inputs, **pair, **saved, wants_beta=True)
+        stats = tiled.tiled_forward(problem_)
+        tiled.tiled_backward(problem_, stats[:2], stats[:3], True)
     assert 900 <= mode.numel <= 300 * (8 + 3), (
         "tiles of 1000 elements, embeddings with concepts, but no 300 x 300"
     )
@@ -498,16 +656,12 @@ def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
     monkeypatch.setattr(tiled, "TILE", 19 * 413)
     video, text, _, ids = problem(133, m=413, dim=8)
     if order == "harder and harder":  # every row beats all before it, in every column
-        video, text = (
-            video * torch.arange(1, 134, device=DEVICE)[:, None],
-            text.abs() * video.sign().sum(0).sign(),
-        )
+        video = video * torch.arange(1, 134, device=DEVICE)[:, None]
+        text = text.abs() * video.sign().sum(0).sign()
     elif order == "ties":
         video, text = video.sign(), text.sign()
     elif order == "hardly a negative":
-        ids = torch.where(
-            torch.arange(413, device=DEVICE)[:, None] % 149 == 3, ids, torch.zeros_like(ids)
-        )
+        ids[torch.arange(413, device=DEVICE) % 149 != 3] = 0
     pairs = dict(signature=(ids[70:203], ids), offset=70, k=5)
     mined, expected = (
         knowledge_nce_stats(video, text, 0.0, impl=impl, **pairs).mined
@@ -521,11 +675,13 @@ def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's tiles")
-@pytest.mark.parametrize("family", ["hopper", "blackwell", "ampere"])
-@pytest.mark.parametrize("k", [0, 5])
+@pytest.mark.parametrize(
+    "family, k", [("hopper", 0), ("hopper", 5), ("small", 0), ("small", 5), ("blackwell", 5)]
+)
 def test_shipped_tiles(family, k, monkeypatch):
-    """Tile shapes, tensor descriptors, splits and slabs, of which small problems reach the smallest
-    and fewest.
+    """Tile shapes, descriptors, splits and slabs, of which small problems reach the fewest.
+
+    Errors against float64 are at most twice those of the reference in float32.
     """
     from kernels import triton_backward, triton_layout
 
@@ -533,14 +689,14 @@ def test_shipped_tiles(family, k, monkeypatch):
     monkeypatch.setattr(triton_backward, "SLAB", 512 * 256)  # two slabs
     video, text, concepts, ids = problem(300, m=515, dim=70)
     upstream = [torch.linspace(-1, 1, size) for size in (300, 515, 300)]
-    results = []
-    for impl in ("triton", "reference"):
-        leaves = [
-            x.clone().requires_grad_() for x in (video, text, torch.tensor(3.5), torch.tensor(1.5))
-        ]
+
+    def run_with(impl, dtype):
+        scalars = torch.tensor(3.5), torch.tensor(1.5)
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (video, text, *scalars)]
+        known = concepts.to(dtype)
         stats = knowledge_nce_stats(
             *leaves[:3],
-            concepts=(concepts[200:500], concepts),
+            concepts=(known[200:500], known),
             beta=leaves[3],
             offset=200,
             signature=(ids[200:500], ids),
@@ -548,159 +704,69 @@ def test_shipped_tiles(family, k, monkeypatch):
             impl=impl,
         )
         total = sum((x * u).sum() for x, u in zip(stats, upstream))
-        results.append((stats, torch.autograd.grad(total, leaves)))
-    (fast, fast_grads), (true, true_grads) = results
-    for a, b in zip((*fast[:3], *fast_grads), (*true[:3], *true_grads)):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert torch.equal(fast.mined.v2t_index, true.mined.v2t_index)
-    assert torch.equal(fast.mined.t2v_index, true.mined.t2v_index)
+        return (*stats[:3], *torch.autograd.grad(total, leaves)), stats.mined
+
+    fast, mined = run_with("triton", torch.float32)
+    plain, _ = run_with("reference", torch.float32)
+    true, expected = run_with("reference", torch.float64)
+    for a, b, right in zip(fast, plain, true):
+        # and what the rounding of a logit of size s does to its exponential
+        rounding = torch.finfo(torch.float32).eps * math.exp(3.5) / 2 * right.norm()
+        assert (a - right).norm() <= 2 * (b - right).norm() + rounding
+    assert torch.equal(mined.v2t_index, expected.v2t_index)
+    assert torch.equal(mined.t2v_index, expected.t2v_index)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's fixed shift")
 def test_out_of_range_is_nan_not_wrong():
     video, text, concepts, _ = problem(8)
-    loss, _ = knowledge_nce(
-        video, text, math.log(100.0), concepts=concepts, beta=100.0, impl="triton"
-    )
+    options = dict(concepts=concepts)
+    loss, _ = knowledge_nce(video, text, math.log(100), beta=100.0, impl="triton", **options)
     assert loss.isnan()
-    loss, _ = knowledge_nce(
-        video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="triton"
-    )
-    expected, _ = knowledge_nce(
-        video, text, math.log(100.0), concepts=concepts, beta=50.0, impl="reference"
-    )
+    options |= dict(beta=50.0)
+    loss, _ = knowledge_nce(video, text, math.log(100), impl="triton", **options)
+    expected, _ = knowledge_nce(video, text, math.log(100), impl="reference", **options)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@impls
-@pytest.mark.parametrize("low, high", [(-1.0, -1.0), (-0.92, -0.64)])
-def test_rows_far_below_the_bound(impl, low, high):
-    """At scale 100 with cosines near −1 float32 cannot hold exp of any negative over one shift.
+def opposite(low, high, n=256):
+    """Videos and texts [n, 2] with all cosines between low and high."""
+    angle = torch.linspace(0, 1, n, device=DEVICE) * (math.acos(low) - math.acos(high)) / 2
+    video = torch.stack([angle.cos(), angle.sin()], 1)
+    angle = math.acos(high) + (math.acos(low) - math.acos(high)) / 2 + angle
+    return video, torch.stack([angle.cos(), angle.sin()], 1)
 
-    The definition is right there; a fixed shift must say NaN, in the loss and in the gradient.
-    """
-    cosine = torch.linspace(low, high, 256, device=DEVICE)
-    text = torch.stack([cosine, (1 - cosine**2).sqrt()], 1)
-    video = torch.tensor([[1.0, 0.0]], device=DEVICE).expand(256, 2)
-    loss, _, grads = run(impl, video, text, scale=100.0, k=0)
-    if impl == "triton":
-        assert loss.isnan() and all(g.isnan().any() for g in grads[:3])
+
+@impls
+@pytest.mark.parametrize("low, high", [(-1.0, -0.9999), (-0.92, -0.64), (-0.5, 0.1)])
+def test_far_below_the_bound_it_is_right_or_nan(impl, low, high):
+    """All logits at scale 100 far below the bound of 100: a fixed shift loses them in float32."""
+    video, text = opposite(low, high)
+    loss, _, grads = run(impl, video, text, scale=100.0)
+    if impl == "triton" and high < -0.5:
+        assert loss.isnan() and grads[0].isnan().all() and grads[1].isnan().all()
         return
-    true_loss, _, true_grads = truth(video, text, scale=100.0, k=0)
+    true_loss, _, true_grads = truth(video, text, scale=100.0)
+    alone = torch.arange(256, device=DEVICE)[:, None]
+    _, plain_grads = plain_pytorch(video, text, video[:, :0], alone, 100.0, 0.0)
     assert loss.item() == pytest.approx(true_loss.item(), rel=1e-5)
-    for grad, true in zip(grads[:3], true_grads):
-        assert (grad - true).norm() <= 1e-5 * (true.norm() + 100)  # logits of size 100 are rounded
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's layout")
-def test_rows_without_negatives_are_counted_exactly():
-    from kernels.triton_layout import have_negatives
-
-    g = torch.Generator().manual_seed(0)
-    for n, m, lines, kinds in ((5, 7, 1, 1), (6, 6, 2, 2), (9, 4, 3, 2), (8, 8, 3, 9)):
-        ids = torch.randint(0, kinds, (lines, n + m), generator=g)
-        rows, cols = ids[:, :n], ids[:, n:]
-        is_negative = (rows[:, :, None] != cols[:, None, :]).all(0)
-        found = have_negatives(rows, cols)
-        assert torch.equal(found[0], is_negative.any(1)), (n, m, lines)
-        assert torch.equal(found[1], is_negative.any(0)), (n, m, lines)
-
-
-@impls
-def test_extra_texts_are_negatives_of_all_videos(impl):
-    """Against the definition with these texts as further columns, whose own rows ask nothing."""
-    video, text, concepts, ids = problem(14, m=20, seed=4)
-    leaves = [x.clone().requires_grad_() for x in (video, text[:14], text[14:])]
-    loss, mined = knowledge_nce(
-        *leaves[:2],
-        3.0,
-        concepts=concepts[:14],
-        signature=ids[:14],
-        extra_text_emb=leaves[2],
-        extra_concepts=concepts[14:],
-        extra_signature=ids[14:],
-        beta=1.0,
-        k=3,
-        impl=impl,
-    )
-    grads = torch.autograd.grad(loss, leaves)
-
-    whole = [x.double().requires_grad_() for x in (video, text)]
-    a = math.exp(3.0) * whole[0] @ whole[1].T
-    a = a + (concepts[:14] @ concepts.T).double() * ~torch.eye(14, 20, dtype=bool, device=DEVICE)
-    same = (ids[:14, None] == ids[None]).any(2) & ~torch.eye(14, 20, dtype=bool, device=DEVICE)
-    a = a.masked_fill(same, -torch.inf)
-    target = torch.arange(14, device=DEVICE)
-    true = (F.cross_entropy(a, target) + F.cross_entropy(a[:, :14].T, target)) / 2
-    d_video, d_text = torch.autograd.grad(true, whole)
-    assert loss.item() == pytest.approx(true.item(), rel=1e-5)
-    for grad, wanted in zip(grads, (d_video, d_text[:14], d_text[14:])):
-        assert (grad - wanted).norm() <= 1e-5 * wanted.norm()
-    assert mined.t2v_index.shape == (14, 3) and (mined.v2t_index >= 14).any()
-
-
-@pytest.mark.parametrize(
-    "device, capability, hip, dtype, chosen",
-    [
-        ("cuda", (9, 0), None, torch.float32, "triton"),
-        ("cuda", (8, 6), None, torch.bfloat16, "triton"),
-        ("cuda", (7, 5), None, torch.float16, "reference"),
-        ("cuda", (9, 4), "6.2", torch.float16, "reference"),  # ROCm
-        ("cuda", (9, 0), None, torch.float64, "reference"),
-        ("cpu", None, None, torch.float64, "tiled"),
-    ],
-)
-def test_auto_takes_what_runs(device, capability, hip, dtype, chosen, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert kernels.choose_impl("auto", torch.device(device), dtype) == chosen
-
-
-def test_the_matrix_unit_is_reached(monkeypatch):
-    """float32 embeddings with half-precision products take the tiles of the matrix unit."""
-    layout = pytest.importorskip("kernels.triton_layout", reason="triton is not installed")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    emb, ids = torch.randn(8, 16), torch.arange(8)[None]
-    for dtype, family in ((torch.float16, "hopper"), (torch.float32, "fp32")):
-        side = layout.pack_side(emb, None, ids, ids[0], ids[0] > 0, 64, dtype)
-        assert layout.tile_for("mine", side.rows) == layout.TILES[family]["mine"]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert layout.tile_for("sums", side.rows.half()) == layout.TILES["blackwell"]["sums"]
-
-
-def test_a_constant_beta_pays_for_no_gradient(monkeypatch):
-    wants = []
-    real = tiled.tiled_backward
-    monkeypatch.setattr(
-        "kernels.autograd.tiled_backward", lambda *args: wants.append(args[-1]) or real(*args)
-    )
-    video, text, concepts, _ = problem(9)
-    leaf = video.cpu().requires_grad_()
-    for beta in (1.0, torch.tensor(1.0, requires_grad=True)):
-        loss, _ = knowledge_nce(
-            leaf, text.cpu(), 1.0, concepts=concepts.cpu(), beta=beta, impl="tiled"
-        )
-        loss.backward()
-    assert wants == [False, True]
+    # a row's gradient is a sum of about equal unit vectors that cancels; so is its rounding
+    rounding = torch.finfo(torch.float32).eps * 50 * 100 / 256**0.5
+    for grad, true, plain in zip(grads[:3], true_grads, plain_grads):
+        assert (grad - true).norm() <= 2 * (plain - true).norm() + rounding
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's lanes")
-def test_lanes_are_repaired():
-    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64, in the
-    order given.
-    """
-    from kernels import triton_layout
-
+def test_lanes_are_repaired(monkeypatch):
+    """Every row's hardest negatives in one lane, which keeps two: text 0 of each tile of 64."""
     n, k = 512, 6
     order = torch.arange(n)
     first = torch.where(order % 64 == 0, 0.75, 0.25) - order / 4096
     text = torch.stack([first, (1 - first**2).sqrt()] + [torch.zeros(n)] * 6, 1)
     video = torch.zeros(n, 8)
     video[:, 0] = 1 - order / 1024  # no ties in the other direction
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_layout, "sort_key", lambda ids: ids[0])
-        patch.setattr("kernels.triton_forward.LANES_WANTED", 32)
-        _, mined = knowledge_nce(video, text, math.log(10.0), k=k, impl="triton")
+    monkeypatch.setattr("kernels.triton_forward.LANES", 32)
+    _, mined = knowledge_nce(video, text, math.log(10.0), k=k, impl="triton")
     expected = [[j for j in range(0, n, 64) if j != i][:k] for i in range(n)]
     assert mined.v2t_index.tolist() == expected
 

@@ -4,23 +4,21 @@ matrix unit.
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import aot  # noqa: E402
-
-# Triton 3.6 spills 12 registers of the mining pass around the rare masked branch; the pinned
-# version none at all.
-SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_shipped_kernels(arch):
     reports = list(aot.compile_all(arch))
-    assert len(reports) == 9, "2 families of 4 kernels, and the marks"
+    assert len(reports) == 10, "2 families of 4 kernels, the marks and the warm-up"
     for report in reports:
-        is_for_speed = "fp32" not in report.name
-        assert report.spills <= (SPILLS if is_for_speed else 8), report
+        assert report.spills == 0, report
         assert report.shared <= aot.SHARED_LIMIT[arch], report
         if report.name.startswith(("forward", "backward")):
             unit = report.name.split()[1] != "fp32"
             assert (report.tensor_cores > 0) == unit, report
+        # on Hopper each tile's products run in a row, and only the last one waits
+        if arch == 90 and report.tensor_cores:
+            assert report.waits <= report.tensor_cores / 4, report
