@@ -76,11 +76,15 @@ STORIES = {
     ],
     "benches": [
         ("-m bench.knowledge", "--million 0.001", "ms CPU"),
-        ("-m bench.toyworld", "--train 20", "videos/s"),
+        ("-m bench.toyworld --train 1500", "--train 20", "videos/s"),
         ("-m bench.data", "--captions 0.01 --repeats 1", "cache"),
     ],
     "more benches": [
-        ("-m bench.search", "--videos 200 --queries 2 --presets toy", "128"),
+        (
+            "-m bench.search --videos 20000 --presets toy --queries 10",
+            "--videos 200 --queries 2 --presets toy",
+            "128",
+        ),
         (
             "-m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1",
             "--batch 8 --chunks 0,4 --frames 4",
@@ -89,6 +93,8 @@ STORIES = {
         ("-m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1", "--sizes 300", "300"),
         ("-m bench.contrastive --device cpu", "--sizes 256 --dim 32", "256"),
         ("-m bench.scaling", "", "GFLOP"),
+        ("-m bench.text", "--functions clean", "clean"),
+        ("-m bench.open_clip", "", "50"),
     ],
     "against transformers": [
         (
@@ -195,3 +201,24 @@ def test_the_commands_do_what_the_page_says(story, place):
             f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
         assert left in done.stdout or (place / left).is_file(), f"{command}: {done.stdout[-2000:]}"
+
+
+def test_the_lines_of_python_embed_a_video(place, tmp_path):
+    """The README's lines, with the shipped weights and a video that is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("    from data import open_cache") :].split("\n\nThe benchmarks")[0]
+    lines = [line[4:] for line in block.splitlines() if line.startswith("    ")]
+    code = "\n".join(
+        lines[: lines.index("print(similarity(text_emb, video_emb))  # [2, 1], cosines") + 1]
+    )
+    video = next((place / "videos").glob("test_*.mp4"))
+    code = code.replace("runs/mine", str(ROOT / "weights" / "toy.safetensors"))
+    code = code.replace("clip.mp4", str(video))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+    )
+    assert done.returncode == 0 and done.stdout.count("[") == 3, done.stderr
