@@ -68,6 +68,11 @@ STORIES = {
     "from CLIP": [
         ("-m training.clip FOLDER", "", "OpenAI layout"),
         (
+            "eval.py --task msrvtt --data-root MSRVTT --checkpoint FOLDER",
+            "--out zero",
+            "never trained on videos",
+        ),
+        (
             "train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr "
             "1e-4",
             SMALL + " --num-frames 2 --out runs/clip",
