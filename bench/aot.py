@@ -119,7 +119,7 @@ def describe_tile(tile: Tile, dtype: str) -> tuple[dict, dict]:
         "scalars": "*fp32",
     }
     types |= dict.fromkeys(("x_ids", "y_ids"), "*i32")
-    types |= dict.fromkeys(("n_x", "n_y", "mark_stride_x"), "i32")
+    types |= dict.fromkeys(("n_x", "n_y", "mark_stride_x", "mark_stride_y"), "i32")
     sizes = dict(BX=tile.owned, BY=tile.streamed, BD=tile.depth)
     return types, dict(D=DIM, IDS=IDS, CELL=CELL, TMA=tile.tma, **sizes)
 
@@ -127,7 +127,7 @@ def describe_tile(tile: Tile, dtype: str) -> tuple[dict, dict]:
 def compile_forward(name: str, tile: Tile, mine: bool, dtype: str, arch: int) -> Report:
     types, constants = describe_tile(tile, dtype)
     types |= dict.fromkeys(("x_sums", "y_sums"), "*fp32") | {"best": "*i32"}
-    types |= dict.fromkeys(("mark_stride_y", "split_size"), "i32")
+    types |= {"split_size": "i32"}
     constants |= dict(CODE_BITS=code_bits(tile), MINE=mine)
     launch = dict(num_warps=tile.warps, num_stages=tile.stages)
     return compile_kernel(name, forward_kernel, types, constants, arch, **launch)

@@ -1,22 +1,21 @@
 """Time and memory of the contrastive op against what else there is, side by side in one run.
 
-    python bench/contrastive.py                                  # this machine: its GPU, else its
-                                                                 CPU
-    python bench/contrastive.py --device cpu --sizes 8192        # 20 seconds
+    python -m bench.contrastive                                  # this machine: its GPU, or its CPU
+    python -m bench.contrastive --device cpu --sizes 8192        # 40 seconds
 
 On a CPU: `tiled` against `reference`, each row in a process of its own, so that the operating
-system knows its peak memory. On a GPU: `triton` against eager and compiled PyTorch, and against
-memeff, inf-cl and open_clip where they are installed (`pip install memeff inf-cl open_clip_torch`;
-none of their code is here). CUDA events, medians, inputs rotated, random unit rows.
+system knows its peak memory. On a GPU: `triton` against eager and compiled PyTorch, a loop over row
+chunks with cuBLAS, and memeff and inf-cl where they are installed (`pip install memeff inf-cl`; no
+code of theirs is here). CUDA events, medians, inputs rotated, random unit rows. β is a constant, as
+in training.
 
-Each mode has its own row, so that the price of knowledge and of mining shows. "products" counts
-matrix products of 2·B²·E FLOP that a row does, forward + backward: TFLOP/s is over these, and 100 %
-is one such product by cuBLAS in bf16, in the same run. Extra memory is the peak beyond inputs and
-gradients. The error is that of the loss against float64.
+Each mode has its own row, so that the price of knowledge and of mining shows. TFLOP/s is over the
+products of 2·B²·(E + K) FLOP that a version does. 100 % is one such product by cuBLAS in the same
+run. Extra memory is the peak beyond inputs and gradients. The error is that of the loss against
+float64. Needs torch only (triton on a GPU).
 """
 
-import dataclasses
-import importlib.util
+import argparse
 import json
 import math
 import resource
@@ -24,220 +23,181 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli import UserError, parse_config, run  # noqa: E402
-from kernels import knowledge_nce  # noqa: E402
+from kernels import knowledge_nce
 
-MODES = {
-    "loss": dict(),
-    "+ knowledge": dict(knowledge=True),
-    "+ top-16": dict(knowledge=True, k=16),
+MODES = {  # columns of the concepts, hard negatives of each row and column
+    "loss": dict(concepts=0, k=0),
+    "+ knowledge": dict(concepts=64, k=0),
+    "+ top-16": dict(concepts=64, k=16),
+    "+ top-16, 4,096 concepts": dict(concepts=4096, k=16),
 }
-CONCEPTS, SCALE, BETA = 64, 50.0, 1.0
+SCALE, BETA = 50.0, 1.0
+CPU_SIZES, GPU_SIZES = "8192,16384", "16384,32768,49152,65536,131072"
 
 
-@dataclasses.dataclass
-class BenchConfig:
-    device: str = ""  # cpu or cuda; empty: cuda where there is one
-    sizes: str = (
-        ""  # batch sizes, by commas; empty: 8192,16384 on a CPU, 32768,65536,131072 on a GPU
-    )
-    dim: int = 0  # embedding width E; 0: 256 on a CPU, 512 on a GPU
-    row: str = ""  # internal: measure this one row of the CPU table and print it as JSON
-
-
-def make_inputs(batch: int, dim: int, device: str, dtype: torch.dtype, seed: int) -> dict:
-    """Random unit rows with some signal; 64 concept vectors; one pair in ten shares its knowledge
-    with another.
-    """
+def make_inputs(batch: int, dim: int, concepts: int, device: str, dtype, seed: int = 0) -> dict:
+    """Random unit rows with some signal; one pair in ten shares its knowledge with another."""
     g = torch.Generator(device).manual_seed(seed)
     text = F.normalize(torch.randn(batch, dim, generator=g, device=device), dim=1)
-    video = F.normalize(
-        torch.randn(batch, dim, generator=g, device=device) + text * dim**0.5 / 2, dim=1
+    noise = torch.randn(batch, dim, generator=g, device=device)
+    video = F.normalize(noise + text * dim**0.5 / 2, dim=1)
+    inputs = dict(
+        video=video.to(dtype).requires_grad_(),
+        text=text.to(dtype).requires_grad_(),
+        scale=torch.tensor(math.log(SCALE), device=device, requires_grad=True),
     )
-    concepts = F.normalize(
-        (torch.rand(batch, CONCEPTS, generator=g, device=device) < 0.1).float(), dim=1
-    )
-    ids = torch.arange(batch, device=device)
-    ids[: batch // 10] = ids[batch // 10 : 2 * (batch // 10)]
-    leaves = [text.to(dtype).requires_grad_(), video.to(dtype).requires_grad_()]
-    scalars = [torch.tensor(x, device=device, requires_grad=True) for x in (math.log(SCALE), BETA)]
-    return dict(
-        video=leaves[1],
-        text=leaves[0],
-        scale=scalars[0],
-        beta=scalars[1],
-        concepts=concepts,
-        ids=ids,
-    )
+    if concepts:
+        known = torch.rand(batch, concepts, generator=g, device=device) < 6 / concepts
+        ids = torch.arange(batch, device=device)
+        tenth = batch // 10
+        ids[:tenth] = ids[tenth : 2 * tenth]
+        inputs |= dict(concepts=F.normalize(known.float(), dim=1), ids=ids)
+    return inputs
 
 
-def ours(impl: str, knowledge: bool = False, k: int = 0):
+def ours(impl: str, k: int) -> Callable[[dict], torch.Tensor]:
     """The op as a function of `make_inputs` -> loss."""
 
     def loss(x):
-        know = dict(concepts=x["concepts"], beta=x["beta"], signature=x["ids"]) if knowledge else {}
-        return knowledge_nce(
-            x["video"], x["text"], x["scale"], k=k, impl=impl, check=False, **know
-        )[0]
+        known = {}
+        if "concepts" in x:
+            known = dict(concepts=x["concepts"], beta=BETA, signature=x["ids"])
+        options = dict(k=k, impl=impl, check=False)
+        return knowledge_nce(x["video"], x["text"], x["scale"], **known, **options)[0]
 
     return loss
 
 
-# ---------------------------------------------------------------- CPU
+# ---- what else there is --------------------------------------------------------------------------
+
+
+def eager(x, k: int = 0):
+    """InfoNCE as everybody writes it, with κ and masks where there is knowledge."""
+    logits = x["scale"].exp() * (x["video"] @ x["text"].T).float()
+    if "concepts" in x:
+        eye = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits + BETA * (x["concepts"] @ x["concepts"].T).masked_fill(eye, 0)
+        logits = logits.masked_fill((x["ids"][:, None] == x["ids"]) & ~eye, -torch.inf)
+    if k:  # the hardest of both directions, for nobody
+        logits.detach().topk(k + 1, dim=1), logits.detach().topk(k + 1, dim=0)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Chunked(torch.autograd.Function):
+    """InfoNCE by row chunks: cuBLAS and elementwise PyTorch. The honest rival: 25 lines."""
+
+    ROWS = 2048
+
+    @staticmethod
+    def forward(ctx, video, text, scale):
+        row_lse, col_lse = [], torch.full_like(text[:, 0], -torch.inf, dtype=torch.float32)
+        for v in video.split(Chunked.ROWS):
+            logits = scale * (v @ text.T).float()
+            row_lse.append(logits.logsumexp(1))
+            col_lse = torch.logaddexp(col_lse, logits.logsumexp(0))
+        row_lse = torch.cat(row_lse)
+        ctx.save_for_backward(video, text, scale, row_lse, col_lse)
+        positive = scale * (video.float() * text.float()).sum(1)
+        return ((row_lse + col_lse) / 2 - positive).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        video, text, scale, row_lse, col_lse = ctx.saved_tensors
+        d_video, d_text = [], torch.zeros_like(text, dtype=torch.float32)
+        for v, lse in zip(video.split(Chunked.ROWS), row_lse.split(Chunked.ROWS)):
+            logits = scale * (v @ text.T).float()
+            d = ((logits - lse[:, None]).exp() + (logits - col_lse).exp()).to(v.dtype)
+            d_video.append(d @ text)
+            d_text += d.T @ v
+        unit = grad * scale / 2 / len(video)
+        d_video = torch.cat(d_video).float() - 2 * text.float()
+        d_text = d_text - 2 * video.float()
+        d_scale = (d_video * video).sum() * unit / scale
+        return (d_video * unit).to(video.dtype), (d_text * unit).to(text.dtype), d_scale
+
+
+def chunked(x):
+    return Chunked.apply(x["video"], x["text"], x["scale"].exp())
+
+
+def memeff():
+    from memeff import MemoryEfficientCLIPLoss
+
+    op = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return lambda x: op(x["video"], x["text"])
+
+
+def inf_cl():
+    from inf_cl import cal_flash_loss
+
+    scale = torch.tensor(SCALE, device="cuda")  # its learnable scale fails on one process
+
+    def both(x):
+        to_text = cal_flash_loss(x["video"], x["text"], scale=scale)
+        return (to_text + cal_flash_loss(x["text"], x["video"], scale=scale)) / 2
+
+    return both
+
+
+def gpu_version(name: str, k: int) -> tuple[Callable, int, int]:
+    """(x -> loss, products forward, products in all). Raises ImportError where not installed."""
+    if name == "eager":
+        return lambda x: eager(x, k), 1, 3
+    if name == "torch.compile":
+        return torch.compile(lambda x: eager(x, k)), 1, 3
+    if name == "chunked cuBLAS":
+        return chunked, 1, 4
+    if name == "memeff":
+        return memeff(), 1, 5
+    if name == "inf-cl":
+        return inf_cl(), 2, 10
+    return ours("triton", k), 1 + (k > 0), 4 + (k > 0)
+
+
+PLAIN = ("chunked cuBLAS", "memeff", "inf-cl")  # know nothing of knowledge
+
+
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def peak_mib() -> float:
     """The most memory that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1 << 20 if sys.platform == "darwin" else 1 << 10
-    )
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def cpu_row(impl: str, mode: str, batch: int, dim: int) -> dict:
-    """Seconds of the faster of two steps, its processor seconds, and extra MiB, measured in this
-    process.
-    """
-    x = make_inputs(batch, dim, "cpu", torch.float32, 0)
-    leaves = [x["video"], x["text"], x["scale"], x["beta"]]
-    for leaf in leaves:
+def measure_cpu(impl: str, mode: str, batch: int, dim: int) -> dict:
+    """The faster of two steps, and the memory beyond inputs and gradients, in this process."""
+    options = MODES[mode]
+    x = make_inputs(batch, dim, options["concepts"], "cpu", torch.float32)
+    for leaf in (x["video"], x["text"], x["scale"]):
         leaf.grad = torch.zeros_like(leaf)
-    small = make_inputs(256, dim, "cpu", torch.float32, 1)
-    step = ours(impl, **MODES[mode])
+    step = ours(impl, options["k"])
+    small = make_inputs(256, dim, options["concepts"], "cpu", torch.float32, seed=1)
     step(small).backward()  # threads and libraries are loaded
+
     before, times = peak_mib(), []
     for _ in range(2):
         start, busy = time.perf_counter(), time.process_time()
         loss = step(x)
         middle = time.perf_counter()
         loss.backward()
-        times.append((time.perf_counter() - start, middle - start, time.process_time() - busy))
-    both, forward, cpu = min(times)
-    return dict(
-        forward=forward, backward=both - forward, cpu=cpu, mib=peak_mib() - before, loss=loss.item()
-    )
+        end = time.perf_counter()
+        times.append((end - start, middle - start, end - middle, time.process_time() - busy))
 
-
-def bench_cpu(sizes: list[int], dim: int) -> None:
-    print(
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, E = {dim}, s "
-        f"= {SCALE:g}\n"
-    )
-    print(
-        "| B | mode | version | forward s | backward s | time | CPU s | extra MiB | memory | loss |"
-    )
-    print("|---" * 10 + "|")
-    for batch in sizes:
-        for mode in MODES:
-            rows = {}
-            for impl in ("reference", "tiled"):
-                flags = [
-                    "--row",
-                    f"{impl},{mode}",
-                    "--sizes",
-                    str(batch),
-                    "--dim",
-                    str(dim),
-                    "--device",
-                    "cpu",
-                ]
-                done = subprocess.run(
-                    [sys.executable, __file__, *flags],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                rows[impl] = r = json.loads(done.stdout.splitlines()[-1])
-                first = rows["reference"]
-                speed = (r["forward"] + r["backward"]) / (first["forward"] + first["backward"])
-                saved = first["mib"] / max(1, r["mib"])  # less than a MiB is not measured
-                print(
-                    f"| {batch} | {mode} | {impl} | {r['forward']:.2f} | {r['backward']:.2f} | "
-                    f"{speed:.2f} x "
-                    f"| {r['cpu']:.2f} | {r['mib']:.0f} | 1/{saved:.0f} | {r['loss']:.5f} |",
-                    flush=True,
-                )
-
-
-# ---------------------------------------------------------------- GPU
-
-
-def eager(x):
-    """InfoNCE as everybody writes it."""
-    logits = x["scale"].exp() * (x["video"] @ x["text"].T).float()
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def eager_knowledge(x):
-    """With κ and masks, still without mining."""
-    logits = x["scale"].exp() * (x["video"] @ x["text"].T).float()
-    eye = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits + x["beta"] * (x["concepts"] @ x["concepts"].T).masked_fill(eye, 0)
-    logits = logits.masked_fill((x["ids"][:, None] == x["ids"]) & ~eye, -torch.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def gpu_rows() -> list[tuple]:
-    """(name, mode, loss function or None: not installed, products forward, products in all)."""
-
-    def peer(package, build):
-        return build() if importlib.util.find_spec(package) else None
-
-    def memeff():
-        from memeff import MemoryEfficientCLIPLoss
-
-        op = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
-        return lambda x: op(x["video"], x["text"])
-
-    def inf_cl():
-        from inf_cl import cal_flash_loss
-
-        scale = torch.tensor(SCALE, device="cuda")  # its learnable scale fails on one process
-
-        def both(x):
-            pairs = (x["video"], x["text"]), (x["text"], x["video"])
-            return sum(cal_flash_loss(*pair, scale=scale) for pair in pairs) / 2
-
-        return both
-
-    def open_clip():
-        from open_clip.loss import ClipLoss
-
-        op = ClipLoss()
-        return lambda x: op(x["video"], x["text"], x["scale"].exp())
-
-    return [
-        ("eager", "loss", eager, 1, 3),
-        ("eager", "+ knowledge", eager_knowledge, 1, 3),
-        ("torch.compile", "loss", torch.compile(eager), 1, 3),
-        ("torch.compile", "+ knowledge", torch.compile(eager_knowledge), 1, 3),
-        ("open_clip", "loss", peer("open_clip", open_clip), 2, 6),
-        ("memeff", "loss", peer("memeff", memeff), 1, 5),
-        ("inf-cl", "loss", peer("inf_cl", inf_cl), 2, 10),
-        *[
-            (
-                "triton",
-                mode,
-                ours("triton", **options),
-                1 + (options.get("k", 0) > 0),
-                4 + (options.get("k", 0) > 0),
-            )
-            for mode, options in MODES.items()
-        ],
-    ]
+    _, forward, backward, cpu = min(times)
+    mib = peak_mib() - before
+    return dict(forward_s=forward, backward_s=backward, cpu_s=cpu, extra_mib=mib, loss=loss.item())
 
 
 def median_ms(function, inputs: list[dict], seconds: float = 2.0) -> float:
-    """Median CUDA-event time over about `seconds`, at least 5 and at most 50 calls, inputs rotated,
-    after a warm-up.
-    """
+    """Median time by CUDA events over about `seconds`: 5 to 50 calls after a warm-up."""
     for x in inputs[:2]:
         function(x)
     torch.cuda.synchronize()
@@ -252,93 +212,134 @@ def median_ms(function, inputs: list[dict], seconds: float = 2.0) -> float:
     return statistics.median(times)
 
 
-def gpu_row(function, inputs: list[dict]) -> tuple[float, float, float, float]:
-    """(ms forward, ms forward + backward, peak MiB beyond inputs and gradients, loss of the first
-    input).
-    """
+def measure_gpu(name: str, mode: str, batch: int, dim: int) -> dict:
+    """Medians, rates, and the memory beyond inputs and gradients."""
+    options = MODES[mode]
+    concepts, k = options["concepts"], options["k"]
+    function, forward_products, products = gpu_version(name, k)
+    inputs = [make_inputs(batch, dim, concepts, "cuda", torch.float16, seed=n) for n in range(3)]
 
     def step(x):
         leaves = [v for v in x.values() if v.requires_grad]
         return torch.autograd.grad(function(x), leaves, allow_unused=True)
 
-    forward = median_ms(function, inputs)
-    both = median_ms(step, inputs)
+    forward, both = median_ms(function, inputs), median_ms(step, inputs)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    grads = step(inputs[0])
-    gradients = sum(g.numel() * g.element_size() for g in grads if g is not None)
-    return (
-        forward,
-        both,
-        (torch.cuda.max_memory_allocated() - before - gradients) / 2**20,
-        function(inputs[0]).item(),
+    grads = [g for g in step(inputs[0]) if g is not None]
+    kept = sum(g.numel() * g.element_size() for g in grads)
+    extra = torch.cuda.max_memory_allocated() - before - kept
+
+    # one product by cuBLAS, in slabs that always fit; the truth in float64
+    slab = 4096
+    product = median_ms(lambda x: x["video"][:slab] @ x["text"].T, inputs, seconds=1.0)
+    product *= batch / slab * (dim + concepts) / dim
+    wide = {n: v.detach() for n, v in inputs[0].items()}
+    wide |= dict(video=wide["video"].double(), text=wide["text"].double())
+    error = abs(function(inputs[0]).item() - ours("tiled", 0)(wide).item())
+    tflop = 2 * batch**2 * (dim + concepts) / 1e12
+    return dict(
+        forward_ms=forward,
+        step_ms=both,
+        forward_tflops=forward_products * tflop / forward * 1e3,
+        step_tflops=products * tflop / both * 1e3,
+        forward_of_cublas=forward_products * product / forward,
+        step_of_cublas=products * product / both,
+        extra_mib=extra / 2**20,
+        loss_error=error,
     )
 
 
-def bench_gpu(sizes: list[int], dim: int) -> None:
-    import triton
-
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {versions}, bfloat16, E = {dim}, s = {SCALE:g}\n")
-    print(
-        "| B | version | mode | forward ms | fwd + bwd ms | forward TFLOP/s | fwd + bwd TFLOP/s "
-        "| forward % of cuBLAS | fwd + bwd % | extra MiB | loss error |\n" + "|---" * 11 + "|"
-    )
+def rows_cpu(sizes: list[int], dim: int) -> Iterator[dict]:
+    """A record for each size, mode and version, measured in a process of its own."""
     for batch in sizes:
-        inputs = [make_inputs(batch, dim, "cuda", torch.bfloat16, seed) for seed in range(3)]
-        slab = 4096  # rows, so that the product's result always fits
-        product = (
-            batch / slab * median_ms(lambda x: x["video"][:slab] @ x["text"].T, inputs, seconds=1.0)
-        )
-        flop = 2 * batch**2 * dim
-        print(
-            f"| {batch} | cuBLAS | one product | {product:.2f} | | {flop / product / 1e9:.0f} | | "
-            "100 | | | |"
-        )
-        truth = {}
-        for mode, options in MODES.items():
-            x = {
-                k: v.detach().double() if v.is_floating_point() else v for k, v in inputs[0].items()
-            }
-            with torch.no_grad():
-                truth[mode] = ours("tiled", knowledge=options.get("knowledge", False))(x).item()
-        for name, mode, function, forward_products, products in gpu_rows():
-            if function is None:
-                print(f"| {batch} | {name} | {mode} | not installed |" + " |" * 7)
-                continue
-            try:
-                forward, both, mib, loss = gpu_row(function, inputs)
-            except torch.OutOfMemoryError:
-                print(f"| {batch} | {name} | {mode} | out of memory |" + " |" * 7, flush=True)
-                continue
-            finally:
+        for mode in MODES:
+            for version in ("reference", "tiled"):
+                row = dict(batch=batch, mode=mode, version=version)
+                flags = ["--row", json.dumps(row), "--dim", str(dim), "--device", "cpu"]
+                command = [sys.executable, "-m", "bench.contrastive", *flags]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    yield row | dict(failed=f"status {done.returncode}")
+                    continue
+                yield row | json.loads(done.stdout.splitlines()[-1])
+
+
+def rows_gpu(sizes: list[int], dim: int) -> Iterator[dict]:
+    """A record for each size, mode and version; `failed` says why there is no number."""
+    versions = ("eager", "torch.compile", *PLAIN, "triton")
+    for batch in sizes:
+        for mode in MODES:
+            for version in versions:
+                if mode != "loss" and version in PLAIN:
+                    continue
+                row = dict(batch=batch, mode=mode, version=version)
+                try:
+                    yield row | measure_gpu(version, mode, batch, dim)
+                except ImportError:
+                    yield row | dict(failed="not installed")
+                except torch.OutOfMemoryError:
+                    yield row | dict(failed="out of memory")
                 torch.cuda.empty_cache()
-            fwd_rate, rate = forward_products * flop / forward / 1e9, products * flop / both / 1e9
-            share = product * forward_products / forward, product * products / both
-            print(
-                f"| {batch} | {name} | {mode} | {forward:.2f} | {both:.2f} | {fwd_rate:.0f} | "
-                f"{rate:.0f} "
-                f"| {share[0]:.0%} | {share[1]:.0%} | {mib:.0f} | {abs(loss - truth[mode]):.1e} |",
-                flush=True,
-            )
 
 
-def main() -> None:
-    config = parse_config(BenchConfig)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device}: this machine has no such device; use cpu")
-    default = "8192,16384" if device == "cpu" else "32768,65536,131072"
-    sizes = [int(size) for size in (config.sizes or default).split(",")]
-    dim = config.dim or (256 if device == "cpu" else 512)
-    if config.row:
-        impl, mode = config.row.split(",")
-        print(json.dumps(cpu_row(impl, mode, sizes[0], dim)))
-    elif device == "cpu":
-        bench_cpu(sizes, dim)
+def add_ratios(rows: Iterator[dict]) -> Iterator[dict]:
+    """Each CPU row with its time and memory as shares of the reference's, which goes before it."""
+    for row in rows:
+        if row["version"] == "reference":
+            first = row
+        if "failed" not in row and "failed" not in first:
+            seconds, all_seconds = (r["forward_s"] + r["backward_s"] for r in (row, first))
+            row["time"] = seconds / all_seconds
+            row["memory"] = max(1, row["extra_mib"]) / first["extra_mib"]
+        yield row
+
+
+def print_table(rows: Iterator[dict]) -> None:
+    """Markdown, row by row; the first row with numbers names the columns."""
+    names = None
+    for row in rows:
+        if names is None and "failed" not in row:
+            names = list(row)
+            print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+        cells = [row.get(name, "") for name in names or row]
+        if "failed" in row:
+            cells.append(row["failed"])
+        print("| " + " | ".join(show(cell) for cell in cells) + " |", flush=True)
+
+
+def show(cell) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument(
+        "--sizes", help=f"batches, by commas; a CPU: {CPU_SIZES}, a GPU: {GPU_SIZES}"
+    )
+    parser.add_argument("--dim", type=int, help="embedding width E; a CPU: 256, a GPU: 512")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # a row of the CPU's table, as JSON
+    options = parser.parse_args()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has none; use cpu")
+    dim = options.dim or (256 if device == "cpu" else 512)
+    if options.row:
+        row = json.loads(options.row)
+        print(json.dumps(measure_cpu(row["version"], row["mode"], row["batch"], dim)))
+        return
+
+    default = CPU_SIZES if device == "cpu" else GPU_SIZES
+    sizes = [int(size) for size in (options.sizes or default).split(",")]
+    what = f"torch {torch.__version__}, E = {dim}, s = {SCALE:g}"
+    if device == "cpu":
+        print(f"CPU, {torch.get_num_threads()} threads, {what}, float32\n")
+        print_table(add_ratios(rows_cpu(sizes, dim)))
     else:
-        bench_gpu(sizes, dim)
+        print(f"{torch.cuda.get_device_name()}, {what}, float16\n")
+        print_table(rows_gpu(sizes, dim))
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

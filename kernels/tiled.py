@@ -32,7 +32,6 @@ from .reference import Mined, Problem, Stats, accumulate_dtype, exact_topk, take
 
 TILE = 1 << 22  # logits in a tile
 ROW_GROUP = 32  # neighbours in a row whose maximum mining looks at first
-COLUMN_GROUP = 8  # the same in a column, where a closer look costs more: they lie apart in memory
 
 
 def factors(p: Problem) -> tuple[Tensor, Tensor]:
@@ -146,27 +145,18 @@ def update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int)
     tile's rows only about k/n do, if the batch is in no order: in all k·ln N a column. Where it is
     sorted, the work is more, but no less exact.
     """
-    m, k = score.shape
-    member = torch.arange(COLUMN_GROUP, device=logits.device)
-    maxima, done = [], 0
+    k, done = score.shape[1], 0
     while done < len(logits):
         # as many rows as were seen before: about k·M of them enter
         part = logits[done : done + max(k, first_row + done)]
-        group_max = torch.stack([group.amax(0) for group in part.split(COLUMN_GROUP)])
-        maxima.append(group_max.amax(0))
-
         # what only equals the k-th comes too late: its index is higher
-        kth = score[:, -1].contiguous()
-        group, column = (group_max > kth).nonzero().unbind(1)
-        row = group[:, None] * COLUMN_GROUP + member  # [groups, COLUMN_GROUP]
-        value = part.view(-1)[row.clamp(max=len(part) - 1) * m + column[:, None]]
-        enters = (value > kth[column, None]) & (row < len(part))
-        column, order = column[:, None].expand_as(row)[enters].sort(stable=True)  # then by row
+        row, column = (part > score[:, -1]).nonzero().unbind(1)
+        column, order = column.sort(stable=True)  # then by row
         if len(column):
-            new_row = row[enters][order] + first_row + done
-            merge_new(index, score, column, new_row, value[enters][order])
+            row = row[order]
+            merge_new(index, score, column, row + first_row + done, part[row, column])
         done += len(part)
-    return torch.stack(maxima).amax(0)
+    return logits.amax(0)
 
 
 def merge_new(index: Tensor, score: Tensor, column: Tensor, row: Tensor, value: Tensor) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .reference import Problem
 from .triton_layout import (
-    CELL,
     LOG2E,
     ROW_MULTIPLE,
     Side,
@@ -32,6 +31,7 @@ from .triton_layout import (
     load_tile,
     mask_tile,
     pack,
+    shared_arguments,
     store_tile,
     tile_for,
 )
@@ -49,6 +49,7 @@ def slab_kernel(
     y_ids,
     marks,
     mark_stride_x,
+    mark_stride_y,
     scalars,
     x_weight,
     y_weight,
@@ -85,7 +86,7 @@ def slab_kernel(
 
     rows, cols = x0 + tl.arange(0, BX), y0 + tl.arange(0, BY)
     z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
-    if is_marked(marks, mark_stride_x, 1, x0, y0, BX, BY, CELL):
+    if is_marked(marks, mark_stride_x, mark_stride_y, x0, y0, BX, BY, CELL):
         z = mask_tile(z, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
     weight = tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :]
     d_logits = tl.math.exp2(z) * weight
@@ -124,6 +125,7 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
     y_weight = make_weights(g_col / unit, saved[1], text, scalars[1])
 
     tile = tile_for("slab", video.rows)
+    arguments = shared_arguments(video, text, marks, scalars, tile)
     height = max(ROW_MULTIPLE, min(SLAB // n_y // ROW_MULTIPLE * ROW_MULTIPLE, n_x))
     slab = torch.empty(height, n_y, dtype=video.rows.dtype, device=device)
     columns = width + p.row_concepts.shape[1] if wants_beta else width
@@ -133,31 +135,14 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
         count = min(height, n_x - first)
         rows = slice(first, first + count)
         slab_kernel[triton.cdiv(count, tile.owned) * triton.cdiv(n_y, tile.streamed),](
-            as_argument(video.rows, tile.owned, tile.depth, tile.tma),
-            as_argument(text.rows, tile.streamed, tile.depth, tile.tma),
-            video.ids,
-            text.ids,
-            marks,
-            marks.stride(0),
-            scalars,
-            x_weight,
-            y_weight,
-            as_argument(slab, tile.owned, tile.streamed, tile.tma),
-            first,
-            count,
-            n_x,
-            n_y,
-            D=video.rows.shape[1],
-            IDS=len(video.ids),
-            BX=tile.owned,
-            BY=tile.streamed,
-            BD=tile.depth,
-            CELL=CELL,
+            **arguments,
+            x_weight=x_weight,
+            y_weight=y_weight,
+            slab=as_argument(slab, tile.owned, tile.streamed, tile.tma),
+            x_first=first,
+            x_count=count,
             GROUP=GROUP,
             HALF=getattr(tl, str(slab.dtype).removeprefix("torch.")),
-            TMA=tile.tma,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
         d_video[rows] = multiply(slab[:count], text.rows[:, :columns])
         d_text += multiply(slab[:count].T, video.rows[rows, :width])

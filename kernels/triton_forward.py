@@ -39,15 +39,14 @@ from torch import Tensor
 
 from .reference import Mined, Problem, Stats
 from .triton_layout import (
-    CELL,
     Side,
     Tile,
-    as_argument,
     is_marked,
     load_tile,
     log_of_sums,
     mask_tile,
     pack,
+    shared_arguments,
     tile_for,
 )
 from .triton_mining import hardest
@@ -168,31 +167,13 @@ def run_pass(x: Side, y: Side, marks: Tensor, scalars: Tensor, mine: bool) -> Pa
     result = Pass(x_sums, y_sums, best, tile, tiles_of_split * tile.streamed, code_bits)
 
     forward_kernel[owners, splits](
-        as_argument(x.rows, tile.owned, tile.depth, tile.tma),
-        as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
-        x.ids,
-        y.ids,
-        marks,
-        marks.stride(0),
-        marks.stride(1),
-        scalars,
-        x_sums,
-        y_sums,
-        best,
-        n_x,
-        n_y,
-        result.split_size,
-        D=x.rows.shape[1],
-        IDS=len(x.ids),
-        BX=tile.owned,
-        BY=tile.streamed,
-        BD=tile.depth,
-        CELL=CELL,
+        **shared_arguments(x, y, marks, scalars, tile),
+        x_sums=x_sums,
+        y_sums=y_sums,
+        best=best,
+        split_size=result.split_size,
         CODE_BITS=code_bits,
         MINE=mine,
-        TMA=tile.tma,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return result
 

@@ -110,6 +110,31 @@ class Side(NamedTuple):
     masked: Tensor  # [P] int32: how many packed rows of the other side are no negatives of this one
 
 
+def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Tile) -> dict:
+    """What every kernel over tiles is given; its owned side is x."""
+    return dict(
+        x_rows=as_argument(x.rows, tile.owned, tile.depth, tile.tma),
+        y_rows=as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
+        x_ids=x.ids,
+        y_ids=y.ids,
+        marks=marks,
+        mark_stride_x=marks.stride(0),
+        mark_stride_y=marks.stride(1),
+        scalars=scalars,
+        n_x=len(x.rows),
+        n_y=len(y.rows),
+        D=x.rows.shape[1],
+        IDS=len(x.ids),
+        BX=tile.owned,
+        BY=tile.streamed,
+        BD=tile.depth,
+        CELL=CELL,
+        TMA=tile.tma,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 class Layout(NamedTuple):
     """The packed problem."""
 

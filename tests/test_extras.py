@@ -1,7 +1,10 @@
 """What the op is part of: texts without a video on many ranks, and the loss module."""
 
 import importlib.util
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,3 +122,21 @@ def test_open_clips_loss_trains_alike():
     losses = open_clip.compare(open_clip.BenchConfig(steps=10))
     assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-5)
     assert losses["ours"][-1] < losses["ours"][0]
+
+
+def test_the_gpu_session_runs_what_a_cpu_can(tmp_path):
+    """Records and a page; what is there is not run again; what needs a GPU says so."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    flags = ["--device", "cpu", "--small", "--only", "check,profile", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.gpu", *flags]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)
+    )
+    assert "check: status 0" in first.stdout and "profile: needs a GPU" in first.stdout
+    assert "check: is there" in second.stdout
+
+    record = json.loads((tmp_path / "check.json").read_text())
+    assert len(record["rows"]) == 3 and all(row["right"] for row in record["rows"])
+    assert {"device", "versions", "commit", "date", "command"} <= set(record)
+    page = (tmp_path / "page.md").read_text()
+    assert "| a rank's share |" in page and "## profile\n\nNot run." in page

@@ -112,8 +112,7 @@ STORIES = {
 ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "train.py": (".ci/run", "train, shortened"),
     "-m pytest": (".ci/run", "pytest"),
-    "-m pytest tests/test_kernels.py": (".ci/run", "pytest"),
-    "-m bench.contrastive": ("docs/kernel.md", "GPU: not run"),
+    "-m bench.gpu": ("tests/test_extras.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
     "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 "
     "--gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6 "
