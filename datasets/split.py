@@ -1,6 +1,6 @@
 """A split: videos, captions, and which video each caption is of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,20 +27,6 @@ class Split:
             captions.append(caption)
             video_of_caption.append(number.setdefault(path, len(number)))
         return cls(list(number), captions, np.array(video_of_caption, np.int64))
-
-    @classmethod
-    def join(cls, splits: Sequence["Split"]) -> "Split":
-        """Several data sets as one, in their order. A video that is in two of them is one video."""
-        windows = {split.window for split in splits}
-        assert len(windows) == 1, f"{windows}: a split has one window of seconds"
-        number: dict[str, int] = {}
-        captions, video_of_caption, broken = [], [], {}
-        for split in splits:
-            place = [number.setdefault(path, len(number)) for path in split.video_paths]
-            captions += split.captions
-            video_of_caption.append(np.array(place, np.int64)[split.video_of_caption])
-            broken |= split.broken
-        return cls(list(number), captions, np.concatenate(video_of_caption), broken, *windows)
 
     def without(self, broken: dict[str, str]) -> "Split":
         """This split without some videos, {path: why}, and their captions."""

@@ -131,9 +131,13 @@ def test_broken_videos_are_dropped_and_listed(folder, tmp_path, capsys):
 def test_pictures_are_videos_of_one_frame(folder, tmp_path):
     for i in range(4):
         cv2.imwrite(str(tmp_path / f"{i}.jpg"), np.full((30, 40, 3), 60 * i, np.uint8))
-    pictures = Split.from_pairs((str(tmp_path / f"{i}.jpg"), f"picture {i}") for i in range(4))
+    videos = load_split("csv", folder)
+    pairs = [
+        (videos.video_paths[j], videos.captions[i]) for i, j in enumerate(videos.video_of_caption)
+    ]
+    pairs += [(str(tmp_path / f"{i}.jpg"), f"picture {i}") for i in range(4)]
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=8)
-    mixed = make_dataset(Split.join([load_split("csv", folder), pictures]), cache)
+    mixed = make_dataset(Split.from_pairs(pairs), cache)
     for num_frames in (1, 4, 8):
         video = mixed.batch(np.array([0, 12, 15]), num_frames=num_frames, seed=0)["video"]
         assert video.shape == (3, num_frames, 16, 16, 3)
