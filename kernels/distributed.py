@@ -88,5 +88,6 @@ class KnowledgeLoss(nn.Module):
         col_negatives = columns.clamp(min=NO_NEGATIVES).logsumexp(0)
         to_text = F.softplus(stats.row_negatives - stats.positive)
         to_image = F.softplus(col_negatives - stats.positive)
+
         loss = (to_text.mean() + to_image.mean()) / 2
         return {"contrastive_loss": loss} if output_dict else loss

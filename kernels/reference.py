@@ -138,6 +138,7 @@ def reference_stats(p: Problem) -> Stats:
     columns = rows + p.offset  # of the positives
 
     logits = p.scale * (video @ text.T)  # [N, M]
+
     kappa = p.row_concepts.to(video.dtype) @ p.col_concepts.to(video.dtype).T
     logits = logits + p.beta * kappa
     positive = p.scale * (video * text[columns]).sum(1)
@@ -152,5 +153,6 @@ def reference_stats(p: Problem) -> Stats:
     v2t_index, v2t_score = exact_topk(negatives, p.k)
     t2v_index, t2v_score = exact_topk(negatives.T.contiguous(), p.k)
     mined = Mined(v2t_index, v2t_score.float(), t2v_index, t2v_score.float())
+
     row_negatives, col_negatives = (log_sum_exp(logits, masked, dim) for dim in (1, 0))
     return Stats(row_negatives, col_negatives, positive, mined)

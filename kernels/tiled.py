@@ -86,11 +86,14 @@ def tiled_forward(p: Problem) -> Stats:
     """`Stats`, by row tiles."""
     left, right = factors(p)
     n, m, width = len(left), len(right), p.video.shape[1]
+
+    # a positive needs no tile
     positive = (left[:, :width] * right[p.offset : p.offset + n, :width]).sum(1)
 
     row_negatives = left.new_empty(n)
     v2t_index = torch.empty(n, p.k, dtype=torch.int64, device=left.device)
     v2t_score = left.new_empty(n, p.k)
+
     col_max, col_sum = left.new_full((m,), -torch.inf), left.new_zeros(m)
     t2v_index = torch.full((m, p.k), -1, device=left.device)
     t2v_score = left.new_full((m, p.k), -torch.inf)
@@ -102,6 +105,7 @@ def tiled_forward(p: Problem) -> Stats:
             tile_max = update_columns(t2v_index, t2v_score, logits, rows.start)
         else:
             row_max, tile_max = finite(logits.amax(1)), logits.amax(0)
+
         row_negatives[rows] = sum_exp(logits, row_max, 1, scratch).log_() + row_max
 
         new_max = torch.maximum(col_max, tile_max)
@@ -200,7 +204,9 @@ def tiled_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool) 
     positives = slice(p.offset, p.offset + n)
     d_video = d_left[:, :width].addcmul_(g_positive[:, None], right[positives, :width])
     d_text[positives].addcmul_(g_positive[:, None], left[:, :width])
-    d_scale = (left[:, :width] * d_video).sum() / p.scale
+
+    # v·dV, and c·(dA·C)
+    d_scale = (p.video.to(p.dtype) * d_video).sum()
     d_beta = torch.zeros_like(p.beta)
     if wants_beta:
         d_beta = (p.row_concepts * d_left[:, width:]).sum()

@@ -88,6 +88,7 @@ def slab_kernel(
     z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
     if is_marked(marks, mark_stride_x, mark_stride_y, x0, y0, BX, BY, CELL):
         z = mask_tile(z, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
+
     weight = tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :]
     d_logits = tl.math.exp2(z) * weight
     store_tile(slab, x_slab, y0, n_y, d_logits.to(HALF), BX, BY, TMA)
@@ -128,9 +129,11 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
     arguments = shared_arguments(video, text, marks, scalars, tile)
     height = max(ROW_MULTIPLE, min(SLAB // n_y // ROW_MULTIPLE * ROW_MULTIPLE, n_x))
     slab = torch.empty(height, n_y, dtype=video.rows.dtype, device=device)
+
     columns = width + p.row_concepts.shape[1] if wants_beta else width
     d_video = torch.empty(n_x, columns, device=device)  # dA·[T | C]
     d_text = torch.zeros(n_y, width, device=device)
+
     for first in range(0, n_x, height):
         count = min(height, n_x - first)
         rows = slice(first, first + count)
@@ -144,6 +147,7 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
             GROUP=GROUP,
             HALF=getattr(tl, str(slab.dtype).removeprefix("torch.")),
         )
+
         d_video[rows] = multiply(slab[:count], text.rows[:, :columns])
         d_text += multiply(slab[:count].T, video.rows[rows, :width])
 

@@ -104,6 +104,8 @@ def forward_kernel(
     x0, start = i * BX, split * split_size
     cols = x0 + tl.arange(0, BX)
     scale2, shift = tl.load(scalars), tl.load(scalars + 1)
+
+    # what stays in registers from tile to tile
     sums = tl.zeros([BY // 16, 8, BX], tl.float32)
     first = tl.zeros([BY // 16, 8, BX], tl.int32)
     second = tl.zeros([BY // 16, 8, BX], tl.int32)
@@ -131,6 +133,7 @@ def forward_kernel(
         else:
             tl.store(y_sums + i.to(tl.int64) * n_y + rows, tl.sum(e, 1))
 
+    # the ends of the lanes
     tl.store(x_sums + split * n_x + cols, tl.sum(tl.reshape(sums, [BY // 2, BX]), 0))
     if MINE:
         lane = tl.reshape(tl.arange(0, BY // 2), [BY // 16, 8, 1])
@@ -160,10 +163,12 @@ def run_pass(x: Side, y: Side, marks: Tensor, scalars: Tensor, mine: bool) -> Pa
     tiles_of_split = triton.cdiv(tiles, splits)
     code_bits = max(1, (tiles_of_split * 2 - 1).bit_length())
 
+    # what the pass writes
     x_sums = torch.empty(splits, n_x, device=device)
     y_sums = torch.empty(0 if mine else owners, n_y, device=device)
     shape = (splits if mine else 0, 2, lanes, n_x)
     best = torch.empty(shape, dtype=torch.int32, device=device)
+
     result = Pass(x_sums, y_sums, best, tile, tiles_of_split * tile.streamed, code_bits)
 
     forward_kernel[owners, splits](
@@ -175,6 +180,7 @@ def run_pass(x: Side, y: Side, marks: Tensor, scalars: Tensor, mine: bool) -> Pa
         CODE_BITS=code_bits,
         MINE=mine,
     )
+
     return result
 
 
@@ -194,6 +200,8 @@ def triton_forward(p: Problem) -> Stats:
     """`Stats`, by one pass over the matrix, or one for each side if there is something to mine."""
     n, m = len(p.video), len(p.text)
     video, text, marks, scalars = pack(p)
+
+    # the positives are few
     positive_text = p.text[p.offset : p.offset + n].to(p.dtype).float()
     positive = p.scale * (p.video.to(p.dtype).float() * positive_text).sum(1)
 

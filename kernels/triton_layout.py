@@ -113,6 +113,7 @@ class Side(NamedTuple):
 def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Tile) -> dict:
     """What every kernel over tiles is given; its owned side is x."""
     return dict(
+        # data
         x_rows=as_argument(x.rows, tile.owned, tile.depth, tile.tma),
         y_rows=as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
         x_ids=x.ids,
@@ -121,6 +122,7 @@ def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Til
         mark_stride_x=marks.stride(0),
         mark_stride_y=marks.stride(1),
         scalars=scalars,
+        # sizes
         n_x=len(x.rows),
         n_y=len(y.rows),
         D=x.rows.shape[1],
@@ -130,6 +132,7 @@ def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Til
         BD=tile.depth,
         CELL=CELL,
         TMA=tile.tma,
+        # what the compiler may spend
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -153,6 +156,8 @@ def pack(p: Problem) -> Layout:
         f"impl='triton' takes float32, float16 or bfloat16, not {p.dtype}"
     )
     n, m = len(p.video), len(p.text)
+
+    # ids of a pair are equal exactly where it is no negative
     pair = torch.arange(m, device=p.video.device)
     row_ids, col_ids = [pair[p.offset : p.offset + n]], [pair]
     for ids in torch.cat([p.row_ids, p.col_ids]).unbind(1):
@@ -160,12 +165,14 @@ def pack(p: Problem) -> Layout:
         row_ids.append(row_id)
         col_ids.append(col_id)
 
+    # β/s on one side: s times the product has β times κ
     row_concepts = p.row_concepts * (p.beta / p.scale)
     video = pack_side(p.video, row_concepts, row_ids, p.dtype)
     text = pack_side(p.text, p.col_concepts, col_ids, p.dtype)
 
     cells = len(video.rows) // CELL, len(text.rows) // CELL
     marks = torch.empty(cells, dtype=torch.int8, device=p.video.device)
+
     mark_cells[cells](
         video.ids,
         text.ids,
@@ -178,6 +185,7 @@ def pack(p: Problem) -> Layout:
         CELL=CELL,
         num_warps=8,
     )
+
     return Layout(video, text, marks, make_scalars(p))
 
 
@@ -220,6 +228,8 @@ def mark_cells(
     """marks[i, j] = does cell (i, j) hold a masked pair? And count those of each row and column."""
     i, j = tl.program_id(0), tl.program_id(1)
     rows, cols = i * CELL + tl.arange(0, CELL), j * CELL + tl.arange(0, CELL)
+
+    # [CELL, CELL]: padding, or any id that is equal
     found = (tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :]
     for s in tl.static_range(IDS):
         row_id, col_id = tl.load(row_ids + s * n_rows + rows), tl.load(col_ids + s * n_cols + cols)
@@ -227,6 +237,7 @@ def mark_cells(
 
     in_row, in_col = tl.sum(found.to(tl.int32), 1), tl.sum(found.to(tl.int32), 0)
     mark = tl.max(in_row, 0) > 0
+
     tl.store(marks + i * tl.num_programs(1) + j, mark.to(tl.int8))
     if mark:
         tl.atomic_add(row_masked + rows, in_row)

@@ -120,9 +120,12 @@ def mining_kernel(
     split, within = lane // half, lane % half
     at = best + (split * BY + within).to(tl.int64) * n_x + x[:, None]
     first, second = tl.load(at), tl.load(at + half * n_x.to(tl.int64))
+
+    # their values without the code, and their rows of y
     first_cut, second_cut = first >> CODE_BITS, second >> CODE_BITS
     first_y = locate(split, within, first & code_mask, split_size, BY)
     second_y = locate(split, within, second & code_mask, split_size, BY)
+
     first_key = tl.where(first_cut > 0, make_key(first_cut, first_y), -1)
     second_key = tl.where(second_cut > 0, make_key(second_cut, second_y), -1)
     taken = take_largest(first_key, second_key, KC)
@@ -136,12 +139,13 @@ def mining_kernel(
         chosen = tl.min(tl.where(open_lanes, lane, LANES), 1)[:, None]  # LANES: none left
         open_lanes = open_lanes & (lane != chosen)
 
-        # its rows, but for the two that it kept
+        # its rows of y, but for the two that it kept, and for what is masked
         code = tl.arange(0, CODES)[None, :]
         y = locate(chosen // half, chosen % half, code, split_size, BY)
         new = (chosen < LANES) & (code // 2 * BY < split_size) & (y < n_y)
         new &= code != tl.max(tl.where(lane == chosen, first & code_mask, -1), 1)[:, None]
         new &= code != tl.max(tl.where(lane == chosen, second & code_mask, -1), 1)[:, None]
+
         y = tl.where(new, y, 0)
         new &= tl.load(y_ids + y) >= 0
         for s in tl.static_range(IDS):
@@ -159,11 +163,13 @@ def mining_kernel(
     nothing: tl.constexpr = -(1 << 63)
     key = tl.where(found, make_key(ordered, y), nothing)
 
+    # the largest, K times
     out = x.to(tl.int64) * K
     for i in range(K):
         top = tl.max(key, 1)
         key = tl.where(key == top[:, None], nothing, key)
         high = (top >> 32).to(tl.int32)
+
         value = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         is_found = top != nothing
         tl.store(index + out + i, tl.where(is_found, flip((top & 0x7FFFFFFF).to(tl.int32)), -1))
@@ -201,4 +207,5 @@ def hardest(owned, x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, T
         BD=owned.tile.depth,
         **LAUNCH,
     )
+
     return index, score

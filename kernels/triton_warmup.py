@@ -44,6 +44,7 @@ def lse_kernel(
             logits = tl.dot(v, t.T, logits, input_precision="ieee")
         logits *= scale
 
+        # online log-sum-exp
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         total *= tl.exp(maximum - new_maximum)
         total += tl.sum(tl.exp(logits - new_maximum[:, None]), 1)

