@@ -781,9 +781,12 @@ def test_demo():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_in_the_interpreter():
+@pytest.mark.parametrize("chosen", ["shipped_tiles", "not shipped_tiles"])
+def test_in_the_interpreter(chosen):
+    """In two halves, so that no test takes a minute."""
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", chosen]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
