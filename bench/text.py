@@ -9,7 +9,7 @@ such caption stops a run for hours. So every function gets texts of 10, 100 and 
 repetition of something that is awkward for it. Time is CPU time of this process. Growth is the time
 of the longest text over that of the next one: 10 where time is linear, 100 where it is quadratic.
 Times below a hundredth of a second count as one. A row is a function with the text that took it
-longest, or an alarm: a text whose growth is above 30.
+longest, or an alarm: a text whose growth is above 20.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from datasets.readers import read_columns, read_csv, read_json, read_jsonl, read
 from knowledge import extract_knowledge, meaning_ids, pack, read_captions
 
 LENGTHS = (10_000, 100_000, 1_000_000)  # characters
-LINEAR = 30  # growth that is still taken for linear
+LINEAR = 20  # growth that is still taken for linear
 SHORTEST = 0.01  # seconds: below it, a time is noise
 
 REPEATED = {

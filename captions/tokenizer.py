@@ -91,7 +91,7 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     them are cut the same way in every word, and "ab"+"c" never meets "a"+"bc".
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    words = [[bytes([byte]) for byte in word] for word in word_counts]
+    words = [[tokens[byte] for byte in word] for word in word_counts]
     counts = list(word_counts.values())
 
     frequency = collections.Counter()  # pair -> how often it occurs now

@@ -38,6 +38,17 @@ from cli import UserError, parse_config, run, write_whole
 from knowledge import ConceptVocab
 from model import CLOP, ModelConfig
 
+# what a header raises that is whole, but laid out in another way
+FOREIGN = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
+)
+
 
 class DamagedCheckpoint(UserError):
     """The file is cut off, or its bytes are not those that were written."""
@@ -140,6 +151,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = F
                 f"{path}: damaged, its tensors do not match their checksum; "
                 "use an earlier checkpoint"
             )
+
         weights = below("model.", tensors)
         return Checkpoint(
             model=build_model(contents["model"], weights).to(device).eval(),
@@ -152,9 +164,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = F
             path=path,
             training=below("training.", tensors) if training else {},
         )
-    except UserError:
-        raise
-    except Exception as error:  # the file is whole, but laid out in another way: nearly anything
+    except FOREIGN as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(
             f"{path}: written by another version of this code ({why}); use that version, or train "
