@@ -291,7 +291,7 @@ def add_ratios(rows: Iterator[dict]) -> Iterator[dict]:
         if "failed" not in row and "failed" not in first:
             seconds, all_seconds = (r["forward_s"] + r["backward_s"] for r in (row, first))
             row["time"] = seconds / all_seconds
-            row["memory"] = max(1, row["extra_mib"]) / first["extra_mib"]
+            row["memory"] = max(1, row["extra_mib"]) / max(1, first["extra_mib"])  # 1 MiB is noise
         yield row
 
 

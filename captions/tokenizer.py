@@ -62,10 +62,12 @@ def clean(caption: str) -> str:
     is_plain = caption.isascii() and caption.isprintable() and "&" not in caption
     if not is_plain:
         # CLIP's ftfy undoes entities until nothing changes, which is quadratic for "&amp;amp;…".
-        # Twice is enough for captions. Then twice more without ftfy, as CLIP does.
-        if "<" not in caption:
-            caption = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption))
-        caption = ftfy.fix_text(cut_accents(caption), MEND)
+        # Twice is enough for captions. Then twice more without ftfy, as CLIP does. A line with "<"
+        # is HTML to ftfy, which leaves it and all lines behind it as they are.
+        tag = caption.find("<")
+        plain = len(caption) if tag < 0 else caption.rfind("\n", 0, tag) + 1
+        head = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption[:plain]))
+        caption = ftfy.fix_text(cut_accents(head + caption[plain:]), MEND)
         caption = unescape(unescape(caption))
     return " ".join(caption.split()).lower()
 
