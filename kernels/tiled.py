@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same statistics without the matrix, in plain PyTorch: the CPU's version.
 
-The rows are cut into tiles of about 4 million logits (16 MiB). Nothing larger is ever made, neither
-forward nor backward. One product makes a tile, knowledge included, since the concepts are further
-columns of the embeddings:
+The rows are cut into tiles of about 4 million logits (16 MiB). Nothing of size N × M is ever made,
+neither forward nor backward. Two products make a tile: of the embeddings, and of the concepts. A
+caption holds about ten of up to 4,096 concepts, so the rows of the second are sparse:
 
-    a = L·Rᵀ        L = [s·v | β·c_v]  [N, E + K]        R = [t | c_t]  [M, E + K]
+    a = (s·v)·tᵀ + (β·c_v)·c_tᵀ        v [N, E]   t [M, E]   c_v [N, K]   c_t [M, K]
 
 A row meets all its columns inside one tile, so its log-sum-exp and its k hardest are done there. A
 column is met once per tile. It keeps its k hardest so far, and an online log-sum-exp: a maximum,
@@ -19,8 +19,8 @@ costs a product more but no memory, and gives the gradient of the logits. For th
 
     dA_ij = g_row_i · exp(a_ij − row_negatives_i) + g_col_j · exp(a_ij − col_negatives_j)
 
-Then dA·R = [dA·T | dA·C] holds dV = s · (dA·T + g_pos ⊙ t), ds = Σ_i v_i·dV_i / s and
-dβ = Σ_i c_i·(dA·C)_i. The other side is dT = dAᵀ·(s·V) + s · g_pos ⊙ v.
+Then dV = s · (dA·T + g_pos ⊙ t), dT = dAᵀ·(s·V) + s · g_pos ⊙ v, ds = Σ_i v_i·dV_i / s and
+dβ = Σ_ij dA_ij·κ_ij.
 """
 
 from collections.abc import Iterator
@@ -34,15 +34,21 @@ TILE = 1 << 22  # logits in a tile
 ROW_GROUP = 32  # neighbours in a row whose maximum mining looks at first
 
 
-def factors(p: Problem) -> tuple[Tensor, Tensor]:
-    """L [N, E + K] and R [M, E + K], whose product is the logits, in the dtype of the sums."""
+def factors(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """s·v [N, E], t [M, E] and c_tᵀ [K, M], in the dtype of the sums."""
     dtype = accumulate_dtype(p.video.dtype)
     video, text = p.video.to(p.dtype).to(dtype), p.text.to(p.dtype).to(dtype)
-    left = torch.cat([video * p.scale, p.row_concepts.to(dtype) * p.beta], 1)
-    return left, torch.cat([text, p.col_concepts.to(dtype)], 1)
+    return video * p.scale, text, p.col_concepts.to(dtype).T.contiguous()
 
 
-def tiles(left: Tensor, right: Tensor, p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def sparse_concepts(p: Problem, rows: slice) -> Tensor:
+    """c_v of these rows, sparse [rows, K], in the dtype of the sums."""
+    return p.row_concepts[rows].to(accumulate_dtype(p.video.dtype)).to_sparse()
+
+
+def tiles(
+    left: Tensor, right: Tensor, concepts: Tensor, p: Problem
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their logits with −inf at what is no negative, scratch of the same shape), tile by
     tile.
 
@@ -58,6 +64,8 @@ def tiles(left: Tensor, right: Tensor, p: Problem) -> Iterator[tuple[slice, Tens
         rows = slice(first, min(first + size, n))
         count = rows.stop - first
         logits = torch.mm(left[rows], right.T, out=buffer[:count])
+        if len(concepts):
+            logits.addmm_(sparse_concepts(p, rows) * p.beta, concepts)
         logits.diagonal(first + p.offset).fill_(-torch.inf)
 
         # False negatives are few. To join sorted ids is cheaper than to compare all.
@@ -84,11 +92,10 @@ def sum_exp(logits: Tensor, maximum: Tensor, dim: int, scratch: Tensor) -> Tenso
 
 def tiled_forward(p: Problem) -> Stats:
     """`Stats`, by row tiles."""
-    left, right = factors(p)
-    n, m, width = len(left), len(right), p.video.shape[1]
+    left, right, concepts = factors(p)
+    n, m = len(left), len(right)
 
-    # a positive needs no tile
-    positive = (left[:, :width] * right[p.offset : p.offset + n, :width]).sum(1)
+    positive = (left * right[p.offset : p.offset + n]).sum(1)  # needs no tile
 
     row_negatives = left.new_empty(n)
     v2t_index = torch.empty(n, p.k, dtype=torch.int64, device=left.device)
@@ -98,7 +105,7 @@ def tiled_forward(p: Problem) -> Stats:
     t2v_index = torch.full((m, p.k), -1, device=left.device)
     t2v_score = left.new_full((m, p.k), -torch.inf)
 
-    for rows, logits, scratch in tiles(left, right, p):
+    for rows, logits, scratch in tiles(left, right, concepts, p):
         if p.k:
             v2t_index[rows], v2t_score[rows] = hardest_of_rows(logits, p.k)
             row_max = finite(v2t_score[rows, 0])
@@ -186,28 +193,25 @@ def tiled_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool) 
     saved: row_negatives and col_negatives of `tiled_forward`; upstream: the gradients of its first
     three outputs. Without wants_beta, d_beta is 0 and costs nothing.
     """
-    left, right = factors(p)
-    n, width = p.video.shape
+    left, right, concepts = factors(p)
+    n = len(left)
     g_row, g_col, g_positive = upstream
     # no negatives: exp(−inf − ∞) = 0, where −inf − (−inf) would be NaN
     row_lse, col_lse = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in saved)
 
-    wanted = right if wants_beta else right[:, :width]
-    d_left = left.new_empty(n, wanted.shape[1])  # dA·R
-    d_text = right.new_zeros(len(right), width)
-    for rows, logits, scratch in tiles(left, right, p):
+    d_video, d_text = torch.empty_like(left), torch.zeros_like(right)
+    d_beta = torch.zeros_like(p.beta)
+    for rows, logits, scratch in tiles(left, right, concepts, p):
         d_logits = torch.sub(logits, row_lse[rows, None], out=scratch).exp_()
         d_logits.mul_(g_row[rows, None]).addcmul_(logits.sub_(col_lse).exp_(), g_col)
-        torch.mm(d_logits, wanted, out=d_left[rows])
-        d_text.addmm_(d_logits.T, left[rows, :width])
+        torch.mm(d_logits, right, out=d_video[rows])
+        d_text.addmm_(d_logits.T, left[rows])
+        if wants_beta:
+            d_beta += (torch.mm(sparse_concepts(p, rows), concepts) * d_logits).sum()
 
     positives = slice(p.offset, p.offset + n)
-    d_video = d_left[:, :width].addcmul_(g_positive[:, None], right[positives, :width])
-    d_text[positives].addcmul_(g_positive[:, None], left[:, :width])
+    d_video.addcmul_(g_positive[:, None], right[positives])
+    d_text[positives].addcmul_(g_positive[:, None], left)
 
-    # v·dV, and c·(dA·C)
-    d_scale = (p.video.to(p.dtype) * d_video).sum()
-    d_beta = torch.zeros_like(p.beta)
-    if wants_beta:
-        d_beta = (p.row_concepts * d_left[:, width:]).sum()
+    d_scale = (p.video.to(p.dtype) * d_video).sum()  # v·dV
     return d_video * p.scale, d_text, d_scale, d_beta
