@@ -42,7 +42,12 @@ PROBLEM_COLUMNS = ("split", "status", "video", "reason")
 
 
 def check_dataset(
-    dataset: str, root: str | Path, *, sample: int = 50, seed: int = 0
+    dataset: str,
+    root: str | Path,
+    *,
+    videos_root: str | Path | None = None,
+    sample: int = 50,
+    seed: int = 0,
 ) -> tuple[list[dict], list[tuple[str, str, str, str]]]:
     """(a row {COLUMNS: …} per split, PROBLEM_COLUMNS per problem).
 
@@ -58,7 +63,7 @@ def check_dataset(
         row = dict.fromkeys(COLUMNS, 0) | dict(split=role, expected=expected)
         rows.append(row)
         try:
-            split = load_split(dataset, root, role)
+            split = load_split(dataset, root, role, videos_root=videos_root)
         except UserError as error:
             problems.append((role, "no split", "", str(error)))
             continue
@@ -115,13 +120,16 @@ class CheckConfig:
 
     dataset: Positional[str]  # msrvtt, msvd, …: see datasets/published.py
     root: str  # folder with its annotation files and videos
+    videos_root: str | None = None  # another folder with videos
     out: str | None = None  # csv file for all problems
     sample: int = 50  # videos per split that are decoded
 
 
 def main() -> None:
     config = parse_config(CheckConfig)
-    rows, problems = check_dataset(config.dataset, config.root, sample=config.sample)
+    rows, problems = check_dataset(
+        config.dataset, config.root, videos_root=config.videos_root, sample=config.sample
+    )
 
     print("".join(f"{column:>10}" for column in COLUMNS))
     for row in rows:
