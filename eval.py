@@ -431,8 +431,7 @@ def machine_facts(device: str) -> dict:
 
 def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results, device):
     """What metrics.json holds: every metric, and all that is needed to compare it with another."""
-    counts, note = task.count(results.split, len(results.questions))
-    doubts = [note, *checkpoint.trained_on.doubts(task.videos)]
+    counts, note = task.count(results.split, checkpoint.trained_on, len(results.questions))
     sizes = checkpoint.model.config
     protocol = task.protocol
     if "v2t_grouped_R@1" in metrics:
@@ -445,9 +444,9 @@ def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics,
         split=config.split,
         protocol=protocol,
         **metrics,
-        note="; ".join(filter(None, doubts)),
+        note=note,
         **counts,
-        official=task.official,
+        official=task.split.official,
         **results.split.count_broken(),
         unusable=results.split.broken,
         checkpoint=str(checkpoint.path),

@@ -53,7 +53,7 @@ from data import (
 from datasets import toyworld
 from datasets.published import DATASETS, load_split
 from datasets.split import Split, TrainedOn
-from datasets.tasks import Task, official_counts
+from datasets.tasks import Task
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, Knowledge, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
@@ -280,18 +280,15 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
 
     cache = open_cache(folder / "frames", sizes)
     decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
-    listed = official_counts(config.dataset, "train").get("videos", len(train_split.video_paths))
     train_split = keep_decodable(train_split, cache, **decoding)
-    trained_on = TrainedOn.of(config.dataset, train_split, listed)
+    trained_on = TrainedOn.of(config.dataset, train_split)
     if source := resumed or init:
         trained_on = source.trained_on | trained_on
-
     val_note = ""
     if val_split:
-        task = Task("", val_split, official=official_counts(config.dataset, "val"))
+        validation = Task("", val_split)
         val_split = keep_decodable(val_split, cache, **decoding)
-        doubts = [task.count(val_split)[1], *trained_on.doubts(val_split.video_paths)]
-        val_note = "; ".join(filter(None, doubts))
+        _, val_note = validation.count(val_split, trained_on)
 
     if train_split.broken:
         kept = [row[caption] for caption in train_split.captions]

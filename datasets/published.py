@@ -630,4 +630,7 @@ def load_split(
     else:
         pairs = entry.read(folder, role)
     places = [] if entry is OWN else folder.places
-    return replace(Split.from_pairs(pairs), window=entry.window, places=places)
+    sizes = dict(videos=entry.videos[role], captions=entry.captions.get(role))
+    official = {what: size for what, size in sizes.items() if size}
+    split = Split.from_pairs(pairs)
+    return replace(split, window=entry.window, places=places, official=official)

@@ -20,6 +20,8 @@ class Split:
     # the seconds of each video that belong to it; None = to the end
     window: tuple[float, float | None] = (0.0, None)
     places: list[str] = field(default_factory=list)  # folders where its videos were looked for
+    # how many "videos", "captions", "questions" there should be, where that is fixed
+    official: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
@@ -95,9 +97,10 @@ class TrainedOn:
     counts: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: str, split: Split, total: int) -> "TrainedOn":
-        names = np.unique(hash_names(split.video_paths))
-        return cls(names, {dataset: [len(split.video_paths), total]})
+    def of(cls, dataset: str, split: Split) -> "TrainedOn":
+        used = len(split.video_paths)
+        total = split.official.get("videos", used + len(split.broken))
+        return cls(np.unique(hash_names(split.video_paths)), {dataset: [used, total]})
 
     def __or__(self, later: "TrainedOn") -> "TrainedOn":
         return TrainedOn(np.union1d(self.names, later.names), self.counts | later.counts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from cli import UserError
 from datasets import toyworld
 from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
-from datasets.split import Question, Split
+from datasets.split import Question, Split, TrainedOn
 
 TOY_PROTOCOL = (
     "Toy world: compositions that training never shows; one caption per video, all videos of the "
@@ -27,8 +27,6 @@ class Task:
     protocol: str
     split: Split
     questions: list[Question] = field(default_factory=list)
-    # how many "videos", "captions", "questions" there should be, where that is fixed
-    official: dict[str, int] = field(default_factory=dict)
 
     @property
     def videos(self) -> list[str]:
@@ -36,9 +34,11 @@ class Task:
         asked = [question.video for question in self.questions]
         return list(dict.fromkeys([*self.split.video_paths, *asked]))
 
-    def count(self, usable: Split, num_questions: int = 0) -> tuple[dict[str, int], str]:
-        """({"videos": …, "captions": …, "questions": …} of a result on what is usable,
-        "N of M videos: not comparable (why)" or "").
+    def count(
+        self, usable: Split, trained_on: TrainedOn, num_questions: int = 0
+    ) -> tuple[dict[str, int], str]:
+        """({"videos": …, "captions": …, "questions": …} of a result on what is usable, why it would
+        not be comparable: "N of M videos: not comparable (2 missing)").
 
         M is what the protocol has, or, where that is not fixed, what the files list.
         """
@@ -52,17 +52,19 @@ class Task:
             captions=len(usable.captions),
             questions=num_questions,
         )
-        official = dict(videos=listed["videos"]) | self.official
+        official = dict(videos=listed["videos"]) | self.split.official
+        doubts = trained_on.doubts([path for path in self.videos if path not in usable.broken])
         short = {name: count for name, count in official.items() if counts[name] != count}
-        if not short:
-            return counts, ""
-
-        reasons = [f"{count} {kind}" for kind, count in usable.count_broken().items() if count]
-        for name, count in official.items():
-            if listed[name] != count:
-                reasons.append(f"the files list {listed[name]:,} {name}")
-        what = ", ".join(f"{counts[name]:,} of {count:,} {name}" for name, count in short.items())
-        return counts, f"{what}: not comparable ({', '.join(reasons)})"
+        if short:
+            reasons = [f"{count} {kind}" for kind, count in usable.count_broken().items() if count]
+            for name, count in official.items():
+                if listed[name] != count:
+                    reasons.append(f"the files list {listed[name]:,} {name}")
+            what = ", ".join(
+                f"{counts[name]:,} of {count:,} {name}" for name, count in short.items()
+            )
+            doubts.insert(0, f"{what}: not comparable ({', '.join(reasons)})")
+        return counts, "; ".join(doubts)
 
 
 def load_toy(config) -> Task:
@@ -97,19 +99,12 @@ def load_published(config) -> Task:
     known = DATASETS[name]
     if name != "msrvtt-mc" or role not in known.videos:  # then it says why there is none
         split = load_split(name, root, role, videos_root=config.videos_root)
-        return Task(known.protocol, split, official=official_counts(name, role))
+        return Task(known.protocol, split)
 
     folder = Folder(root, config.videos_root)
-    split = replace(Split.from_pairs([]), places=folder.places)
-    questions = load_msrvtt_mc(folder, config.data)
-    return Task(known.protocol, split, questions, dict(questions=known.videos[role]))
-
-
-def official_counts(dataset: str, role: str) -> dict[str, int]:
-    """How many videos and captions a split has by protocol, where that is fixed."""
-    known = DATASETS[dataset]
-    sizes = dict(videos=known.videos.get(role), captions=known.captions.get(role))
-    return {what: count for what, count in sizes.items() if count}
+    official = dict(questions=known.videos[role])
+    split = replace(Split.from_pairs([]), places=folder.places, official=official)
+    return Task(known.protocol, split, load_msrvtt_mc(folder, config.data))
 
 
 PUBLISHED = ("msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc")

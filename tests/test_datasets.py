@@ -779,7 +779,7 @@ def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache):
         tmp_path / "first", dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache
     )
     assert len(checkpoint.trained_on.names) == 8
-    assert checkpoint.trained_on.counts == {"msrvtt": (8, 9000)}
+    assert checkpoint.trained_on.counts == {"msrvtt": [8, 9000]}
     lines(tmp_path / "own.csv", "video,caption", *(f"video{i}.avi,a dog" for i in range(6, 9)))
     for i in range(6, 9):
         film(tmp_path / f"video{i}.avi", i)
@@ -795,7 +795,7 @@ def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache):
         assert "2 of these 3 videos bear names that it was trained on: not comparable" in note
         assert "trained on 8 of 9,000 videos of msrvtt" in note
     record = evaluate_tiny(tmp_path / "then", "msrvtt", folders(build_msrvtt), cache)
-    assert record["trained_videos"] == {"msrvtt": (8, 9000), "csv": (6, 6)}
+    assert record["trained_videos"] == {"msrvtt": [8, 9000], "csv": [6, 6]}
     assert "bear names" not in record["note"]
 
 

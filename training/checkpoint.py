@@ -219,7 +219,7 @@ def read_trained_on(contents: dict, tensors: dict[str, torch.Tensor]) -> Trained
     """What the weights have learned from; nothing, where the file does not tell."""
     if "trained_on" not in tensors:
         return TrainedOn()
-    counts = {str(name): (int(n), int(of)) for name, (n, of) in contents["trained_on"].items()}
+    counts = {str(name): [int(n), int(of)] for name, (n, of) in contents["trained_on"].items()}
     return TrainedOn(tensors["trained_on"].numpy(), counts)
 
 
