@@ -67,12 +67,12 @@ class Split:
         return "\n    ".join(lines)
 
     def describe_captions(self) -> str:
-        """Empty captions, and rows that stand there twice, in words; "" if there are none."""
+        """Empty captions and repeated rows, in words; "" if there are none."""
         empty = sum(not caption.strip() for caption in self.captions)
         rows = set(zip(self.video_of_caption.tolist(), self.captions))
-        twice = len(self.captions) - len(rows)
-        odd = empty or twice
-        return f"{len(self.captions)} captions: {empty} empty, {twice} rows twice" if odd else ""
+        repeated = len(self.captions) - len(rows)
+        odd = f"{empty} empty, {repeated} repeated for the same video"
+        return f"{len(self.captions)} captions: {odd}" if empty or repeated else ""
 
 
 @dataclass

@@ -94,7 +94,8 @@ def save_checkpoint(
     """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"training.{name}": t for name, t in (training or {}).items()}
-    if trained_on:
+    trained_on = trained_on or TrainedOn()
+    if len(trained_on.names):
         tensors["trained_on"] = torch.from_numpy(trained_on.names)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
@@ -106,7 +107,7 @@ def save_checkpoint(
         config=config,
         step=step,
         progress=progress or {},
-        trained_on=trained_on.counts if trained_on else {},
+        trained_on=trained_on.counts,
         sha256=sha256,
     )
     header = json.dumps(contents)

@@ -98,11 +98,11 @@ class FrameCache:
     def check_room(self, todo: list[str], progress: bool) -> None:
         """Say what these videos will take. Raise UserError where the disk has less."""
         is_video = [path.lower().endswith(VIDEO_SUFFIXES) for path in todo if os.path.exists(path)]
-        needed = sum(self.size_of(self.num_frames if video else 1) for video in is_video) / 1e9
-        free = shutil.disk_usage(self.folder).free / 1e9
+        needed = sum(self.size_of(self.num_frames if video else 1) for video in is_video) / 1e6
+        free = shutil.disk_usage(self.folder).free / 1e6
         line = (
             f"frame cache {self.folder}: {len(is_video)} new videos × {self.num_frames} frames of "
-            f"{self.size} px take about {needed:.1f} GB, and {free:.1f} GB are free"
+            f"{self.size} px take about {needed:,.0f} MB, and {free:,.0f} MB are free"
         )
         if needed > free:
             raise UserError(f"{line}; take a larger disk (--cache), fewer frames or smaller ones")
