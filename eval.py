@@ -289,9 +289,7 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 
 # ---- one evaluation ------------------------------------------------------------------------------
 
-TaskName = Literal[
-    "toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc", "search"
-]
+TaskName = Literal[(*TASKS, "search")]
 
 
 @dataclass

@@ -543,21 +543,15 @@ def check_config(config: TrainConfig) -> None:
     at_least = dict(
         steps=1, batch_size=2, group_size=2, seed=0, chunk=0, gpus=0, procs=0, workers=1, warmup=0,
         log_every=1, eval_every=1, keep=0, hard_k=0, hard_weight=0, skp_weight=0, beta=0,
-        weight_decay=0, guided_share=0, guided_from=0, max_broken=0,
+        weight_decay=0, guided_share=0, guided_from=0, max_broken=0, lr=1e-12, encoder_lr=1e-12,
     )  # fmt: skip
+    at_most = dict(guided_share=1, guided_from=1, max_broken=1)
     for name, least in at_least.items():
-        value = getattr(config, name)
-        if not least <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("guided_share", "guided_from", "max_broken"):
-        if getattr(config, name) > 1:
+        value, most = getattr(config, name), at_most.get(name, 2**63)
+        if value is not None and not least <= value <= most:
+            up_to = f" and at most {most}" if name in at_most else ""
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(config, name)}: a share is from 0 to 1")
-
-    for name in ("lr", "encoder_lr"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+            raise UserError(f"--{flag} {value}: must be at least {least}{up_to}")
 
     if config.encoder_lr and not config.init:
         raise UserError("--encoder-lr: is for pretrained weights; name some with --init")

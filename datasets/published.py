@@ -602,6 +602,12 @@ VINDLU = {
 }
 
 
+def find_dataset(name: str) -> DataSet:
+    if name not in DATASETS:
+        raise UserError(f"{name}: no such data set; one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
 def load_split(
     dataset: str, data: str | Path, role: str = "train", *, videos_root: str | Path | None = None
 ) -> Split:
@@ -614,9 +620,7 @@ def load_split(
     and the broken ones.
     """
     assert role in ("train", "val", "test"), f"{role=}: train, val or test"
-    if dataset not in DATASETS:
-        raise UserError(f"{dataset}: no such data set; one of {', '.join(DATASETS)}")
-    entry = DATASETS[dataset]
+    entry = find_dataset(dataset)
     if role not in entry.videos:
         why = entry.no_val or "it has " + ", ".join(entry.videos)
         raise UserError(f"{dataset}: has no {role} split; {why}")

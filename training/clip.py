@@ -303,6 +303,9 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
+STORAGES = "FloatStorage HalfStorage DoubleStorage LongStorage IntStorage BoolStorage".split()
+
+
 class ScriptTensors(pickle.Unpickler):
     """The tensors of a TorchScript archive, without its program.
 
@@ -325,8 +328,8 @@ class ScriptTensors(pickle.Unpickler):
             return self.rebuild
         if module == "torch.jit._pickle":  # types of lists
             return self.keep
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
+        if module == "torch" and name in STORAGES:  # "HalfStorage": torch.half
+            return getattr(torch, name.removesuffix("Storage").lower())
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
     def persistent_load(self, found: tuple) -> torch.Tensor:
@@ -355,12 +358,6 @@ class ScriptTensors(pickle.Unpickler):
                 elif isinstance(value, torch.Tensor):
                     tensors[prefix + name] = value
         return tensors
-
-
-STORAGES = dict(
-    FloatStorage=torch.float32, HalfStorage=torch.float16, LongStorage=torch.int64,
-    DoubleStorage=torch.float64, IntStorage=torch.int32, BoolStorage=torch.bool,
-)  # fmt: skip
 
 
 def find_layout(file: Path, tensors: dict) -> str:
