@@ -18,9 +18,11 @@ import contextlib
 import ctypes
 import os
 import secrets
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, field, is_dataclass, make_dataclass
 from pathlib import Path
 
 import tyro
@@ -36,10 +38,26 @@ def parse_config(config_class, argv: list[str] | None = None):
     """An instance of the dataclass `config_class`, filled from `argv` (default: sys.argv[1:]).
 
     Field `a_b` becomes `--a-b`; a field of type `tyro.conf.Positional` takes the words without a
-    flag. A bad flag or value ends the process with status 2 and says which, and which flag comes
-    near.
+    flag. Of a class that inherits its fields, each base is a group of `--help`: `DataFlags` is
+    "data options". A bad flag or value ends the process with status 2 and says which, and which
+    flag comes near.
     """
-    return tyro.cli(config_class, args=argv)
+    bases = [base for base in config_class.__bases__ if is_dataclass(base)]
+    if not bases:
+        return tyro.cli(config_class, args=argv)
+
+    # tyro makes a group of each nested dataclass
+    groups = []
+    for base in bases:
+        name = base.__name__.removesuffix("Flags").lower()
+        groups.append((name, tyro.conf.OmitArgPrefixes[base], field(default_factory=base)))
+    nested = make_dataclass(config_class.__name__, groups)
+    nested.__doc__ = config_class.__doc__
+
+    values = {}
+    for group in asdict(tyro.cli(nested, args=argv)).values():
+        values |= group
+    return config_class(**values)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -47,12 +65,16 @@ def run(main: Callable[[], None]) -> None:
 
     A UserError ends the process with its line and its status, Ctrl-C with status 130.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # a terminal that cannot show "β" (LC_ALL=C) gets its code instead: no caption may end a run
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
 
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here, not after the end
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
@@ -61,6 +83,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough; what Python still holds back goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def make_folder(out: Path) -> None:

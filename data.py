@@ -76,9 +76,11 @@ def keep_decodable(
     total = len(kept.video_paths) + len(kept.broken)
     if len(kept.broken) > max_broken * total or not kept.video_paths:
         first = next(iter(kept.broken.values()))
+        looked = f" (looked in {', '.join(kept.places)}; elsewhere: --videos-root)"
         raise UserError(
-            f"{len(kept.broken)} of {total} videos cannot be used, more than the {max_broken:.0%} "
-            f"of --max-broken; the first: {first}"
+            f"{kept.summarize_broken()}, more than the {max_broken:.0%} of --max-broken; "
+            f"`python -m datasets.check` lists all; the first: {first}"
+            f"{looked if kept.places else ''}"
         )
     if progress and kept.broken:
         print(kept.describe_broken())

@@ -26,13 +26,17 @@ writes metrics.json (metrics, counts, protocol, weights, versions) and report.ht
 result on an incomplete set says so itself: "N of M videos: not comparable".
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while importing: the end, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
-import os
 import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +47,7 @@ import torch
 from cli import UserError, keep_freed_memory, make_folder, parse_config, run, write_whole
 from data import keep_decodable, load_videos, open_cache, prefetch, prepare_video
 from datasets.split import Question, Split
-from datasets.tasks import TASKS, Task
+from datasets.tasks import PUBLISHED, TASKS, Task
 from report.page import DIRECTIONS, Results, write_report
 from search.query import search_folder
 from training.checkpoint import Checkpoint, load_checkpoint
@@ -285,19 +289,16 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 
 # ---- one evaluation ------------------------------------------------------------------------------
 
-TaskName = Literal[
-    "toy", "csv", "msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc", "search"
-]
+TaskName = Literal[(*TASKS, "search")]
 
 
 @dataclass
-class EvalConfig:
-    """Evaluate a checkpoint: retrieval, and multiple choice where the task has it."""
-
+class EvalFlags:
     # a file, a run's folder (its newest), or CLIP's weights; None: the one that ships
     checkpoint: str | None = None
     task: TaskName = "toy"  # toy: embedded; csv: your own, --data; search: --videos; else published
     data_root: str | None = None  # annotations and videos of a published set: docs/benchmarks.md
+    videos_root: str | None = None  # where videos are that are not there; csv: paths are below it
     data: str | None = None  # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
     dsl: bool = False  # also the dual softmax over the whole query set, under its own names
@@ -305,13 +306,22 @@ class EvalConfig:
     sim_out: str | None = None  # npz file for embeddings and similarities
     cache: str = "cache"  # decoded frames, toy world
     max_broken: float = 0.05  # share of unusable videos that stops the evaluation
-    videos: str | None = None  # search: folder of your videos
-    query: str | None = None  # search: what to look for; None: asked for, one per line
-    top: int = 10  # search: how many videos to show
-    window: float = 8.0  # search: seconds of a video that are embedded at once; inf: all
-    index: str | None = None  # search: folder of the index; None: CACHE/index
     seed: int = 0  # of the examples that the report draws
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+
+
+@dataclass
+class SearchFlags:
+    videos: str | None = None  # folder of your videos
+    query: str | None = None  # what to look for; None: asked for, one per line
+    top: int = 10  # how many videos to show
+    window: float = 8.0  # seconds of a video that are embedded at once; inf: all
+    index: str | None = None  # folder of the index; None: CACHE/index
+
+
+@dataclass
+class EvalConfig(EvalFlags, SearchFlags):
+    """Evaluate a checkpoint: retrieval, and multiple choice where the task has it."""
 
 
 def measure(
@@ -323,10 +333,8 @@ def measure(
     and listed in the results' split. Raises UserError where more than the share `max_broken` of the
     videos cannot be used, or nothing is left.
     """
-    # every video once: first those of the gallery, then those that only a question asks about
-    asked = [question.video for question in task.questions]
-    paths = list(dict.fromkeys([*task.split.video_paths, *asked]))
-    everything = Split(paths, [], np.zeros(0, np.int64), window=task.split.window)
+    nothing = dict(captions=[], video_of_caption=np.zeros(0, np.int64))
+    everything = replace(task.split, video_paths=task.videos, **nothing)
     usable = keep_decodable(everything, cache, max_broken=max_broken)
     split = task.split.without(usable.broken)
     questions = [question for question in task.questions if question.video not in usable.broken]
@@ -419,62 +427,26 @@ def machine_facts(device: str) -> dict:
     return dict(versions=versions, commit=commit.strip(), date=date, hardware=hardware)
 
 
-def count_what_is_there(task: Task, results: Results) -> tuple[dict, str]:
-    """({"videos": …, "captions": …, "questions": …}, "N of M videos: not comparable (why)" or "").
-
-    M is what the protocol has, or, where that is not fixed, what the files list.
-    """
-    unusable = results.split.broken
-    asked = [question.video for question in task.questions]
-    listed = dict(
-        videos=len({*task.split.video_paths, *asked}),
-        captions=len(task.split.captions),
-        questions=len(task.questions),
-    )
-    counts = dict(
-        videos=listed["videos"] - len(unusable),
-        captions=len(results.split.captions),
-        questions=len(results.questions),
-    )
-    official = dict(videos=listed["videos"]) | task.official
-    short = {name: count for name, count in official.items() if counts[name] != count}
-    if not short:
-        return counts, ""
-
-    missing = sum(not os.path.exists(path) for path in unusable)
-    reasons = [f"{missing} missing"] if missing else []
-    if len(unusable) > missing:
-        reasons.append(f"{len(unusable) - missing} broken")
-
-    for name, count in official.items():
-        if listed[name] != count:
-            reasons.append(f"the files list {listed[name]:,} {name}")
-    what = ", ".join(f"{counts[name]:,} of {count:,} {name}" for name, count in short.items())
-    return counts, f"{what}: not comparable ({', '.join(reasons)})"
-
-
 def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results, device):
     """What metrics.json holds: every metric, and all that is needed to compare it with another."""
-    counts, note = count_what_is_there(task, results)
-    sizes, unusable = checkpoint.model.config, results.split.broken
+    counts, note = task.count(results.split, checkpoint.trained_on, len(results.questions))
+    sizes = checkpoint.model.config
     protocol = task.protocol
     if "v2t_grouped_R@1" in metrics:
         protocol += GROUPED_PROTOCOL
     if config.dsl:
         protocol += DSL_PROTOCOL
 
-    missing = sum(not os.path.exists(path) for path in unusable)
     return dict(
         task=config.task,
         split=config.split,
         protocol=protocol,
         **metrics,
-        note="; ".join(filter(None, (note, task.doubt))),
+        note=note,
         **counts,
-        official=task.official,
-        missing=missing,
-        broken=len(unusable) - missing,
-        unusable=unusable,
+        official=task.split.official,
+        **results.split.count_broken(),
+        unusable=results.split.broken,
         checkpoint=str(checkpoint.path),
         checkpoint_sha256=checkpoint.sha256,
         step=checkpoint.step,
@@ -483,6 +455,7 @@ def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics,
         text_length=sizes.text_length,
         window=list(results.split.window),
         trained_on=checkpoint.config.get("dataset"),
+        trained_videos=checkpoint.trained_on.counts,
         logit_scale=checkpoint.model.logit_scale.exp().item(),
         training_seed=checkpoint.config.get("seed"),
         seed=config.seed,
@@ -518,11 +491,22 @@ def save_similarities(path: str, results: Results) -> None:
         np.savez(file, **arrays)
 
 
+# who reads a flag: one of another task is a forgotten --task
+READERS = {
+    **dict.fromkeys(("query", "videos", "index"), ("search",)),
+    "data": ("csv", "toy", "msrvtt-mc"),
+    **dict.fromkeys(("data_root", "videos_root"), ("csv", *PUBLISHED)),
+}
+
+
 def check_flags(config: EvalConfig) -> None:
-    """A flag of another task is a forgotten --task."""
-    if config.task != "search" and (config.query or config.videos):
-        flag = "--query" if config.query else "--videos"
-        raise UserError(f"{flag}: is for --task search; name the task too")
+    """Raise UserError for a flag that the task would not read."""
+    for name, tasks in READERS.items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
+        if value and config.task not in tasks:
+            raise UserError(
+                f"{flag} {value}: is for --task {' or '.join(tasks)}; name the task too"
+            )
     if config.task == "toy" and config.data and Path(config.data).is_file():
         raise UserError(f"--data {config.data}: a file is for --task csv; name the task too")
 
@@ -566,10 +550,12 @@ def evaluate(config: EvalConfig) -> dict:
             out=Path(config.out or beside / "search"),
         )
 
-    task = TASKS[config.task](config, checkpoint.config.get("dataset"))
+    task = TASKS[config.task](config)
     sizes = checkpoint.model.config
     frames = f"{sizes.num_frames} frames of {sizes.image_size} px"
     print(f"{checkpoint.path}: step {checkpoint.step}, {frames}, on {device}")
+    if odd := task.split.describe_captions():
+        print(odd)
     out = Path(config.out or beside / f"eval-{config.task}-{config.split}")
     make_folder(out)  # fail before the work, not after it
 

@@ -20,11 +20,15 @@ folder that holds a run with other settings or other data is refused, never over
 Output in --out: log.jsonl, step-*.safetensors, best.safetensors (on validation), curves.png.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while importing: the end, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import hashlib
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -48,7 +52,8 @@ from data import (
 )
 from datasets import toyworld
 from datasets.published import DATASETS, load_split
-from datasets.split import Split
+from datasets.split import Split, TrainedOn
+from datasets.tasks import Task
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, Knowledge, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
@@ -62,31 +67,41 @@ from training.run import Run
 GRAD_CLIP = 1.0  # largest gradient norm
 
 
-@dataclass
-class TrainConfig(LossConfig):
-    """Train CLOP on videos with captions. Without any flag: the toy world, on what is here."""
+# the groups of --help
 
-    # CLOP (see LossConfig)
+
+@dataclass
+class MethodFlags(LossConfig):
     skp_weight: float = 0.5  # SKP: weight of the concept prediction (more: nouns; less: R@1)
     beta: float = 1.0  # KCL: how much shared knowledge raises a negative's logit
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
     guided_share: float = 0.5  # KCL: share of a batch that is sampled by knowledge …
     guided_from: float = 0.6  # … after this share of the steps (earlier it buys nothing) …
     group_size: int = 4  # … in groups of so many
-    # data
+
+
+@dataclass
+class DataFlags:
     dataset: str = "toy"  # toy: rendered here; csv: your own, --data; msrvtt, msvd, …: --data-root
-    data_root: str | None = None  # folder of a published data set, see datasets/published.py
-    data: str | None = None  # csv or jsonl: video, caption; paths below --data-root or beside it
+    data_root: str | None = None  # folder of a published data set: docs/benchmarks.md
+    videos_root: str | None = None  # where videos are that are not there; csv: paths are below it
+    data: str | None = None  # csv, jsonl or json: video, caption
     val_data: str | None = None  # the same for validation; without it there is none
     cache: str = "cache"  # decoded frames, extracted knowledge, toy world
-    max_broken: float = 0.05  # share of unreadable videos that stops the run
+    max_broken: float = 0.05  # share of unusable videos that stops the run
     workers: int = 2  # processes that decode and tag before training
-    # model
+
+
+@dataclass
+class ModelFlags:
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
     init: str | None = None  # weights of a CLIP, or a run: sizes and tokenizer follow from them
     image_size: int | None = None  # H = W of a frame, pixels; None: the preset's, or that of --init
     num_frames: str = "4,8"  # T, frames of a video; several: an equal share of the steps each
-    # optimisation
+
+
+@dataclass
+class OptimizerFlags:
     seed: int = 0  # of weights, batch order and frames
     steps: int = 1200  # optimizer steps
     batch_size: int = 128  # pairs in the global batch, over all processes
@@ -95,23 +110,34 @@ class TrainConfig(LossConfig):
     encoder_lr: float | None = None  # --init: peak rate of its weights, --lr of what is new
     warmup: int = 60  # steps of linear warm-up; then cosine to zero
     weight_decay: float = 0.1  # of matrices only
-    # machine
+
+
+@dataclass
+class MachineFlags:
     gpus: int = 0  # start this many processes, one per GPU; 0 = this process alone
     procs: int = 0  # start this many processes on the CPU; 0 = this process alone
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     compile: bool = False  # torch.compile the model
     checkpointing: bool = False  # recompute activations in the backward pass
-    # output
+
+
+@dataclass
+class OutputFlags:
     out: str = "runs/toy"  # log, checkpoints, plots
     log_every: int = 20  # steps
     eval_every: int = 240  # steps between validations, each with a checkpoint
     keep: int = 2  # newest checkpoints that stay; 0 = all
     test: bool = True  # toy: at the end, evaluate on the test gallery
 
+
+@dataclass
+class TrainConfig(MethodFlags, DataFlags, ModelFlags, OptimizerFlags, MachineFlags, OutputFlags):
+    """Train CLOP on videos with captions. Without any flag: the toy world, on what is here."""
+
     # fields that change no result: a run may go on with others
     FREE: ClassVar[set[str]] = {
         "out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep",
-        "checkpointing", "compile", "max_broken", "test",
+        "checkpointing", "compile", "max_broken", "test", "videos_root",
     }  # fmt: skip
 
 
@@ -144,7 +170,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
     # ---- 2. model and optimizer ------------------------------------------------------------------
     model = build_model(config, data).to(ranks.device)
     optimizer = build_optimizer(model, config)
-    run = Run(config, ranks, model, optimizer, data.tokenizer, data.vocab, data.fingerprint())
+    run = Run(config, ranks, model, optimizer, data)
     if resumed:
         run.resume(resumed)
     run.open_log(machine_facts(ranks.device.type))
@@ -217,6 +243,8 @@ class Data:
     sizes: ModelConfig  # of the model
     init: Pretrained | None  # the weights of --init, on the first start
     seed: int
+    trained_on: TrainedOn  # these videos, and those of --init
+    val_note: str  # why validation would not be comparable
 
     def load(self, job: "Job") -> dict[str, torch.Tensor]:
         """A batch; called ahead of time, in threads."""
@@ -247,14 +275,20 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     tagging = dict(workers=config.workers, cache=folder / "knowledge", progress=show)
     knowledge = extract_many(train_split.captions, **tagging)
     vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
-    check_captions(train_split.captions, vocab, config, show)
+    check_captions(train_split, knowledge, vocab, config, show)
     row = {caption: i for i, caption in enumerate(train_split.captions)}
 
     cache = open_cache(folder / "frames", sizes)
     decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
     train_split = keep_decodable(train_split, cache, **decoding)
+    trained_on = TrainedOn.of(config.dataset, train_split)
+    if source := resumed or init:
+        trained_on = source.trained_on | trained_on
+    val_note = ""
     if val_split:
+        validation = Task("", val_split)
         val_split = keep_decodable(val_split, cache, **decoding)
+        _, val_note = validation.count(val_split, trained_on)
 
     if train_split.broken:
         kept = [row[caption] for caption in train_split.captions]
@@ -279,20 +313,21 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         counts = f"{len(samples)} captions of {len(train_split.video_paths)} videos"
         seconds = time.perf_counter() - started
         print(f"{counts}, {len(vocab)} concepts; ready after {seconds:.0f} s", flush=True)
-    splits = (train_split, val_split)
-    return Data(*splits, tokenizer, vocab, samples, sampler, sizes, init, config.seed)
+    read_by = (tokenizer, vocab, samples, sampler, sizes, init, config.seed)
+    return Data(train_split, val_split, *read_by, trained_on, val_note)
 
 
-def check_captions(captions: list[str], vocab: ConceptVocab, config, show: bool) -> None:
-    """Say how many captions are empty or come twice. Raise UserError where none has a concept."""
-    empty = sum(not caption.strip() for caption in captions)
-    repeated = len(captions) - len(set(captions))
-    if show and (empty or repeated):
-        print(f"{len(captions)} captions: {empty} empty, {repeated} repeat another one")
+def check_captions(split: Split, knowledge: Knowledge, vocab, config, show: bool) -> None:
+    """Say what is odd about the captions. Raise UserError where no two share a concept."""
+    without = int((np.diff(knowledge.held.indptr) == 0).sum())
+    odd = split.describe_captions()
+    if show and (odd or without):
+        odd = odd or f"{len(split.captions)} captions"
+        print(f"{odd}; {without} without a noun or verb (only English is read)", flush=True)
     if not len(vocab) and (config.skp_weight or config.beta):
         raise UserError(
-            f"--dataset {config.dataset}: no two of its {len(captions)} captions share a noun or "
-            "verb (only English is read); train without knowledge: --skp-weight 0 --beta 0"
+            f"--dataset {config.dataset}: no two of its {len(split.captions)} captions share a "
+            "noun or verb; train without knowledge: --skp-weight 0 --beta 0"
         )
 
 
@@ -320,23 +355,23 @@ def starting_point(config: TrainConfig, resumed: Checkpoint | None) -> tuple:
 
 def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
     """The training split; the validation split, or None where there is none."""
-    name, root = config.dataset, config.data_root
+    name, root, videos = config.dataset, config.data_root, config.videos_root
     if name == "csv":
         if not config.data:
             raise UserError("--dataset csv: needs --data FILE, with the columns video and caption")
-        train_split = load_split("csv", config.data, root=root)
-        val = config.val_data
-        return train_split, load_split("csv", val, "val", root=root) if val else None
+        places, val = dict(videos_root=videos or root), config.val_data
+        train_split = load_split("csv", config.data, **places)
+        return train_split, load_split("csv", val, "val", **places) if val else None
 
     if name == "toy":
         folder = Path(config.cache) / "toy"
         root = toyworld.generate(folder, splits=("train", "val"), workers=config.workers)
     if not root:
         raise UserError(f"--dataset {name}: needs --data-root FOLDER with annotations and videos")
-    train_split = load_split(name, root)
+    train_split = load_split(name, root, videos_root=videos)
     # MSR-VTT 1k-A has no validation split: the last checkpoint is the result
     has_val = "val" in DATASETS[name].videos
-    return train_split, load_split(name, root, "val") if has_val else None
+    return train_split, load_split(name, root, "val", videos_root=videos) if has_val else None
 
 
 class Job(NamedTuple):
@@ -508,21 +543,15 @@ def check_config(config: TrainConfig) -> None:
     at_least = dict(
         steps=1, batch_size=2, group_size=2, seed=0, chunk=0, gpus=0, procs=0, workers=1, warmup=0,
         log_every=1, eval_every=1, keep=0, hard_k=0, hard_weight=0, skp_weight=0, beta=0,
-        weight_decay=0, guided_share=0, guided_from=0, max_broken=0,
+        weight_decay=0, guided_share=0, guided_from=0, max_broken=0, lr=1e-12, encoder_lr=1e-12,
     )  # fmt: skip
+    at_most = dict(guided_share=1, guided_from=1, max_broken=1)
     for name, least in at_least.items():
-        value = getattr(config, name)
-        if not least <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("guided_share", "guided_from", "max_broken"):
-        if getattr(config, name) > 1:
+        value, most = getattr(config, name), at_most.get(name, 2**63)
+        if value is not None and not least <= value <= most:
+            up_to = f" and at most {most}" if name in at_most else ""
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(config, name)}: a share is from 0 to 1")
-
-    for name in ("lr", "encoder_lr"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+            raise UserError(f"--{flag} {value}: must be at least {least}{up_to}")
 
     if config.encoder_lr and not config.init:
         raise UserError("--encoder-lr: is for pretrained weights; name some with --init")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from cli import UserError, parse_config, run, write_whole
-from datasets.published import DATASETS, load_split
+from datasets.published import find_dataset, load_split
 from datasets.split import Split
 from videos.decode import VideoError, read_frames
 
@@ -42,33 +42,32 @@ PROBLEM_COLUMNS = ("split", "status", "video", "reason")
 
 
 def check_dataset(
-    dataset: str, root: str | Path, *, sample: int = 50, seed: int = 0
+    dataset: str,
+    root: str | Path,
+    *,
+    videos_root: str | Path | None = None,
+    sample: int = 50,
+    seed: int = 0,
 ) -> tuple[list[dict], list[tuple[str, str, str, str]]]:
     """(a row {COLUMNS: …} per split, PROBLEM_COLUMNS per problem).
 
     The status of a problem is "missing", "broken", "count" (the files list more or less than the
     protocol has) or "no split" (they cannot be read). Raises UserError for an unknown data set.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"{dataset}: no such data set; one of {', '.join(DATASETS)}")
-    known = DATASETS[dataset]
-
     rows, problems = [], []
-    for role, expected in known.videos.items():
+    for role, expected in find_dataset(dataset).videos.items():
         row = dict.fromkeys(COLUMNS, 0) | dict(split=role, expected=expected)
         rows.append(row)
         try:
-            split = load_split(dataset, root, role)
+            split = load_split(dataset, root, role, videos_root=videos_root)
         except UserError as error:
             problems.append((role, "no split", "", str(error)))
             continue
 
-        row |= dict(listed=len(split.video_paths), captions=len(split.captions))
-        sizes = [("videos", row["listed"], expected)]
-        sizes.append(("captions", row["captions"], known.captions.get(role)))
-        for what, listed, official in sizes:
-            if official not in (None, listed):
-                reason = f"its files list {listed:,} {what}, the protocol has {official:,}"
+        listed = dict(videos=len(split.video_paths), captions=len(split.captions))
+        for what, official in split.official.items():
+            if listed[what] != official:
+                reason = f"its files list {listed[what]:,} {what}, the protocol has {official:,}"
                 problems.append((role, "count", "", reason))
 
         counts = Counter()
@@ -76,6 +75,7 @@ def check_dataset(
             counts[status] += 1
             if reason:
                 problems.append((role, status, path, reason))
+        row |= dict(listed=listed["videos"], captions=listed["captions"])
         row |= {status: counts[status] for status in ("missing", "broken", "decoded")}
         row["found"] = row["listed"] - row["missing"]
     return rows, problems
@@ -90,20 +90,18 @@ def check_videos(split: Split, role: str, sample: int, seed: int) -> Iterator[tu
     order = np.random.default_rng(seed).permutation(len(found))
     drawn = {found[i] for i in order[:sample]}
 
-    here = set(found)
+    status_of = dict.fromkeys(split.video_paths, "missing") | dict.fromkeys(found, "found")
     start, end = split.window
-    videos = tqdm(split.video_paths, f"check {role}", unit="video", leave=False, disable=None)
-    for path in videos:
-        if path not in here:
-            yield path, "missing", f"{path}: no such video file"
-        elif path in drawn or os.path.getsize(path) == 0:
+    videos = tqdm(status_of.items(), f"check {role}", unit="video", leave=False, disable=None)
+    for path, status in videos:
+        reason = f"{path}: no such video file" if status == "missing" else ""
+        if path in drawn or (status == "found" and os.path.getsize(path) == 0):
             try:
                 read_frames(path, 4, size=32, start=start, end=end)
-                yield path, "decoded", ""
+                status = "decoded"
             except VideoError as error:
-                yield path, "broken", str(error)
-        else:
-            yield path, "found", ""
+                status, reason = "broken", str(error)
+        yield path, status, reason
 
 
 # ---- command -------------------------------------------------------------------------------------
@@ -115,13 +113,16 @@ class CheckConfig:
 
     dataset: Positional[str]  # msrvtt, msvd, …: see datasets/published.py
     root: str  # folder with its annotation files and videos
+    videos_root: str | None = None  # another folder with videos
     out: str | None = None  # csv file for all problems
     sample: int = 50  # videos per split that are decoded
 
 
 def main() -> None:
     config = parse_config(CheckConfig)
-    rows, problems = check_dataset(config.dataset, config.root, sample=config.sample)
+    rows, problems = check_dataset(
+        config.dataset, config.root, videos_root=config.videos_root, sample=config.sample
+    )
 
     print("".join(f"{column:>10}" for column in COLUMNS))
     for row in rows:

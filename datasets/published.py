@@ -21,29 +21,30 @@ annotation files under their published names and the videos:
     csv          any          one's own train.csv, val.csv, test.csv; or one csv or jsonl file
 
 MSR-VTT is also read as Frozen in Time packs it: MSR_VTT.json and {train,val}_list_jsfusion.txt or
-{train,val,test}_list_full.txt.
+{train,val,test}_list_full.txt. And where the json of VindLU and UMT is there (VINDLU), it is read.
 
 **Where a video is.** Annotations name a video, and people keep it where they like, often in another
 container. The folders of VIDEO_FOLDERS are searched for the very name, then for the same name with
-another ending. A video that is nowhere stays in the split, under the path where it was expected: it
-is counted and listed as missing, never dropped in silence.
+another ending: below the root, then below --videos-root. A video that is nowhere stays in the
+split, under the path where it was expected: it is counted and listed as missing, never dropped in
+silence.
 
 **What a complete result is.** DATASETS says how many videos and captions each split has by
 protocol (None: not fixed). eval.py writes "N of M: not comparable" beside a result on any other
 number.
 
-    python -m datasets.published                           # sizes and protocols
     python -m datasets.check msrvtt --root FOLDER          # what is missing, what does not decode
 """
 
 import functools
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cli import UserError, run
+from cli import UserError
 from datasets.readers import (
     check_name,
     check_text,
@@ -65,10 +66,10 @@ Pairs = Iterator[tuple[str, str]]  # (path of a video, caption)
 # Time, of DiDeMo and CC3M
 VIDEO_FOLDERS = """videos videos/all . video clips images
     TrainValVideo TrainValVideo/TrainValVideo TestVideo TestVideo/TestVideo YouTubeClips
-    MSRVTT_Videos MSVD_Videos MSRVTT/videos/all
+    MSRVTT_Videos MSVD_Videos LSMDC_Videos DiDeMo_Videos MSRVTT/videos/all
     train val test training validation""".split()
 ANNOTATION_FOLDERS = """. annotations annotation msrvtt_data msvd_data lsmdc_data
-    high-quality/structured-symlinks
+    anno_downstream high-quality/structured-symlinks
     MSRVTT/annotation MSRVTT/high-quality/structured-symlinks""".split()
 
 # of a video in several containers the first one is taken
@@ -77,40 +78,44 @@ RANKS = {suffix: rank for rank, suffix in enumerate(VIDEO_SUFFIXES + IMAGE_SUFFI
 # ---- finding files -------------------------------------------------------------------------------
 
 
-def find_file(root: Path, *names: str, optional: bool = False) -> Path | None:
-    """The first of these annotation files that is there.
+class Folder:
+    """The folder of a data set: finds its annotation files, and videos by the names in them.
 
-    Raises UserError where none is; with `optional`, None is returned.
+    Videos that are not there are looked for in the folder `videos` too.
     """
-    for name in names:
-        for folder in ANNOTATION_FOLDERS:
-            path = root / folder / name
-            if path.is_file():
-                return path
-    if optional:
-        return None
-    folders = ", ".join(f"{folder}/" for folder in ANNOTATION_FOLDERS[1:])
-    raise UserError(
-        f"{root}: no {' or '.join(names)} in it or in its {folders}; "
-        "fetch it from the set's authors"
-    )
 
-
-class VideoFinder:
-    """Finds the videos below a folder by the names that annotations give them."""
-
-    def __init__(self, root: Path):
-        folders = [str(root / folder) for folder in VIDEO_FOLDERS]
-        self.folders = [folder for folder in folders if os.path.isdir(folder)] or [str(root)]
+    def __init__(self, root: str | Path, videos: str | Path | None = None):
+        self.root, self.videos = Path(root), videos
+        places = itertools.product(filter(None, (root, videos)), VIDEO_FOLDERS)
+        folders = [str(Path(*place)) for place in places]
+        self.places = [folder for folder in folders if os.path.isdir(folder)] or [str(root)]
         self.list_videos = functools.cache(list_videos)
 
-    def find(self, name: str, where: str) -> str:
+    def file(self, *names: str, optional: bool = False) -> Path | None:
+        """The first of these annotation files that is there.
+
+        Raises UserError where none is; with `optional`, None is returned.
+        """
+        for name in names:
+            for folder in ANNOTATION_FOLDERS:
+                path = self.root / folder / name
+                if path.is_file():
+                    return path
+        if optional:
+            return None
+        folders = ", ".join(f"{folder}/" for folder in ANNOTATION_FOLDERS[1:])
+        raise UserError(
+            f"{self.root}: no {' or '.join(names)} in it or in its {folders}; "
+            "docs/benchmarks.md says where each is published"
+        )
+
+    def video(self, name: str, where: str) -> str:
         """The path of the video `name`, or where it should be.
 
         Raises UserError for a name that leaves the root.
         """
         check_name(name, where)
-        paths = [os.path.join(folder, name) for folder in self.folders]
+        paths = [os.path.join(folder, name) for folder in self.places]
         for path in paths:
             if os.path.isfile(path):
                 return path
@@ -142,30 +147,48 @@ def without_ending(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-# ---- one reader per data set: (root, role) -> its pairs ------------------------------------------
+# ---- one reader per data set: (folder, role) -> its pairs ----------------------------------------
 
 
-def read_own(path: Path, role: str, root: Path | None = None) -> Pairs:
-    """A csv (with header) or jsonl file with `video` and `caption`; or a folder with one per role.
+def read_own(path: Path, role: str, root: str | Path | None = None) -> Pairs:
+    """A file for `read_pairs`; or a folder with a csv file per role.
 
     It is one's own file, so its paths may be absolute, or relative to it. With a `root` they are
     relative to that, and none may leave it.
     """
     if path.is_dir():
         path = path / f"{role}.csv"
-    if path.suffix.lower() == ".jsonl":
-        rows = read_jsonl(path, dict(video=str, caption=str))
-    else:
-        rows = read_csv(path, ["video", "caption"])
 
-    folder = str(root or path.parent)
+    def find(name: str, where: str) -> str:
+        check_name(name, where, inside=root is not None)
+        return os.path.join(root or path.parent, name)
+
+    return read_pairs(path, find)
+
+
+def read_pairs(path: Path, find: Callable[[str, str], str], joins: bool = False) -> Pairs:
+    """A csv (with header), jsonl or json file with `video` and `caption`.
+
+    In the last two a caption may be a list: of captions, or (`joins`) of the sentences of one.
+    find(name, where) is the path of a video.
+    """
+    columns = {"video": str, "caption": str | list}
+    if path.suffix.lower() == ".jsonl":
+        rows = read_jsonl(path, columns)
+    elif path.suffix.lower() == ".json":
+        rows = read_entries(path, read_json(path, "a list of objects"), None, columns)
+    else:
+        rows = read_csv(path, list(columns))
+
     for where, row in rows:
-        name = check_name(row["video"], where, inside=root is not None)
-        yield os.path.join(folder, name), row["caption"]
+        video, caption = find(row["video"], where), row["caption"]
+        texts = join_words(caption, where) if isinstance(caption, list) else [caption]
+        for text in [" ".join(texts)] if joins else texts:
+            yield video, text
 
 
 def read_captioned(
-    root: Path,
+    folder: Folder,
     names: Iterable[tuple[str, str]],
     captions: dict[str, list[str]],
     file_of: Callable[[str], str] = "{}.mp4".format,
@@ -174,7 +197,6 @@ def read_captioned(
 
     Raises UserError where a video has none, or is listed twice.
     """
-    finder = VideoFinder(root)
     seen = set()
     for where, name in names:
         if not captions.get(name):
@@ -184,7 +206,7 @@ def read_captioned(
             raise UserError(f"{where}: {shorten(name)} stands there twice; fetch the file again")
         seen.add(name)
 
-        path = finder.find(file_of(name), where)
+        path = folder.video(file_of(name), where)
         for caption in captions[name]:
             yield path, caption
 
@@ -192,7 +214,7 @@ def read_captioned(
 MSRVTT_FILES = dict(train="train_val_videodatainfo.json", test="test_videodatainfo.json")
 
 
-def read_msrvtt_captions(root: Path, *parts: str) -> tuple[dict[str, list], dict[str, tuple]]:
+def read_msrvtt_captions(folder: Folder, *parts: str) -> tuple[dict[str, list], dict[str, tuple]]:
     """({video: its captions}, {video: (where, its official split)}).
 
     `parts`: which of the two official files are needed, where there is no file with both. Frozen's
@@ -200,7 +222,7 @@ def read_msrvtt_captions(root: Path, *parts: str) -> tuple[dict[str, list], dict
     """
     captions, split_of = {}, {}
     names = [("MSRVTT_data.json", MSRVTT_FILES[part], "MSR_VTT.json") for part in parts]
-    for path in dict.fromkeys(find_file(root, *either) for either in names):
+    for path in dict.fromkeys(folder.file(*either) for either in names):
         document = read_json(path, "an object with the lists videos and sentences")
         if path.name == "MSR_VTT.json":
             columns = dict(image_id=str, caption=str)
@@ -224,37 +246,35 @@ def read_msrvtt_captions(root: Path, *parts: str) -> tuple[dict[str, list], dict
     return captions, split_of
 
 
-def read_1ka(root: Path, role: str) -> Pairs:
-    """MSR-VTT 1k-A, trained on the 9k list."""
+def read_1ka(folder: Folder, role: str, *lists: str, parts=("train", "test")) -> Pairs:
+    """MSR-VTT 1k-A, trained on the videos of one of these lists."""
     if role == "test":
-        return read_1ka_test(root)
-    path = find_file(root, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt")
-    captions, _ = read_msrvtt_captions(root, "train", "test")
-    return read_captioned(root, read_names(path), captions)
+        return read_1ka_test(folder)
+    path = folder.file(*lists)
+    captions, _ = read_msrvtt_captions(folder, *parts)
+    return read_captioned(folder, read_names(path), captions)
 
 
-def read_1ka_7k(root: Path, role: str) -> Pairs:
-    """MSR-VTT 1k-A, trained on the 7k list."""
-    if role == "test":
-        return read_1ka_test(root)
-    path = find_file(root, "MSRVTT_train.7k.csv")
-    captions, _ = read_msrvtt_captions(root, "train")
-    return read_captioned(root, read_names(path), captions)
+def read_9k(folder: Folder, role: str) -> Pairs:
+    return read_1ka(folder, role, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt")
 
 
-def read_1ka_test(root: Path) -> Pairs:
+def read_7k(folder: Folder, role: str) -> Pairs:
+    return read_1ka(folder, role, "MSRVTT_train.7k.csv", parts=["train"])
+
+
+def read_1ka_test(folder: Folder) -> Pairs:
     """The 1,000 pairs."""
-    path = find_file(root, "MSRVTT_JSFUSION_test.csv", "val_list_jsfusion.txt")
+    path = folder.file("MSRVTT_JSFUSION_test.csv", "val_list_jsfusion.txt")
     if path.suffix == ".csv":
-        finder = VideoFinder(root)
         for where, row in read_csv(path, ["key", "vid_key", "video_id", "sentence"]):
-            yield finder.find(row["video_id"] + ".mp4", where), row["sentence"]
+            yield folder.video(row["video_id"] + ".mp4", where), row["sentence"]
         return
 
     # Frozen's files say which of a video's captions is asked
-    captions, _ = read_msrvtt_captions(root, "train", "test")
+    captions, _ = read_msrvtt_captions(folder, "train", "test")
     chosen = read_pickle(
-        find_file(root, "jsfusion_val_caption_idx.pkl"), "expected {video: number of its caption}"
+        folder.file("jsfusion_val_caption_idx.pkl"), "expected {video: number of its caption}"
     )
     names = read_list(path)
     for where, name in names:
@@ -262,18 +282,18 @@ def read_1ka_test(root: Path) -> Pairs:
         if type(number) is not int or number not in range(len(texts)):
             raise UserError(f"{where}: {shorten(name)} has no caption number {shorten(number)}")
         captions[name] = [texts[number]]
-    yield from read_captioned(root, names, captions)
+    yield from read_captioned(folder, names, captions)
 
 
-def read_msrvtt_full(root: Path, role: str) -> Pairs:
+def read_msrvtt_full(folder: Folder, role: str) -> Pairs:
     """MSR-VTT's official splits, as the annotation of each video says."""
-    captions, split_of = read_msrvtt_captions(root, "test" if role == "test" else "train")
+    captions, split_of = read_msrvtt_captions(folder, "test" if role == "test" else "train")
     official = "validate" if role == "val" else role
     if split_of:
         names = [(where, name) for name, (where, split) in split_of.items() if split == official]
     else:
-        names = read_list(find_file(root, f"{role}_list_full.txt"))
-    return read_captioned(root, names, captions)
+        names = read_list(folder.file(f"{role}_list_full.txt"))
+    return read_captioned(folder, names, captions)
 
 
 def read_names(path: Path) -> list[tuple[str, str]]:
@@ -283,9 +303,9 @@ def read_names(path: Path) -> list[tuple[str, str]]:
     return [(where, row["video_id"]) for where, row in read_csv(path, ["video_id"])]
 
 
-def read_msvd(root: Path, role: str) -> Pairs:
+def read_msvd(folder: Folder, role: str) -> Pairs:
     """MSVD: each of a video's many sentences is a caption of its own."""
-    path = find_file(root, "raw-captions.pkl", "captions_msvd.json")
+    path = folder.file("raw-captions.pkl", "captions_msvd.json")
     expected = "{video: [sentence, …]}"
     if path.suffix == ".pkl":
         found = read_pickle(path, f"expected {expected}")
@@ -295,10 +315,10 @@ def read_msvd(root: Path, role: str) -> Pairs:
         raise UserError(f"{path}: not an object; expected {expected}")
 
     captions = {}
-    names = read_list(find_file(root, f"{role}_list.txt"))
+    names = read_list(folder.file(f"{role}_list.txt"))
     for _, name in names:
         captions[name] = join_words(found.get(name, []), f"{path}, entry {shorten(name)}")
-    return read_captioned(root, names, captions, "{}.avi".format)
+    return read_captioned(folder, names, captions, "{}.avi".format)
 
 
 def join_words(sentences, where: str) -> list[str]:
@@ -314,12 +334,12 @@ def join_words(sentences, where: str) -> list[str]:
     return texts
 
 
-def read_didemo(root: Path, role: str) -> Pairs:
+def read_didemo(folder: Folder, role: str) -> Pairs:
     """DiDeMo: a video's sentences, joined in the order of the file, are its one caption.
 
     A list may say which videos are in the split. Names are compared without their endings.
     """
-    path = find_file(root, f"{role}_data.json")
+    path = folder.file(f"{role}_data.json")
     document = read_json(path, "a list of objects")
     sentences, places, files = {}, {}, {}
     for where, row in read_entries(path, document, None, dict(video=str, description=str)):
@@ -329,10 +349,10 @@ def read_didemo(root: Path, role: str) -> Pairs:
         files.setdefault(name, row["video"])
 
     names = [(where, name) for name, where in places.items()]
-    if listed := find_file(root, f"{role}_list.txt", optional=True):
+    if listed := folder.file(f"{role}_list.txt", optional=True):
         names = [(where, without_ending(name)) for where, name in read_list(listed)]
     captions = {name: [" ".join(texts)] for name, texts in sentences.items()}
-    return read_captioned(root, names, captions, files.get)
+    return read_captioned(folder, names, captions, files.get)
 
 
 LSMDC_FILES = dict(
@@ -343,13 +363,12 @@ LSMDC_FILES = dict(
 LSMDC_COLUMNS = "CLIP_ID START_ALIGNED END_ALIGNED START_EXTRACTED END_EXTRACTED SENTENCE".split()
 
 
-def read_lsmdc(root: Path, role: str) -> Pairs:
+def read_lsmdc(folder: Folder, role: str) -> Pairs:
     """LSMDC 2016. A clip on two lines has two captions.
 
     The clip A_00.01-00.02 of the film A lies at A/A_00.01-00.02.avi.
     """
-    finder = VideoFinder(root)
-    for where, row in read_columns(find_file(root, LSMDC_FILES[role]), LSMDC_COLUMNS):
+    for where, row in read_columns(folder.file(LSMDC_FILES[role]), LSMDC_COLUMNS):
         clip = row["CLIP_ID"].strip()
         film, _, _ = clip.rpartition("_")
         if not film:
@@ -357,15 +376,14 @@ def read_lsmdc(root: Path, role: str) -> Pairs:
             raise UserError(
                 f"{where}: CLIP_ID is {shorten(clip)}, not FILM_START-END; expected {expected}"
             )
-        yield finder.find(f"{film}/{clip}.avi", where), row["SENTENCE"].strip()
+        yield folder.video(f"{film}/{clip}.avi", where), row["SENTENCE"].strip()
 
 
-def read_webvid(root: Path, role: str) -> Pairs:
+def read_webvid(folder: Folder, role: str) -> Pairs:
     """WebVid-2M."""
-    finder = VideoFinder(root)
-    path = find_file(root, f"results_2M_{role}.csv")
+    path = folder.file(f"results_2M_{role}.csv")
     for where, row in read_csv(path, ["videoid", "page_dir", "name"]):
-        yield finder.find(f"{row['page_dir']}/{row['videoid']}.mp4", where), row["name"]
+        yield folder.video(f"{row['page_dir']}/{row['videoid']}.mp4", where), row["name"]
 
 
 CC3M_FILES = dict(
@@ -374,25 +392,24 @@ CC3M_FILES = dict(
 )
 
 
-def read_cc3m(root: Path, role: str) -> Pairs:
+def read_cc3m(folder: Folder, role: str) -> Pairs:
     """Conceptual Captions 3M. An image is a video of one frame.
 
     Its file is named after the checksum of its address.
     """
-    finder = VideoFinder(root)
-    path = find_file(root, *CC3M_FILES[role])
+    path = folder.file(*CC3M_FILES[role])
     read = read_csv if path.suffix == ".csv" else read_columns
     for where, row in read(path, ["caption", "thumbnailUrl"]):
         address = row["thumbnailUrl"]
         if "://" not in address:
             raise UserError(f"{where}: {shorten(address)} is no address; expected caption, url")
-        yield finder.find(str(zlib.crc32(address.encode())), where), row["caption"]
+        yield folder.video(str(zlib.crc32(address.encode())), where), row["caption"]
 
 
-def read_webvid_cc3m(root: Path, role: str) -> Pairs:
+def read_webvid_cc3m(folder: Folder, role: str) -> Pairs:
     """Both as one set: a batch mixes videos and images."""
-    yield from read_webvid(root / "webvid", role)
-    yield from read_cc3m(root / "cc3m", role)
+    yield from read_webvid(Folder(folder.root / "webvid", folder.videos), role)
+    yield from read_cc3m(Folder(folder.root / "cc3m", folder.videos), role)
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -412,23 +429,22 @@ def load_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def load_msrvtt_mc(root: Path, path: str | Path | None = None) -> list[Question]:
+def load_msrvtt_mc(folder: Folder, path: str | Path | None = None) -> list[Question]:
     """MSRVTT-MC's questions, in any of its three published forms.
 
     `path`: where they are, if not under a usual name. Answers count from 0; from 1 if one of them
     is the number of options, and none is 0.
     """
     names = [f"msrvtt_mc_test.{ending}" for ending in ("jsonl", "json", "tsv", "csv")]
-    rows = list(read_msrvtt_mc(Path(path) if path else find_file(root, *names)))
+    rows = list(read_msrvtt_mc(Path(path) if path else folder.file(*names)))
     counts_from_one = any(answer == len(options) for _, _, options, answer in rows)
     counts_from_one &= all(answer != 0 for *_, answer in rows)
 
-    finder = VideoFinder(root)
     questions = []
     for where, name, options, answer in rows:
         if name.startswith("msr"):  # msr9770 is video9770
             name = "video" + name.removeprefix("msr")
-        video = finder.find(without_ending(name) + ".mp4", where)
+        video = folder.video(without_ending(name) + ".mp4", where)
         question = Question(video, options, answer - counts_from_one)
         questions.append(check_question(question, where))
     return questions
@@ -456,7 +472,7 @@ def read_msrvtt_mc(path: Path) -> Iterator[tuple[str, str, list, int]]:
         return
 
     names = ["a1", "a2", "a3", "a4", "a5"]
-    for where, row in read_csv(path, ["vid_key", *names, "answer"], delimiter="\t"):
+    for where, row in read_csv(path, ["vid_key", *names, "answer"]):
         answer = row["answer"].strip()
         if not answer.isdecimal() or len(answer) > 9:  # int() refuses 4,301 digits
             raise UserError(f"{where}: answer is {shorten(answer)}, expected a whole number")
@@ -475,9 +491,9 @@ def check_question(question: Question, where: str) -> Question:
     return question
 
 
-def read_mc_videos(root: Path, role: str) -> Pairs:
+def read_mc_videos(folder: Folder, role: str) -> Pairs:
     """The videos of MSRVTT-MC, each with the right answers to its questions."""
-    for question in load_msrvtt_mc(root):
+    for question in load_msrvtt_mc(folder):
         yield question.video, question.options[question.answer]
 
 
@@ -488,7 +504,7 @@ def read_mc_videos(root: Path, role: str) -> Pairs:
 class DataSet:
     """How to read it, and what makes a result on it comparable."""
 
-    read: Callable[[Path, str], Pairs]
+    read: Callable[[Folder, str], Pairs]
     videos: dict[str, int | None]  # of each split, by protocol; None: not fixed
     protocol: str = ""  # in words, of its test
     captions: dict[str, int] = field(default_factory=dict)  # of each split, where that is fixed
@@ -506,19 +522,22 @@ ONE_KA = dict(
         "result"
     ),
 )
-OWN = DataSet(read_own, dict(train=None, val=None, test=None))
+OWN = DataSet(
+    lambda folder, role: read_own(folder.root, role, folder.videos),
+    dict(train=None, val=None, test=None),
+)
 
 DATASETS = {
     "toy": OWN,
     "csv": OWN,
     "msrvtt": DataSet(
-        read_1ka,
+        read_9k,
         videos=dict(train=9000, test=1000),
         captions=dict(train=180_000, test=1000),
         **ONE_KA,
     ),
     "msrvtt-7k": DataSet(
-        read_1ka_7k,
+        read_7k,
         videos=dict(train=7010, test=1000),
         captions=dict(train=140_200, test=1000),
         **ONE_KA,
@@ -573,40 +592,49 @@ DATASETS = {
 }
 
 
+# the json of VindLU and UMT, [{"video": …, "caption": …}]: SET_ret_PART.json, a part per split
+VINDLU = {
+    "msrvtt": "train9k test1k",
+    "msrvtt-7k": "train7k test1k",
+    "msvd": "train val test",
+    "didemo": "train val test",
+    "lsmdc": "train val test_1000",
+}
+
+
+def find_dataset(name: str) -> DataSet:
+    if name not in DATASETS:
+        raise UserError(f"{name}: no such data set; one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
 def load_split(
-    dataset: str, data: str | Path, role: str = "train", *, root: str | Path | None = None
+    dataset: str, data: str | Path, role: str = "train", *, videos_root: str | Path | None = None
 ) -> Split:
     """The "train", "val" or "test" split of a data set (a key of DATASETS) in the folder `data`.
 
-    For "csv" `data` may be the file itself, and `root` the folder that its paths are relative to
-    and must not leave. Raises UserError, with file, line and what was expected, where a file is
-    missing, empty or malformed, or the data set has no such split. Videos are not looked at:
-    `keep_decodable` finds the missing and the broken ones.
+    videos_root: where videos are looked for that are not in `data`. For "csv" `data` may be the
+    file itself, and all its paths are relative to `videos_root`, and must not leave it. Raises
+    UserError, with file, line and what was expected, where a file is missing, empty or malformed,
+    or the data set has no such split. Videos are not looked at: `keep_decodable` finds the missing
+    and the broken ones.
     """
     assert role in ("train", "val", "test"), f"{role=}: train, val or test"
-    assert root is None or dataset == "csv", f"{root=}: {dataset} takes its folder as `data`"
-    if dataset not in DATASETS:
-        raise UserError(f"{dataset}: no such data set; one of {', '.join(DATASETS)}")
-    entry = DATASETS[dataset]
+    entry = find_dataset(dataset)
     if role not in entry.videos:
         why = entry.no_val or "it has " + ", ".join(entry.videos)
         raise UserError(f"{dataset}: has no {role} split; {why}")
 
-    if root is not None:
-        return Split.from_pairs(read_own(Path(data), role, Path(root)))
-    return replace(Split.from_pairs(entry.read(Path(data), role)), window=entry.window)
-
-
-def main():
-    """Sizes and protocols."""
-    for name, entry in DATASETS.items():
-        sizes = []
-        for role, count in entry.videos.items():
-            sizes.append(f"{role} {'any' if count is None else f'{count:,}'}")
-        print(f"{name:12s} {', '.join(sizes)}")
-        if entry.protocol:
-            print(f"{'':12s} {entry.protocol}")
-
-
-if __name__ == "__main__":
-    run(main)
+    folder = Folder(data, videos_root)
+    parts = [part for part in VINDLU.get(dataset, "").split() if part.startswith(role)]
+    names = [f"{dataset.removesuffix('-7k')}_ret_{part}.json" for part in parts]
+    path = folder.file(*names, optional=True)
+    if path:
+        pairs = read_pairs(path, folder.video, joins=dataset == "didemo")
+    else:
+        pairs = entry.read(folder, role)
+    places = [] if entry is OWN else folder.places
+    sizes = dict(videos=entry.videos[role], captions=entry.captions.get(role))
+    official = {what: size for what, size in sizes.items() if size}
+    split = Split.from_pairs(pairs)
+    return replace(split, window=entry.window, places=places, official=official)

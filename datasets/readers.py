@@ -33,7 +33,7 @@ from cli import UserError
 
 Rows = Iterator[tuple[str, dict]]  # (where it stands, {column: value})
 
-TYPE_NAMES = {str: "a text", int: "a whole number", list: "a list"}
+TYPE_NAMES = {str: "a text", int: "a whole number", list: "a list", str | list: "a text or a list"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -54,10 +54,10 @@ def check_row(row, where: str, columns: dict[str, type]) -> dict:
 
     for name, kind in columns.items():
         value = row[name]
-        if type(value) is not kind:
+        if not isinstance(value, kind) or isinstance(value, bool):
             is_not = f"{shorten(value)}, not {TYPE_NAMES[kind]}"
             raise UserError(f"{where}: {name} is {is_not}; {expected}")
-        if kind is str:
+        if isinstance(value, str):
             check_text(value, where, name)
     return row
 
@@ -135,12 +135,15 @@ def read_columns(path: Path, columns: Sequence[str]) -> Rows:
         yield where, dict(zip(columns, values))
 
 
-def read_csv(path: Path, columns: Sequence[str], delimiter: str = ",") -> Rows:
+def read_csv(path: Path, columns: Sequence[str]) -> Rows:
     """(where, {column: text}) of a file whose header holds these columns, and perhaps others.
 
+    They stand between commas, semicolons or tabs, as in the header, whose capitals do not count.
     Blank lines are no rows. Raises UserError also where there is no row.
     """
     expected = f"expected {', '.join(columns)}"
+    _, first = next(number_lines(path, expected))
+    delimiter = max(",;\t", key=first.count)
     reader = csv.reader(read_lines(path, expected), strict=True, delimiter=delimiter)
     header, is_empty = None, True
     start = 1  # the line where the row begins: a quoted caption may run over several
@@ -152,26 +155,26 @@ def read_csv(path: Path, columns: Sequence[str], delimiter: str = ",") -> Rows:
                 continue
 
             if header is None:
-                header = row
-                if missing := [name for name in columns if name not in header]:
+                header = [name.strip().lower() for name in row]
+                if missing := [name for name in columns if name.lower() not in header]:
                     raise UserError(
-                        f"{where}: the header {delimiter.join(header)[:80]!r} has no "
+                        f"{where}: the header {first.strip()[:80]!r} has no "
                         f"{' or '.join(missing)}; {expected}"
                     )
+                places = [header.index(name.lower()) for name in columns]
                 continue
 
             if len(row) != len(header):
                 raise UserError(
                     f"{where}: {len(row)} columns, the header has {len(header)}; {expected} "
-                    "(a caption with a comma stands in double quotes)"
+                    f"(a caption with {delimiter!r} in it stands in double quotes)"
                 )
             is_empty = False
-            yield where, dict(zip(header, row))
+            yield where, {name: row[place] for name, place in zip(columns, places)}
     except csv.Error as error:
         raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
     if is_empty:
-        found = "no samples in it" if header else "the file is empty"
-        raise UserError(f"{path}: {found}; {expected}")
+        raise UserError(f"{path}: no samples in it; {expected}")
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-"""A split: videos, captions, and which video each caption is of."""
+"""A split: videos, captions, and which is of which; and what a model has learned from."""
 
+import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +19,9 @@ class Split:
     broken: dict[str, str] = field(default_factory=dict)
     # the seconds of each video that belong to it; None = to the end
     window: tuple[float, float | None] = (0.0, None)
+    places: list[str] = field(default_factory=list)  # folders where its videos were looked for
+    # how many "videos", "captions", "questions" there should be, where that is fixed
+    official: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[str, str]]) -> "Split":
@@ -43,16 +48,31 @@ class Split:
             broken=self.broken | broken,
         )
 
-    def describe_broken(self, at_most: int = 20) -> str:
-        """Lines for the user: which videos are not used, and why; "" if there are none."""
-        if not self.broken:
-            return ""
+    def count_broken(self) -> dict[str, int]:
+        """{"missing": videos that are not on the disk, "broken": those that do not decode}."""
+        missing = sum(not os.path.exists(path) for path in self.broken)
+        return dict(missing=missing, broken=len(self.broken) - missing)
+
+    def summarize_broken(self) -> str:
+        """The same in words."""
         total = len(self.video_paths) + len(self.broken)
-        lines = [f"{len(self.broken)} of {total} videos cannot be used:"]
-        lines += list(self.broken.values())[:at_most]
+        kinds = "{missing} missing, {broken} broken".format(**self.count_broken())
+        return f"{len(self.broken)} of {total} videos cannot be used ({kinds})"
+
+    def describe_broken(self, at_most: int = 20) -> str:
+        """Lines for the user: which videos are not used, and why."""
+        lines = [f"{self.summarize_broken()}:", *list(self.broken.values())[:at_most]]
         if len(self.broken) > at_most:
             lines.append(f"… and {len(self.broken) - at_most} more")
         return "\n    ".join(lines)
+
+    def describe_captions(self) -> str:
+        """Empty captions and repeated rows, in words; "" if there are none."""
+        empty = sum(not caption.strip() for caption in self.captions)
+        rows = set(zip(self.video_of_caption.tolist(), self.captions))
+        repeated = len(self.captions) - len(rows)
+        odd = f"{empty} empty, {repeated} repeated for the same video"
+        return f"{len(self.captions)} captions: {odd}" if empty or repeated else ""
 
 
 @dataclass
@@ -63,3 +83,46 @@ class Question:
     options: list[str]
     answer: int  # index of the right option
     kind: str = ""  # what the wrong ones differ in, where the data set says so
+
+
+@dataclass
+class TrainedOn:
+    """Which videos a model has learned from.
+
+    Their names tell, without folder and ending: the same video may lie in another data set.
+    """
+
+    names: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # hashes, sorted
+    # {data set: [its videos that were used, its videos]}
+    counts: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: str, split: Split) -> "TrainedOn":
+        used = len(split.video_paths)
+        total = split.official.get("videos", used + len(split.broken))
+        return cls(np.unique(hash_names(split.video_paths)), {dataset: [used, total]})
+
+    def __or__(self, later: "TrainedOn") -> "TrainedOn":
+        return TrainedOn(np.union1d(self.names, later.names), self.counts | later.counts)
+
+    def doubts(self, paths: list[str]) -> list[str]:
+        """Why results on these videos would not be comparable."""
+        found = []
+        for dataset, (used, total) in self.counts.items():
+            if used != total:
+                found.append(f"trained on {used:,} of {total:,} videos of {dataset}")
+
+        known = int(np.isin(hash_names(paths), self.names).sum())
+        if known:
+            what = f"{known:,} of these {len(paths):,} videos"
+            found.append(f"{what} bear names that it was trained on: not comparable")
+        return found
+
+
+def hash_names(paths: list[str]) -> np.ndarray:
+    """int64 [n], of the names of files without folders and endings."""
+    digests = bytearray()
+    for path in paths:
+        name = os.path.splitext(os.path.basename(path))[0].encode("utf-8", "surrogateescape")
+        digests += hashlib.blake2b(name, digest_size=8).digest()
+    return np.frombuffer(digests, "<i8")

@@ -5,13 +5,13 @@ A task is one function from the configuration of an evaluation to a `Task`. The 
 and one's own videos are tasks like the published data sets.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cli import UserError
 from datasets import toyworld
-from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
-from datasets.split import Question, Split
+from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
+from datasets.split import Question, Split, TrainedOn
 
 TOY_PROTOCOL = (
     "Toy world: compositions that training never shows; one caption per video, all videos of the "
@@ -27,12 +27,47 @@ class Task:
     protocol: str
     split: Split
     questions: list[Question] = field(default_factory=list)
-    # how many "videos", "captions", "questions" there should be, where that is fixed
-    official: dict[str, int] = field(default_factory=dict)
-    doubt: str = ""  # why its numbers would not be comparable
+
+    @property
+    def videos(self) -> list[str]:
+        """Every video once: first those of the gallery, then those that only a question needs."""
+        asked = [question.video for question in self.questions]
+        return list(dict.fromkeys([*self.split.video_paths, *asked]))
+
+    def count(
+        self, usable: Split, trained_on: TrainedOn, num_questions: int = 0
+    ) -> tuple[dict[str, int], str]:
+        """({"videos": …, "captions": …, "questions": …} of a result on what is usable, why it would
+        not be comparable: "N of M videos: not comparable (2 missing)").
+
+        M is what the protocol has, or, where that is not fixed, what the files list.
+        """
+        listed = dict(
+            videos=len(self.videos),
+            captions=len(self.split.captions),
+            questions=len(self.questions),
+        )
+        counts = dict(
+            videos=listed["videos"] - len(usable.broken),
+            captions=len(usable.captions),
+            questions=num_questions,
+        )
+        official = dict(videos=listed["videos"]) | self.split.official
+        doubts = trained_on.doubts([path for path in self.videos if path not in usable.broken])
+        short = {name: count for name, count in official.items() if counts[name] != count}
+        if short:
+            reasons = [f"{count} {kind}" for kind, count in usable.count_broken().items() if count]
+            for name, count in official.items():
+                if listed[name] != count:
+                    reasons.append(f"the files list {listed[name]:,} {name}")
+            what = ", ".join(
+                f"{counts[name]:,} of {count:,} {name}" for name, count in short.items()
+            )
+            doubts.insert(0, f"{what}: not comparable ({', '.join(reasons)})")
+        return counts, "; ".join(doubts)
 
 
-def load_toy(config, trained_on: str | None) -> Task:
+def load_toy(config) -> Task:
     """The toy world's gallery and its questions. Only its split is rendered, if it is missing."""
     if config.data:
         folder = Path(config.data)
@@ -42,43 +77,34 @@ def load_toy(config, trained_on: str | None) -> Task:
     return Task(TOY_PROTOCOL, split, load_questions(folder / f"{config.split}_mc.jsonl"))
 
 
-def load_csv(config, trained_on: str | None) -> Task:
+def load_csv(config) -> Task:
     """The videos and captions of one's own file."""
     if not config.data:
         raise UserError(
-            "--task csv: needs --data FILE, a csv or jsonl file with the columns video and caption"
+            "--task csv: needs --data FILE, a csv, jsonl or json file with video and caption"
         )
     protocol = (
         f"Own data ({Path(config.data).name}): every caption is a query against all videos of the "
         "file; a video takes the best rank of its captions."
     )
-    split = load_split("csv", config.data, config.split, root=config.data_root)
-    return Task(protocol, split)
+    root = config.videos_root or config.data_root
+    return Task(protocol, load_split("csv", config.data, config.split, videos_root=root))
 
 
-def load_published(config, trained_on: str | None) -> Task:
+def load_published(config) -> Task:
     """A published data set: its questions if it asks any, else its gallery."""
     name, root, role = config.task, config.data_root, config.split
     if not root:
         raise UserError(f"--task {name}: needs --data-root FOLDER with annotations and videos")
     known = DATASETS[name]
-    if role not in known.videos:
-        load_split(name, root, role)  # raises, and says why there is none
+    if name != "msrvtt-mc" or role not in known.videos:  # then it says why there is none
+        split = load_split(name, root, role, videos_root=config.videos_root)
+        return Task(known.protocol, split)
 
-    if name == "msrvtt-mc":
-        task = Task(known.protocol, Split.from_pairs([]), load_msrvtt_mc(Path(root), config.data))
-        task.official["questions"] = known.videos[role]
-    else:
-        task = Task(known.protocol, load_split(name, root, role))
-        sizes = dict(videos=known.videos[role], captions=known.captions.get(role))
-        task.official = {what: count for what, count in sizes.items() if count}
-
-    if trained_on == "msrvtt" and name in ("msrvtt-full", "msrvtt-mc"):
-        task.doubt = (
-            "the checkpoint was trained on MSR-VTT's 9k list, which holds 1,990 of these videos: "
-            "not comparable"
-        )
-    return task
+    folder = Folder(root, config.videos_root)
+    official = dict(questions=known.videos[role])
+    split = replace(Split.from_pairs([]), places=folder.places, official=official)
+    return Task(known.protocol, split, load_msrvtt_mc(folder, config.data))
 
 
 PUBLISHED = ("msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc")

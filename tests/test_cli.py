@@ -1,6 +1,7 @@
 """cli.py: flags from a dataclass, mistakes in one line, files that are whole or not there."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tyro.conf import Positional
 from cli import UserError, parse_config, run, write_whole
 
 ROOT = Path(__file__).parent.parent
+NARROW = dict(os.environ, COLUMNS="80")
 
 
 @dataclass
@@ -38,6 +40,17 @@ def test_comments_are_the_help(capsys):
         parse_config(Config, ["--help"])
     assert stop.value.code == 0
     assert "optimizer steps, 100 % of them" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_is_grouped_and_fits_three_screens(script):
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=NARROW)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and 20 < len(lines) <= 120
+    groups = {"train.py": "data optimizer output", "eval.py": "search"}[script]
+    for group in groups.split():
+        assert f"{group} options" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -82,6 +95,31 @@ def test_a_terminal_without_unicode_and_a_closed_pipe_end_nothing():
         assert process.stdout.readline() == b"\\u03b2 = 1\n"
         process.stdout.close()  # as `| head` does
         assert process.stderr.read() == b""
+
+
+def test_a_closed_pipe_after_the_last_line_ends_without_a_word():
+    """`--help | true`: what is still held back finds no reader."""
+    code = "import sys; from cli import run; run(lambda: (print('help'), sys.exit(0)))"
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE
+    )
+    os.close(writes)
+    assert done.stderr == b"" and done.returncode == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_ctrl_c_while_importing_is_no_traceback(script, tmp_path):
+    """The first import from outside waits, as a slow disk does."""
+    (tmp_path / "numpy.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    command = [sys.executable, script]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == -signal.SIGINT and process.stderr.read() == b""
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

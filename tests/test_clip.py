@@ -8,8 +8,10 @@ takes its place.
 
 import importlib.util
 import json
+import pickle
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -285,6 +287,43 @@ def test_openais_own_file_in_half_precision(file):
         assert t.dtype == torch.float32 and t.equal(expected), name
 
 
+def archive(tensors: dict, path):
+    """A TorchScript archive of modules that hold these, as OpenAI's downloads are."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module = root
+        *folders, last = name.split(".")
+        for folder in folders:
+            if folder not in dict(module.named_children()):
+                module.add_module(folder, torch.nn.Module())
+            module = getattr(module, folder)
+        module.register_buffer(last, tensor)
+    torch.jit.script(root).save(path)
+
+
+def test_openais_archives_are_read_without_their_program(file, monkeypatch):
+    openai_file(file)
+    tensors, path = load_file(file), file.with_name("ViT.pt")
+    archive(tensors | {"visual.transformer.attn_mask": torch.zeros(3, 3)}, path)
+    monkeypatch.setattr(torch.jit, "load", None)
+    found, same = read_clip(path), read_clip(file)
+    assert found.known_from == "OpenAI's own file" and found.sizes == same.sizes
+    assert found.weights.keys() == same.weights.keys()
+    assert all(t.equal(same.weights[name]) for name, t in found.weights.items())
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
+def test_an_archive_that_would_call_something_is_refused(tmp_path, capsys, member):
+    whole, path = tmp_path / "whole.pt", tmp_path / "x.pt"
+    archive({"a": torch.zeros(2)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            evil = pickle.dumps(Evil()) if name.endswith("data.pkl") else b""
+            target.writestr(name, evil if name.endswith(member) else source.read(name))
+    refused(path, "more than tensors")
+    assert "must never run" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -355,7 +394,7 @@ class Evil:
 def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
     path = tmp_path / "x.pt"
     refused(path, "no such file")
-    refused(tmp_path, "holds none of model.safetensors")
+    refused(tmp_path, "no step-.* of a run, and none of model.safetensors")
     torch.save(dict(a=Evil()), path)
     refused(path, "more than tensors")
     assert "must never run" not in capsys.readouterr().out
@@ -366,7 +405,7 @@ def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-100])
     refused(path, "damaged")
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    refused(path, "TorchScript.*safetensors.torch.save_file")
+    refused(path, "not a CLIP with a vision transformer .it holds .*weight")
     for name in ("x.pt", "x.safetensors"):
         (tmp_path / name).write_text("hello")
         refused(tmp_path / name, "damaged")

@@ -120,7 +120,7 @@ def test_broken_videos_are_dropped_and_listed(folder, tmp_path, capsys):
     assert "2 of 8 videos cannot be used" in said
     assert "zero.mp4: the file is empty" in said and "absent.mp4" in said
 
-    with pytest.raises(UserError, match="2 of 8 videos cannot be used, more than the 5%.*zero.mp4"):
+    with pytest.raises(UserError, match="used .1 missing, 1 broken., more than the 5%.*zero.mp4"):
         keep_decodable(split, cache, workers=1, progress=False)
     (tmp_path / "lost.csv").write_text("video,caption\nabsent.mp4,gone")
     lost = load_split("csv", tmp_path / "lost.csv")

@@ -16,11 +16,11 @@ import train
 from cli import UserError
 from data import keep_decodable, load_videos
 from datasets.check import check_dataset
-from datasets.published import DATASETS, VideoFinder, load_msrvtt_mc, load_questions, load_split
+from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
 from datasets.readers import read_csv
 from datasets.split import Question
 from eval import TASKS, EvalConfig, evaluate
-from training.checkpoint import load_checkpoint
+from training.checkpoint import export_checkpoint, load_checkpoint
 from videos.cache import FrameCache
 from videos.decode import write_video
 
@@ -127,6 +127,27 @@ def msrvtt_document(numbers: range) -> str:
         for j, text in enumerate(captions_of(i)):
             sentences.append(dict(video_id=f"video{i}", caption=text, sen_id=j))
     return json.dumps(dict(info=dict(year="2016"), videos=videos, sentences=sentences))
+
+
+def build_msrvtt_vindlu(root: Path):
+    """VindLU's and UMT's json, below a folder of its own; the videos are in another container."""
+    for i in range(11):
+        film(root / "MSRVTT_Videos" / f"video{i}.avi", i)
+    rows = dict(train9k=range(8), test1k=NUMBERS["test"])
+    for name, numbers in rows.items():
+        entries = []
+        for i in numbers:
+            texts = captions_of(i) if name == "train9k" else captions_of(i)[1]
+            entries.append(dict(video=f"video{i}.mp4", caption=texts))
+        lines(root / "anno_downstream" / f"msrvtt_ret_{name}.json", json.dumps(entries))
+
+
+def build_didemo_vindlu(root: Path):
+    for role, numbers in NUMBERS.items():
+        entries = [dict(video=f"9@N0_{i}.mp4", caption=captions_of(i)) for i in numbers]
+        lines(root / f"didemo_ret_{role}.json", json.dumps(entries))
+    for i in range(11):
+        film(root / "DiDeMo_Videos" / f"9@N0_{i}.mp4", i)
 
 
 def build_msvd(root: Path):
@@ -258,6 +279,7 @@ BUILDERS = {  # form: (build, data set)
     "msrvtt official files": (build_msrvtt_official, "msrvtt"),
     "msrvtt of CLIP4Clip": (build_msrvtt_clip4clip, "msrvtt"),
     "msrvtt of Frozen": (build_msrvtt_frozen, "msrvtt"),
+    "msrvtt of VindLU": (build_msrvtt_vindlu, "msrvtt"),
     "msrvtt-7k": (build_msrvtt, "msrvtt-7k"),
     "msrvtt-full": (build_msrvtt, "msrvtt-full"),
     "msrvtt-full official files": (build_msrvtt_official, "msrvtt-full"),
@@ -265,6 +287,7 @@ BUILDERS = {  # form: (build, data set)
     "msvd": (build_msvd, "msvd"),
     "msvd json": (build_msvd_json, "msvd"),
     "didemo": (build_didemo, "didemo"),
+    "didemo of VindLU": (build_didemo_vindlu, "didemo"),
     "lsmdc": (build_lsmdc, "lsmdc"),
     "webvid": (build_webvid, "webvid"),
     "cc3m": (build_cc3m, "cc3m"),
@@ -369,7 +392,7 @@ def test_annotations_may_lie_in_a_folder_of_their_own(folders, tmp_path):
 
 def test_where_videos_are_found(tmp_path):
     def find(name):
-        path = VideoFinder(tmp_path).find(name, "here")
+        path = Folder(tmp_path).video(name, "here")
         return str(Path(path).relative_to(tmp_path))
 
     assert find("a.mp4") == "a.mp4"  # nowhere: where it should be
@@ -383,6 +406,26 @@ def test_where_videos_are_found(tmp_path):
     assert find("a.mp4") == "clips/a.mp4"  # the very name first, wherever it is
     lines(tmp_path / "TestVideo/TestVideo/c.mp4", "x")
     assert find("c.mp4") == "TestVideo/TestVideo/c.mp4"  # as it unpacks
+
+
+def test_videos_elsewhere(folders, tmp_path):
+    """--videos-root is where the data set's own places fail; what was searched is said."""
+    whole, elsewhere = folders(build_msrvtt), tmp_path / "disk"
+    copy_files(whole, tmp_path)
+    (elsewhere).mkdir()
+    for path in (whole / "videos/all").iterdir():
+        (elsewhere / path.name).symlink_to(path)
+    cache = FrameCache(tmp_path / "cache", size=16, num_frames=2)
+    with pytest.raises(UserError, match=f"looked in {tmp_path}; elsewhere: --videos-root"):
+        keep_decodable(load_split("msrvtt", tmp_path, "test"), cache)
+
+    (tmp_path / "videos").mkdir()
+    film(tmp_path / "videos" / "video8.mp4", 0)
+    split = load_split("msrvtt", tmp_path, "test", videos_root=elsewhere)
+    found = [str(Path(path).relative_to(tmp_path)) for path in split.video_paths]
+    assert found == ["videos/video8.mp4", "disk/video9.mp4", "disk/video10.mp4"]
+    rows, _ = check_dataset("msrvtt", tmp_path, videos_root=elsewhere)
+    assert [row["missing"] for row in rows] == [0, 0]
 
 
 def test_didemo_names_end_in_anything(tmp_path):
@@ -556,7 +599,7 @@ def test_no_annotation_leaves_the_data_root(tmp_path, place, name):
 def test_the_three_forms_of_msrvtt_mc_ask_the_same(folders, tmp_path, form):
     build_mc(tmp_path, form)
     (tmp_path / "videos").symlink_to(folders(build_msrvtt) / "videos")
-    questions = load_msrvtt_mc(tmp_path)
+    questions = load_msrvtt_mc(Folder(tmp_path))
     video = f"{tmp_path}/videos/all/video8.mp4"
     assert questions[0] == Question(video, [captions_of(j)[0] for j in range(4, 9)], 4)
     assert [question.answer for question in questions] == [4, 4, 4, 0]
@@ -567,12 +610,18 @@ def test_answers_that_count_from_one(tmp_path):
     path = tmp_path / "other.jsonl"
     rows = [dict(qid=i, clip_name="video1", options=list("abcde"), answer=i + 1) for i in range(5)]
     lines(path, *map(json.dumps, rows))
-    assert [question.answer for question in load_msrvtt_mc(tmp_path, path)] == [0, 1, 2, 3, 4]
+    assert [question.answer for question in load_msrvtt_mc(Folder(tmp_path), path)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
     # 0 and 5: neither way of counting
     lines(path, *map(json.dumps, [*rows, rows[0] | dict(answer=0)]))
     with pytest.raises(UserError, match="other.jsonl, line 5: answer is 5"):
-        load_msrvtt_mc(tmp_path, path)
+        load_msrvtt_mc(Folder(tmp_path), path)
 
 
 def test_questions(tmp_path):
@@ -724,11 +773,30 @@ def test_train_and_evaluate(folders, tmp_path, cache, dataset):
     assert len(json.loads(str(saved["captions"]))) == captions
 
 
-def test_a_result_on_videos_of_the_training_list_is_not_comparable(folders, tmp_path, cache):
-    root = folders(build_msrvtt)
-    train_tiny(tmp_path / "run", dataset="msrvtt", data_root=str(root), cache=cache)
-    record = evaluate_tiny(tmp_path / "run", "msrvtt-full", root, cache)
-    assert "trained on MSR-VTT's 9k list" in record["note"]
+def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache):
+    """By the names of the videos, from whichever data set and container they come."""
+    checkpoint = train_tiny(
+        tmp_path / "first", dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache
+    )
+    assert len(checkpoint.trained_on.names) == 8
+    assert checkpoint.trained_on.counts == {"msrvtt": [8, 9000]}
+    lines(tmp_path / "own.csv", "video,caption", *(f"video{i}.avi,a dog" for i in range(6, 9)))
+    for i in range(6, 9):
+        film(tmp_path / f"video{i}.avi", i)
+
+    # what a run starts from counts too, and fewer weights do not forget
+    own = dict(dataset="csv", data=str(folders(build_csv) / "train.csv"))
+    train_tiny(tmp_path / "then", init=str(tmp_path / "first"), cache=cache, **own)
+    export_checkpoint(tmp_path / "then", tmp_path / "small.safetensors")
+    for run in (tmp_path / "first", tmp_path / "small.safetensors"):
+        data = str(tmp_path / "own.csv")
+        config = EvalConfig(checkpoint=str(run), task="csv", data=data, device="cpu", cache=cache)
+        note = evaluate(config)["note"]
+        assert "2 of these 3 videos bear names that it was trained on: not comparable" in note
+        assert "trained on 8 of 9,000 videos of msrvtt" in note
+    record = evaluate_tiny(tmp_path / "then", "msrvtt", folders(build_msrvtt), cache)
+    assert record["trained_videos"] == {"msrvtt": [8, 9000], "csv": [6, 6]}
+    assert "bear names" not in record["note"]
 
 
 def test_the_official_number_is_comparable(folders, tmp_path, cache, monkeypatch):
@@ -759,10 +827,9 @@ def test_msrvtt_mc_is_accuracy_only(folders, tmp_path, cache):
     assert not [name for name in record if name.startswith(("t2v", "v2t", "mc_accuracy_"))]
     assert [record[name] for name in ("videos", "captions", "questions")] == [3, 0, 4]
     assert "4 of 2,990 questions: not comparable (the files list 4 questions)" in record["note"]
-    assert "9k list, which holds 1,990 of these videos: not comparable" in record["note"]
 
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "Multiple choice" in page and "holds 1,990 of these videos" in page
+    assert "Multiple choice" in page
     assert "Text to video" not in page
     saved = np.load(sim_file)
     assert saved["option_scores"].shape == (4, 5) and saved["answers"].tolist() == [4, 4, 4, 0]

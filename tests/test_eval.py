@@ -120,7 +120,8 @@ def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
     ) and "mc_accuracy" not in written
     assert {"versions", "commit", "hardware", "date", "protocol", "split", "seed"} <= set(written)
     assert "<!DOCTYPE html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "text to video" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "text to video" in said and "6 captions: 1 empty, 0 repeated" in said
 
     # the same number, by hand: every frame and caption through the model, ranks by the definition
     model, video_of_text = checkpoint.model, [i for i, _ in CAPTIONS]
@@ -177,7 +178,7 @@ def test_an_incomplete_set_says_so(world, tmp_path, capsys):
     ) == {str(world / "gone.mp4"), str(world / "text.mp4")}
     assert "5 of 7 videos: not comparable" in capsys.readouterr().out
     assert "5 of 7 videos: not comparable" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match="2 of 7 videos"):
+    with pytest.raises(UserError, match="2 of 7 videos cannot be used .1 missing, 1 broken"):
         evaluate(config(world, tmp_path, data=str(world / "holes.csv")))
 
 
@@ -257,11 +258,13 @@ def test_toy_gallery_and_questions(world, tmp_path):
         (dict(checkpoint="nowhere.safetensors"), "nowhere.safetensors: no such checkpoint"),
         (dict(data=None), "--task csv: needs --data"),
         (dict(data="absent.csv"), "absent.csv"),
-        (dict(query="a dog"), "--query: is for --task search"),
+        (dict(query="a dog"), "--query a dog: is for --task search"),
+        (dict(data_root=".", task="toy", data=None), "--data-root .: is for --task csv or msrvtt"),
         (dict(task="toy", data=__file__), "a file is for --task csv"),
         (dict(device="cuda"), "--device cuda"),
-        (dict(task="msvd"), "--task msvd: needs --data-root"),
-        (dict(task="msrvtt", split="val", data_root="."), "msrvtt: has no val split"),
+        (dict(task="msvd"), "--data .*data.csv: is for --task csv or toy or msrvtt-mc"),
+        (dict(task="msvd", data=None), "--task msvd: needs --data-root"),
+        (dict(task="msrvtt", split="val", data=None, data_root="."), "msrvtt: has no val split"),
     ],
 )
 def test_mistakes_end_in_one_line(world, tmp_path, changes, message):

@@ -303,3 +303,17 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="frame cache"):
         FrameCache(tmp_path / "file" / "cache", size=16, num_frames=4)
+
+
+def test_what_cannot_fit_is_not_begun(tmp_path, clip, capsys):
+    """Videos × frames × size against the free disk; a picture is one frame."""
+    picture = tmp_path / "p.jpg"
+    cv2.imwrite(str(picture), np.zeros((8, 8, 3), np.uint8))
+    paths = [str(clip), str(picture), str(tmp_path / "gone.mp4")]
+    FrameCache(tmp_path / "c", size=1000, num_frames=4).fill(paths, workers=1)
+    assert "2 new videos × 4 frames of 1000 px take about 15 MB, and " in capsys.readouterr().out
+
+    large = FrameCache(tmp_path / "d", size=1000, num_frames=10**9)
+    with pytest.raises(UserError, match="MB are free; take a larger disk .--cache., fewer frames"):
+        large.fill(paths, workers=1)
+    assert not list((tmp_path / "d").iterdir())

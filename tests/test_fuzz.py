@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from captions.tagger import load_plain_pickle
 from captions.tokenizer import Tokenizer
 from cli import UserError
-from datasets.published import DATASETS, load_msrvtt_mc, load_questions, load_split
+from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
 from datasets.split import Split
 from knowledge import ConceptVocab, extract_many, read_cache, read_captions, write_cache
 from model import CLOP, build_config
@@ -146,7 +146,7 @@ def test_damaged_lists_of_ones_own_videos(name, tmp_path):
     def check(content):
         path.write_bytes(content)
         try:
-            assert_whole(load_split("csv", path, root=root), root)
+            assert_whole(load_split("csv", path, videos_root=root), root)
         except UserError as error:
             one_line(error)
         try:
@@ -177,7 +177,7 @@ def test_damaged_questions(name, tmp_path):
             if name == "q.jsonl":
                 questions = load_questions(path)
             else:
-                questions = load_msrvtt_mc(tmp_path, path)
+                questions = load_msrvtt_mc(Folder(tmp_path), path)
         except UserError as error:
             one_line(error)
             return
@@ -232,14 +232,14 @@ def test_pickles_of_plain_data_in_odd_shapes(data, tmp_path):
 def test_a_header_without_questions(tmp_path):
     (path := tmp_path / "mc.tsv").write_bytes(QUESTIONS["mc.tsv"].splitlines(keepends=True)[0])
     with pytest.raises(UserError, match="mc.tsv: no samples in it; expected vid_key"):
-        load_msrvtt_mc(tmp_path, path)
+        load_msrvtt_mc(Folder(tmp_path), path)
 
 
 def test_a_number_of_five_thousand_digits(tmp_path):
     path = tmp_path / "mc.tsv"
     path.write_bytes(QUESTIONS["mc.tsv"].replace(b"\t3\n", b"\t" + b"9" * 5000 + b"\n"))
     with pytest.raises(UserError, match="answer is '999") as error:
-        load_msrvtt_mc(tmp_path, path)
+        load_msrvtt_mc(Folder(tmp_path), path)
     one_line(error.value)
 
 

@@ -41,8 +41,27 @@ def as_jsonl() -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("name, text", [("own.csv", as_csv()), ("own.jsonl", as_jsonl())])
-def test_csv_and_jsonl_say_the_same(tmp_path, name, text):
+def as_json() -> str:
+    """As VindLU and UMT have it; a caption may be a list."""
+    rows = [dict(video=video, caption=[text]) for video, text in ROWS]
+    return json.dumps(rows, indent=1)
+
+
+SAME = {
+    "own.csv": as_csv(),
+    "semicolons.csv": as_csv()
+    .replace("video,length,caption", "Video;Length; Caption")
+    .replace(",3,", ";3;"),
+    "tabs.csv": as_csv()
+    .replace("video,length,caption", "VIDEO\tlength\tcaption")
+    .replace(",3,", "\t3\t"),
+    "own.jsonl": as_jsonl(),
+    "own.json": as_json(),
+}
+
+
+@pytest.mark.parametrize("name, text", SAME.items(), ids=list(SAME))
+def test_all_forms_say_the_same(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with the mark of Windows
     split = load_split("csv", tmp_path / name)
     assert split.captions == [caption for _, caption in ROWS]
@@ -86,7 +105,10 @@ BAD_JSONL = [
         b'{"video": "a\\n.mp4", "caption": "b"}\n',
         "line 1: the video 'a\\n.mp4' has control characters",
     ),
-    (b'\n{"video": "a", "caption": 3}\n', "line 2: caption is 3, not a text; expected video"),
+    (
+        b'\n{"video": "a", "caption": 3}\n',
+        "line 2: caption is 3, not a text or a list; expected video",
+    ),
 ]
 BAD_FILES = [("own.csv", *bad) for bad in BAD_CSV] + [("own.jsonl", *bad) for bad in BAD_JSONL]
 
@@ -162,7 +184,7 @@ def test_no_path_leaves_a_given_root(tmp_path, name):
     with pytest.raises(
         UserError, match="jsonl, line 2: the video .* lies outside of the data root"
     ):
-        load_split("csv", path, root=tmp_path / "videos")
+        load_split("csv", path, videos_root=tmp_path / "videos")
     # without a root one's own file may point anywhere
     assert len(load_split("csv", path).video_paths) == 2
 
@@ -171,7 +193,7 @@ def test_with_a_root_paths_are_relative_to_it(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("video,caption\na/..b.mp4,x\n")
     assert load_split("csv", path).video_paths == [f"{tmp_path}/a/..b.mp4"]
-    assert load_split("csv", path, root="elsewhere").video_paths == ["elsewhere/a/..b.mp4"]
+    assert load_split("csv", path, videos_root="x").video_paths == ["x/a/..b.mp4"]
 
 
 # ---- pickles -------------------------------------------------------------------------------------

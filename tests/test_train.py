@@ -20,7 +20,7 @@ from data import KnowledgeBatchSampler
 from eval import EvalConfig, evaluate
 from train import TrainConfig
 from training.checkpoint import load_checkpoint
-from training.log import Log
+from training.log import Log, plot_curves
 from training.processes import Ranks
 from videos.decode import write_video
 
@@ -152,6 +152,34 @@ def test_the_log_is_cut_back_where_it_goes_on(tmp_path):
     assert [line.get("resumed_at") for line in log_of(tmp_path)] == [0, 2]
 
 
+def test_validation_that_is_not_comparable_says_so(tiny_world, tmp_path, cache, capsys):
+    """In its line, in the log and on the plot."""
+    rows = (tiny_world / "val.csv").read_text().replace("videos/", f"{tiny_world}/videos/")
+    trained = (
+        (tiny_world / "train.csv")
+        .read_text()
+        .splitlines()[1]
+        .replace("videos/", f"{tiny_world}/videos/")
+    )
+    (tmp_path / "val.csv").write_text(f"{rows}gone.mp4,a dog\n{trained}\n")
+    config = dict(val_data=str(tmp_path / "val.csv"), steps=1, max_broken=0.5)
+    train.train(settings(tiny_world, tmp_path / "run", cache, **config))
+    note = (
+        "13 of 14 videos: not comparable (1 missing); "
+        "1 of these 13 videos bear names that it was trained on: not comparable"
+    )
+    assert log_of(tmp_path / "run")[-1]["note"] == note
+    assert f"({note})" in capsys.readouterr().out
+
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text((tmp_path / "run" / "log.jsonl").read_text().replace(note, ""))
+    plot_curves(plain, tmp_path / "plain.png")
+    curves = (tmp_path / "run" / "curves.png").read_bytes()
+    assert curves != (tmp_path / "plain.png").read_bytes()
+    plot_curves(tmp_path / "run" / "log.jsonl", tmp_path / "again.png")
+    assert curves == (tmp_path / "again.png").read_bytes()
+
+
 def test_curves_of_a_log_can_be_drawn_again(tmp_path):
     (tmp_path / "log.jsonl").write_text(
         '{"step": 1, "loss": 2.0, "step_s": 0.1}\n{"step": 2, "loss": null}\n'
@@ -274,7 +302,7 @@ def good_rows(tiny_world):
         (lambda f: csv_with(f, ["x.mp4,hello"], header="film,text"), "line 1.*has no video"),
         (
             lambda f: csv_with(f, ["x.mp4,a dog", "x.mp4,the dog"]),
-            "1 of 1 videos cannot be used.*no such video file",
+            "1 of 1 videos cannot be used .1 missing, 0 broken.*datasets.check.*no such video file",
         ),
     ],
 )
@@ -307,7 +335,7 @@ def test_broken_videos_are_skipped_and_listed(tmp_path, cache, good_rows, capsys
         steps=2,
     )
     with pytest.raises(
-        UserError, match="4 of 24 videos cannot be used, more than the 5% of --max-broken"
+        UserError, match="cannot be used .1 missing, 3 broken., more than the 5% of --max-broken"
     ):
         train.train(config)
     config.max_broken = 0.2
@@ -445,12 +473,14 @@ def test_captions_that_say_nothing_known(tiny_world, tmp_path, capsys):
     """Said before anything is decoded; without knowledge they train."""
     video = tiny_world / "videos" / "train_0000{}.mp4"
     rows = [str(video).format(i) + f",{text}" for i, text in enumerate(["猫在跑", "🐈", "", ""])]
+    rows.append(rows[1])
     (tmp_path / "zh.csv").write_text("video,caption\n" + "\n".join(rows) + "\n", encoding="utf-8")
     config = dict(dataset="csv", data=str(tmp_path / "zh.csv"), cache=str(tmp_path / "cache"))
     config |= dict(steps=1, batch_size=2, num_frames="2", workers=1, out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="share a noun or verb .only English is read.*--beta 0"):
+    with pytest.raises(UserError, match="share a noun or verb; .*--beta 0"):
         train.train(train.TrainConfig(**config))
     assert not list((tmp_path / "cache").glob("frames/*"))
-    assert "4 captions: 2 empty, 1 repeat another one" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 captions: 2 empty, 1 repeated for the same video; 4 without a noun or verb" in said
     train.train(train.TrainConfig(**config, skp_weight=0.0, beta=0.0))
     assert load_checkpoint(tmp_path / "run").step == 1

@@ -5,8 +5,10 @@ raw tensors. Reading it runs no code, while a pickle, as `torch.save` writes it,
 
     model.*       the weights
     training.*    what only a resumed run wants: the optimizer's moments
+    trained_on    hashes of the names of all videos that it has learned from
     header        JSON: sizes of the model, tokenizer, concept vocabulary, the run's configuration,
-                  step and progress; a SHA-256 over all tensors, and one over this JSON
+                  step and progress, how many videos of how many it has learned from; a SHA-256 over
+                  all tensors, and one over this JSON
 
 Both checksums are verified at every read. So evaluation never needs a second file, and never takes
 a damaged one. There is no state of a random generator: all that a run draws is a pure function of
@@ -25,7 +27,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from tyro.conf import Positional
 
 from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run, write_whole
+from datasets.split import TrainedOn
 from knowledge import ConceptVocab
 from model import CLOP, ModelConfig
 
@@ -67,6 +70,7 @@ class Checkpoint:
     sha256: str  # of the tensors
     path: Path
     training: dict[str, torch.Tensor]  # empty unless asked for
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
 
 # ---- write ---------------------------------------------------------------------------------------
@@ -82,6 +86,7 @@ def save_checkpoint(
     step: int,
     progress: dict | None = None,
     training: dict[str, torch.Tensor] | None = None,
+    trained_on: TrainedOn | None = None,
 ) -> str:
     """Write a checkpoint, whole or not at all; its SHA-256.
 
@@ -89,6 +94,9 @@ def save_checkpoint(
     """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"training.{name}": t for name, t in (training or {}).items()}
+    trained_on = trained_on or TrainedOn()
+    if len(trained_on.names):
+        tensors["trained_on"] = torch.from_numpy(trained_on.names)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
     sha256 = hash_tensors(tensors)
@@ -99,6 +107,7 @@ def save_checkpoint(
         config=config,
         step=step,
         progress=progress or {},
+        trained_on=trained_on.counts,
         sha256=sha256,
     )
     header = json.dumps(contents)
@@ -130,6 +139,7 @@ def export_checkpoint(source: str | Path, path: str | Path) -> Checkpoint:
             "diverged; export an earlier checkpoint"
         )
     state = dict(config=found.config, step=found.step, progress=found.progress)
+    state |= dict(trained_on=found.trained_on)
     save_checkpoint(path, model, found.tokenizer, found.concept_vocab, **state)
     return load_checkpoint(path)
 
@@ -163,6 +173,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = F
             sha256=contents["sha256"],
             path=path,
             training=below("training.", tensors) if training else {},
+            trained_on=read_trained_on(contents, tensors),
         )
     except FOREIGN as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -191,7 +202,7 @@ def read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     if "clop" not in metadata:
         raise UserError(
             f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); use a file that "
-            "train.py wrote"
+            "train.py wrote (CLIP's weights are for --init, or eval.py's --checkpoint)"
         )
     if hash_text(metadata["clop"]) != metadata.get("clop_sha256"):
         raise DamagedCheckpoint(
@@ -203,6 +214,14 @@ def read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those whose names start like this, by the rest of their names."""
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def read_trained_on(contents: dict, tensors: dict[str, torch.Tensor]) -> TrainedOn:
+    """What the weights have learned from; nothing, where the file does not tell."""
+    if "trained_on" not in tensors:
+        return TrainedOn()
+    counts = {str(name): [int(n), int(of)] for name, (n, of) in contents["trained_on"].items()}
+    return TrainedOn(tensors["trained_on"].numpy(), counts)
 
 
 def build_model(sizes: dict, weights: dict[str, torch.Tensor]) -> CLOP:
@@ -280,7 +299,8 @@ def newest_checkpoint(folder: str | Path) -> Path:
     found = list_checkpoints(folder)
     if not found:
         raise UserError(
-            f"{folder}: no step-*.safetensors in this folder; train first, or name the file itself"
+            f"{folder}: no step-*.safetensors in this folder; train first, or name the file itself "
+            "(CLIP's weights are for --init, or eval.py's --checkpoint)"
         )
     return found[-1]
 

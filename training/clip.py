@@ -23,7 +23,8 @@ video model is CLIP applied to each frame:
     video(x) = mean over t of CLIP's image embedding of frame t, before it is scaled to unit length
 
 Loading is safe: safetensors, or a torch file of nothing but tensors (`weights_only=True`). OpenAI's
-.pt downloads are TorchScript, programs with weights inside: they are not run.
+.pt downloads are TorchScript, programs with weights inside: only the weights are read
+(`ScriptTensors`).
 
     python -m training.clip FOLDER      # what is in a checkpoint of CLIP
 """
@@ -33,20 +34,21 @@ import math
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tyro.conf import Positional
 
 from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run
+from datasets.split import TrainedOn
 from knowledge import ConceptVocab
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig
 from training.checkpoint import Checkpoint, hash_tensors, list_checkpoints, load_checkpoint
@@ -96,7 +98,7 @@ LAYOUTS = {"Hugging Face": HUGGING_FACE, "OpenAI": OPENAI}
 KNOWN_BY = {name: next(iter(table)) for name, table in LAYOUTS.items()}
 # numbers that only OpenAI's own files carry
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
-NO_WEIGHTS = re.compile(r"attn_mask|.*position_ids|" + "|".join(OPENAI_SIZES))
+NO_WEIGHTS = re.compile(r".*attn_mask|.*position_ids|" + "|".join(OPENAI_SIZES))
 FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -115,6 +117,7 @@ class Pretrained:
     layout: str  # whose names they had
     known_from: str  # what told heads and GELU
     tokenizer: Tokenizer | None = None
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     def describe(self) -> str:
         """One line: what was found, and what told heads and GELU."""
@@ -166,7 +169,8 @@ def read_run(path: Path, num_frames: int) -> Pretrained:
     weights = {name: t for name, t in found.model.state_dict().items() if "concept_" not in name}
     steps = math.ceil(num_frames / sizes.frames_per_patch)
     weights["video.time_embed"] = found.model.video.time_embedding(steps).detach()
-    return Pretrained(found.path, sizes, weights, "our", "the run itself", found.tokenizer)
+    told = ("our", "the run itself", found.tokenizer, found.trained_on)
+    return Pretrained(found.path, sizes, weights, *told)
 
 
 def zero_shot(path: str | Path) -> Checkpoint:
@@ -191,8 +195,7 @@ def is_clip(path: Path) -> bool:
     """Whether this is the folder or the file of a CLIP."""
     if path.is_dir():
         return any((path / name).is_file() for name in FILES)
-    header = read_header(path)
-    return path.suffix == ".bin" or any(name.encode() in header for name in KNOWN_BY.values())
+    return path.is_file() and not is_ours(path)
 
 
 def read_header(path: Path) -> bytes:
@@ -237,8 +240,8 @@ def interpolate_places(place_embed: torch.Tensor, grid: int) -> torch.Tensor:
 def read_clip(path: str | Path, *, num_frames: int = 8) -> Pretrained:
     """CLIP's weights, from a file or a folder, for videos of `num_frames` frames.
 
-    Raises UserError: missing, damaged, TorchScript, another architecture (with names and shapes),
-    heads and GELU unknown.
+    Raises UserError: missing, damaged, another architecture (with names and shapes), heads and GELU
+    unknown.
     """
     file, tensors = read_tensors(Path(path))
     layout = find_layout(file, tensors)
@@ -266,7 +269,8 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
             raise UserError(
-                f"{path}: holds none of {', '.join(FILES)}; name the weights' file itself"
+                f"{path}: holds no step-*.safetensors of a run, and none of {', '.join(FILES)}; "
+                "name the weights' file itself"
             )
         path = found[0]
     if not path.is_file():
@@ -275,25 +279,21 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             "holds them"
         )
 
-    damaged = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, RuntimeError)
     try:
         if path.suffix == ".safetensors":
             return path, load_file(path)
         with zipfile.ZipFile(path) as archive:  # what torch has written since 2020, before CLIP
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        found = {} if is_script else torch.load(path, map_location="cpu", weights_only=True)
-    except damaged as error:
-        why = str(error).splitlines()[0]
+            script = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
+            if script:
+                return path, ScriptTensors(archive, script[0].removesuffix("constants.pkl")).read()
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises nearly any
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"{path}: damaged, or a file of more than tensors ({why}); fetch it again, or save the "
             "model's state_dict() as safetensors"
         ) from error
 
-    if is_script:
-        raise UserError(
-            f"{path}: TorchScript, which is a program, so it is not read; where you trust it, save "
-            "its weights: safetensors.torch.save_file(torch.jit.load(PATH).state_dict(), NEW)"
-        )
     found = found.get("state_dict", found) if isinstance(found, dict) else {"": found}
     if not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(
@@ -301,6 +301,63 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         )
     # "module." begins the names that a run of open_clip saves
     return path, {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+STORAGES = "FloatStorage HalfStorage DoubleStorage LongStorage IntStorage BoolStorage".split()
+
+
+class ScriptTensors(pickle.Unpickler):
+    """The tensors of a TorchScript archive, without its program.
+
+    `torch.jit.load` would compile that program, and run what it says about loading: an archive can
+    write files so. What we need is in two other members: data.pkl, a pickle of the modules with
+    their tensors' shapes, and data/0, data/1, …, their bytes. Its modules become plain objects.
+    Nothing can be called but what `find_class` returns.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(archive.open(f"{folder}data.pkl"))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return SimpleNamespace
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.rebuild
+        if module == "torch.jit._pickle":  # types of lists
+            return self.keep
+        if module == "torch" and name in STORAGES:  # "HalfStorage": torch.half
+            return getattr(torch, name.removesuffix("Storage").lower())
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+    def persistent_load(self, found: tuple) -> torch.Tensor:
+        """The bytes of a tensor, in one dimension."""
+        _, dtype, key, _, _ = found
+        content = self.archive.read(f"{self.folder}data/{key}")
+        return torch.frombuffer(bytearray(content), dtype=dtype)
+
+    def keep(self, value, *_):
+        return value
+
+    def rebuild(self, storage, offset: int, shape: tuple, strides: tuple, *_) -> torch.Tensor:
+        return storage.as_strided(shape, strides, offset)
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """{name: tensor}, as the module's state_dict() names them."""
+        tensors, todo, seen = {}, [("", self.load())], set()
+        while todo:
+            prefix, module = todo.pop()
+            if id(module) in seen:  # a circle would have no end
+                continue
+            seen.add(id(module))
+            for name, value in vars(module).items():
+                if isinstance(value, SimpleNamespace):
+                    todo.append((f"{prefix}{name}.", value))
+                elif isinstance(value, torch.Tensor):
+                    tensors[prefix + name] = value
+        return tensors
 
 
 def find_layout(file: Path, tensors: dict) -> str:

@@ -2,7 +2,7 @@
 
     {"config": …, "versions": …, "hardware": …, "world_size": …, "resumed_at": 0}    each start
     {"step": 20, "loss": …, "nce": …, "grad_norm": …, "skipped": 0, "step_s": …}     --log-every
-    {"step": 240, "validation": {"t2v_R@1": …}}                                      --eval-every
+    {"step": 240, "validation": {"t2v_R@1": …}, "note": "5 of 7 videos: …"}          --eval-every
 
 A run that was killed has lines of steps after its newest checkpoint. It will take these steps
 again. So a resumed run first cuts these lines off, and the half line that a kill may leave. Each
@@ -84,11 +84,14 @@ class Log:
             flush=True,
         )
 
-    def validation(self, step: int, metrics: dict) -> float:
-        """Log metrics; their score, the mean of SCORES, chooses the best checkpoint."""
-        self.write(dict(step=step, validation=metrics))
+    def validation(self, step: int, metrics: dict, note: str = "") -> float:
+        """Log metrics; their score, the mean of SCORES, chooses the best checkpoint.
+
+        note: why they would not be comparable.
+        """
+        self.write(dict(step=step, validation=metrics, note=note))
         listed = "  ".join(f"{name} {value:.1f}" for name, value in metrics.items())
-        print(f"step {step}  validation: {listed}", flush=True)
+        print(f"step {step}  validation: {listed}{note and f'  ({note})'}", flush=True)
         return sum(metrics[name] for name in SCORES) / len(SCORES)
 
 
@@ -135,6 +138,9 @@ def plot_curves(log: str | Path, picture: str | Path) -> None:
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
 
+    notes = {line["note"] for line in lines if line.get("note")}
+    if notes:
+        figure.suptitle(f"validation: {'; '.join(notes)}", fontsize=8)
     with write_whole(picture) as unfinished:
         figure.savefig(unfinished, format="png", dpi=110)
     plt.close(figure)

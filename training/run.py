@@ -24,12 +24,12 @@ SKIP_AT_MOST = 3  # steps in a row that may be left out for a loss or gradient o
 class Run:
     """The state of a run, from its first step or from a checkpoint on."""
 
-    def __init__(self, config, ranks: Ranks, model, optimizer, tokenizer, vocab, fingerprint: str):
+    def __init__(self, config, ranks: Ranks, model, optimizer, data):
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.model, self.optimizer = model, optimizer
-        self.tokenizer, self.vocab = tokenizer, vocab
+        self.data = data  # its tokenizer, vocab, trained_on and fingerprint()
         self.step, self.saved = 0, None
-        self.progress = dict(data=fingerprint, best=None, skipped=0, skipped_in_a_row=0)
+        self.progress = dict(data=data.fingerprint(), best=None, skipped=0, skipped_in_a_row=0)
         self.steps_logged, self.seconds, self.seconds_waited = 0, 0.0, 0.0  # since the last line
 
     def resume(self, found: Checkpoint) -> None:
@@ -116,7 +116,7 @@ class Run:
         """Write a checkpoint, and best.safetensors if `metrics` are the best; all ranks wait."""
         if self.ranks.is_first:
             if metrics:
-                score = self.log.validation(self.step, metrics)
+                score = self.log.validation(self.step, metrics, self.data.val_note)
                 best = self.progress["best"]
                 if best is None or score > best or not (self.out / "best.safetensors").exists():
                     self.progress["best"] = score
@@ -138,7 +138,8 @@ class Run:
     def write_checkpoint(self, name: str, training: dict | None = None) -> Path:
         path = self.out / f"{name}.safetensors"
         state = dict(config=asdict(self.config), step=self.step, progress=self.progress)
-        save_checkpoint(path, self.model, self.tokenizer, self.vocab, **state, training=training)
+        state |= dict(training=training, trained_on=self.data.trained_on)
+        save_checkpoint(path, self.model, self.data.tokenizer, self.data.vocab, **state)
         return path
 
 

@@ -19,6 +19,7 @@ Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224 px. A set of 10,000 vide
 
 import hashlib
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -30,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, write_whole
-from videos.decode import VideoError, read_frames
+from videos.decode import VIDEO_SUFFIXES, VideoError, read_frames
 from videos.workers import run_guarded
 
 
@@ -70,6 +71,7 @@ class FrameCache:
         present = (self.entry_size(path, start, end) for path in paths)
         sizes = np.fromiter(present, np.int64, len(paths))
         todo = np.flatnonzero(sizes == 0)  # numbers, not paths: there may be millions
+        self.check_room([paths[i] for i in todo], progress)
 
         workers = min(workers or os.cpu_count(), len(todo))
         work = partial(self.try_store, start=start, end=end)
@@ -92,6 +94,20 @@ class FrameCache:
                 f"{sizes.sum() / 1e6:.1f} MB ({counts}){broken}"
             )
         return {paths[i]: reasons[i] for i in sorted(reasons)}
+
+    def check_room(self, todo: list[str], progress: bool) -> None:
+        """Say what these videos will take. Raise UserError where the disk has less."""
+        is_video = [path.lower().endswith(VIDEO_SUFFIXES) for path in todo if os.path.exists(path)]
+        needed = sum(self.size_of(self.num_frames if video else 1) for video in is_video) / 1e6
+        free = shutil.disk_usage(self.folder).free / 1e6
+        line = (
+            f"frame cache {self.folder}: {len(is_video)} new videos × {self.num_frames} frames of "
+            f"{self.size} px take about {needed:,.0f} MB, and {free:,.0f} MB are free"
+        )
+        if needed > free:
+            raise UserError(f"{line}; take a larger disk (--cache), fewer frames or smaller ones")
+        if progress and is_video:
+            print(line, flush=True)
 
     def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
         """The video's frames, uint8 [N, H, W, 3], RGB, not writable. Raises VideoError.
