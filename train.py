@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,15 +39,18 @@ from torch.nn.parallel import DistributedDataParallel
 from captions.tokenizer import Tokenizer
 from cli import UserError, give_back_memory, keep_freed_memory, make_folder, parse_config, run
 from data import (
+    Job,
     KnowledgeBatchSampler,
     PairDataset,
+    check_broken,
     keep_decodable,
     open_cache,
-    prefetch,
     prepare_video,
+    read_batches,
 )
 from datasets import toyworld
 from datasets.published import DATASETS, load_split
+from datasets.shards import load_shards
 from datasets.split import Split
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, Knowledge, concept_vectors, extract_many
@@ -79,8 +82,9 @@ class TrainConfig(LossConfig):
     data: str | None = None  # csv or jsonl: video, caption; paths below --data-root or beside it
     val_data: str | None = None  # the same for validation; without it there is none
     cache: str = "cache"  # decoded frames, extracted knowledge, toy world
+    cache_gb: float = 64.0  # for decoded frames; what does not fit is decoded while training
     max_broken: float = 0.05  # share of unreadable videos that stops the run
-    workers: int = 2  # processes that decode and tag before training
+    workers: int = 2  # processes of a rank that read, decode and tag
     # model
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
     init: str | None = None  # weights of a CLIP, or a run: sizes and tokenizer follow from them
@@ -110,8 +114,8 @@ class TrainConfig(LossConfig):
 
     # fields that change no result: a run may go on with others
     FREE: ClassVar[set[str]] = {
-        "out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep",
-        "checkpointing", "compile", "max_broken", "test",
+        "out", "cache", "cache_gb", "gpus", "procs", "workers", "chunk", "log_every", "eval_every",
+        "keep", "checkpointing", "compile", "max_broken", "test",
     }  # fmt: skip
 
 
@@ -153,8 +157,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 3. the loop -----------------------------------------------------------------------------
     idf = torch.from_numpy(data.vocab.idf).to(ranks.device)
-    batches = prefetch(data.load, plan_batches(config, ranks, data.sampler, run.step))
-    with StopSignals(ranks) as signals:
+    batches = data.batches(config, plan_batches(config, ranks, data.sampler, run.step))
+    with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
             batch = run.next_batch(batches)
             batch["knowledge"] = concept_vectors(batch["concepts"], idf)  # κ = their dot products
@@ -181,9 +185,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
             if run.step % config.eval_every == 0 or is_last:
                 metrics = None
                 if ranks.is_first and data.val_split and not stopped_by:
-                    metrics = evaluate_retrieval(
-                        model, data.tokenizer, data.val_split, data.samples.cache
-                    )
+                    val_split, cache = data.decodable_val(config), data.samples.cache
+                    metrics = evaluate_retrieval(model, data.tokenizer, val_split, cache)
                 run.save(metrics)
             if stopped_by:
                 how = f"stopped by {signal.Signals(stopped_by).name} after step {run.step}"
@@ -210,23 +213,35 @@ class Data:
 
     train_split: Split
     val_split: Split | None
+    val_is_read: bool  # its broken videos are known
     tokenizer: Tokenizer
     vocab: ConceptVocab
     samples: PairDataset
     sampler: KnowledgeBatchSampler
     sizes: ModelConfig  # of the model
     init: Pretrained | None  # the weights of --init, on the first start
-    seed: int
 
-    def load(self, job: "Job") -> dict[str, torch.Tensor]:
-        """A batch; called ahead of time, in threads."""
-        frames = dict(num_frames=job.num_frames, seed=self.seed, epoch=job.epoch)
-        return self.samples.batch(job.samples, **frames)
+    def batches(self, config: TrainConfig, jobs: Iterator[Job]) -> Iterator[dict]:
+        limits = dict(workers=config.workers, max_broken=config.max_broken)
+        frames_at_most = config.batch_size * num_frames(config)[-1]
+        return read_batches(
+            self.samples, jobs, seed=config.seed, frames_at_most=frames_at_most, **limits
+        )
+
+    def decodable_val(self, config: TrainConfig) -> Split:
+        """The validation split, without what is broken; where that is not known yet, it is decoded."""
+        if not self.val_is_read:
+            limits = dict(max_broken=config.max_broken, workers=config.workers)
+            self.val_split = keep_decodable(self.val_split, self.samples.cache, **limits)
+            self.val_is_read = True
+        return self.val_split
 
     def fingerprint(self) -> str:
         """Of the captions, and of which are of one video: other ones would give other batches."""
-        captions = "\n".join(self.train_split.captions)
-        digest = hashlib.sha256(captions.encode("utf-8", "surrogatepass"))
+        digest, between = hashlib.sha256(), ""
+        for caption in self.train_split.captions:  # one by one: joined, millions take 400 MB
+            digest.update((between + caption).encode("utf-8", "surrogatepass"))
+            between = "\n"
         digest.update(self.train_split.video_of_caption.tobytes())
         return digest.hexdigest()[:16]
 
@@ -240,7 +255,7 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     """Captions become tokens and knowledge, videos become frames on disk."""
     started = time.perf_counter()
     folder, show = Path(config.cache), ranks.is_first
-    train_split, val_split = load_splits(config)
+    train_split, val_split = load_splits(config, show)
     sizes, tokenizer, init = starting_point(config, resumed)
 
     # knowledge first: it takes minutes where decoding takes hours, and may be a reason to stop
@@ -248,18 +263,27 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     knowledge = extract_many(train_split.captions, **tagging)
     vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
     check_captions(train_split.captions, vocab, config, show)
-    row = {caption: i for i, caption in enumerate(train_split.captions)}
 
-    cache = open_cache(folder / "frames", sizes)
-    decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
-    train_split = keep_decodable(train_split, cache, **decoding)
-    if val_split:
-        val_split = keep_decodable(val_split, cache, **decoding)
+    num_videos = len(train_split.video_paths) + len(val_split.video_paths if val_split else ())
+    room = dict(gigabytes=config.cache_gb, num_videos=num_videos)
+    cache = open_cache(folder / "frames", sizes, **room)
+    check_broken(train_split, config.max_broken)
+    if cache.share == 1:
+        row = {caption: i for i, caption in enumerate(train_split.captions)}
+        decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
+        decodable = keep_decodable(train_split, cache, **decoding)
+        if len(decodable.captions) < len(train_split.captions):
+            kept = [row[caption] for caption in decodable.captions]
+            knowledge = Knowledge(knowledge.names, knowledge.held[kept])
+            vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
+        train_split = decodable
+        val_split = keep_decodable(val_split, cache, **decoding) if val_split else None
+    elif show:
+        print(
+            f"frame cache {cache.folder}: {cache.share:.0%} of {num_videos} videos fit into "
+            f"--cache-gb {config.cache_gb:g}; the others are decoded while training"
+        )
 
-    if train_split.broken:
-        kept = [row[caption] for caption in train_split.captions]
-        knowledge = Knowledge(knowledge.names, knowledge.held[kept])
-        vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
     tokenizer = tokenizer or Tokenizer.train(train_split.captions, sizes.vocab_size)
     samples = PairDataset(
         train_split, cache, tokenizer, vocab, knowledge, text_length=sizes.text_length
@@ -279,8 +303,10 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         counts = f"{len(samples)} captions of {len(train_split.video_paths)} videos"
         seconds = time.perf_counter() - started
         print(f"{counts}, {len(vocab)} concepts; ready after {seconds:.0f} s", flush=True)
-    splits = (train_split, val_split)
-    return Data(*splits, tokenizer, vocab, samples, sampler, sizes, init, config.seed)
+    val_is_read = cache.share == 1
+    return Data(
+        train_split, val_split, val_is_read, tokenizer, vocab, samples, sampler, sizes, init
+    )
 
 
 def check_captions(captions: list[str], vocab: ConceptVocab, config, show: bool) -> None:
@@ -318,9 +344,15 @@ def starting_point(config: TrainConfig, resumed: Checkpoint | None) -> tuple:
     return sizes, None, None
 
 
-def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
+def load_splits(config: TrainConfig, show: bool) -> tuple[Split, Split | None]:
     """The training split; the validation split, or None where there is none."""
     name, root = config.dataset, config.data_root
+    if name == "shards":
+        if not config.data:
+            raise UserError('--dataset shards: needs --data "FOLDER/{00000..00099}.tar"')
+        how = dict(index=Path(config.cache) / "shards", workers=config.workers, progress=show)
+        val = load_shards(config.val_data, **how) if config.val_data else None
+        return load_shards(config.data, **how), val
     if name == "csv":
         if not config.data:
             raise UserError("--dataset csv: needs --data FILE, with the columns video and caption")
@@ -339,14 +371,6 @@ def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
     return train_split, load_split(name, root, "val") if has_val else None
 
 
-class Job(NamedTuple):
-    """A batch to load: this rank's samples of it, and what decides on its frames."""
-
-    samples: np.ndarray
-    epoch: int
-    num_frames: int
-
-
 def plan_batches(config, ranks: Ranks, sampler: KnowledgeBatchSampler, step: int) -> Iterator[Job]:
     """What to load for `step`, `step` + 1, …: a resumed run skips without reading."""
     stages = num_frames(config)
@@ -354,8 +378,9 @@ def plan_batches(config, ranks: Ranks, sampler: KnowledgeBatchSampler, step: int
         epoch, number = divmod(step, len(sampler))
         for batch in sampler.batches(epoch, start=number):
             stage = min(step * len(stages) // config.steps, len(stages) - 1)
-            mine = np.array_split(batch, ranks.world_size)[ranks.rank]
-            yield Job(mine, epoch, stages[stage])
+            shares = np.array_split(batch, ranks.world_size)
+            first = step % len(sampler) * len(batch) + sum(map(len, shares[: ranks.rank]))
+            yield Job(shares[ranks.rank], first, epoch, stages[stage])
             step += 1
 
 
@@ -508,7 +533,7 @@ def check_config(config: TrainConfig) -> None:
     at_least = dict(
         steps=1, batch_size=2, group_size=2, seed=0, chunk=0, gpus=0, procs=0, workers=1, warmup=0,
         log_every=1, eval_every=1, keep=0, hard_k=0, hard_weight=0, skp_weight=0, beta=0,
-        weight_decay=0, guided_share=0, guided_from=0, max_broken=0,
+        weight_decay=0, guided_share=0, guided_from=0, max_broken=0, cache_gb=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
