@@ -229,7 +229,7 @@ class Data:
         )
 
     def decodable_val(self, config: TrainConfig) -> Split:
-        """The validation split, without what is broken; where that is not known yet, it is decoded."""
+        """The validation split without what is broken: decoded now, where that is not known."""
         if not self.val_is_read:
             limits = dict(max_broken=config.max_broken, workers=config.workers)
             self.val_split = keep_decodable(self.val_split, self.samples.cache, **limits)

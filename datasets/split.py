@@ -47,8 +47,7 @@ class Split:
         """Lines for the user: which videos are not used, and why; "" if there are none."""
         if not self.broken:
             return ""
-        total = len(self.video_paths) + len(self.broken)
-        lines = [f"{len(self.broken)} of {total} videos cannot be used:"]
+        lines = [f"{len(self.broken)} videos cannot be used:"]
         lines += list(self.broken.values())[:at_most]
         if len(self.broken) > at_most:
             lines.append(f"… and {len(self.broken) - at_most} more")

@@ -178,6 +178,8 @@ class Stream:
         return Job(*want[1:], number % SLOTS, row)
 
     def note_broken(self, path: str, reason: str) -> None:
+        if path in self.broken:  # another place had asked for it before this was known
+            return
         self.broken[path] = reason
         if len(self.broken) <= 20:
             print(f"another video takes the place of {reason}", file=sys.stderr, flush=True)
