@@ -3,7 +3,7 @@
 A **sample** is one (video, caption) pair. A video with twenty captions is twenty samples: it is
 seen twenty times an epoch, each time with other frames.
 
-    load_split -> Split -> keep_decodable (decodes all videos once) -> PairDataset.batch(samples):
+    load_split -> Split -> PairDataset -> read_batches(jobs):
 
     video      uint8   [B, T, H, W, 3]   prepare_video makes float32 [B, T, C, H, W] of it
     tokens     int64   [B, L]            text_mask: bool [B, L], True = real token
@@ -17,6 +17,10 @@ model knows who chases whom is asked only when "a cat chases a dog" is in the sa
 thousands of captions chance almost never puts it there. `KnowledgeBatchSampler` does: part of each
 batch are groups of samples that share much knowledge. The rest stays random.
 
+**Decoded once, or while training.** Where the frames of all videos fit into the cache,
+`keep_decodable` decodes them before the first step. Where they do not (2.5 million videos take
+6 TB), processes decode them while training, in `read_batches`. Both see the same pixels.
+
 Everything random is a pure function of (seed, epoch, sample). A resumed run, or one on another
 number of processes, sees the same batches and the same frames. No picture is flipped or turned:
 captions say "left" and "upside down".
@@ -26,10 +30,12 @@ captions say "left" and "upside down".
 
 import collections
 import itertools
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +49,7 @@ from datasets.split import Split
 from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids
 from videos.cache import FrameCache
 from videos.decode import frame_indices
+from videos.stream import Batch, Stream, Want
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,9 +57,12 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 # ---- frames --------------------------------------------------------------------------------------
 
 
-def open_cache(folder: str | Path, model_config) -> FrameCache:
+def open_cache(
+    folder: str | Path, model_config, *, gigabytes: float = math.inf, num_videos: int = 0
+) -> FrameCache:
     """The cache for a model's frames. It keeps twice T: training draws other ones each epoch."""
-    return FrameCache(folder, size=model_config.image_size, num_frames=2 * model_config.num_frames)
+    sizes = dict(size=model_config.image_size, num_frames=2 * model_config.num_frames)
+    return FrameCache(folder, **sizes, gigabytes=gigabytes, num_videos=num_videos)
 
 
 def keep_decodable(
@@ -72,40 +82,37 @@ def keep_decodable(
     window = dict(start=start, end=end)
     reasons = cache.fill(split.video_paths, **window, workers=workers, progress=progress)
     kept = split.without(reasons)
-
-    total = len(kept.video_paths) + len(kept.broken)
-    if len(kept.broken) > max_broken * total or not kept.video_paths:
-        first = next(iter(kept.broken.values()))
-        looked = f" (looked in {', '.join(kept.places)}; elsewhere: --videos-root)"
-        raise UserError(
-            f"{kept.summarize_broken()}, more than the {max_broken:.0%} of --max-broken; "
-            f"`python -m datasets.check` lists all; the first: {first}"
-            f"{looked if kept.places else ''}"
-        )
+    check_broken(kept, max_broken)
     if progress and kept.broken:
         print(kept.describe_broken())
     return kept
 
 
+def check_broken(split: Split, max_broken: float) -> None:
+    """Raise UserError where too many of a split's videos, or all, are broken."""
+    total = len(split.video_paths) + len(split.broken)
+    if len(split.broken) > max_broken * total or not len(split.video_paths):
+        first = next(iter(split.broken.values()))
+        looked = f" (looked in {', '.join(split.places)}; elsewhere: --videos-root)"
+        raise UserError(
+            f"{split.summarize_broken()}, more than the {max_broken:.0%} of --max-broken; "
+            f"`python -m datasets.check` lists all; the first: {first}"
+            f"{looked if split.places else ''}"
+        )
+
+
 def load_videos(
     cache: FrameCache,
-    paths: list[str],
+    paths: Sequence[str],
     num_frames: int,
-    rngs: list | None = None,
     window: tuple[float, float | None] = (0.0, None),
 ) -> torch.Tensor:
-    """T of the cached frames of each video, uint8 [B, T, H, W, 3].
+    """T uniform ones of the cached frames of each video, uint8 [B, T, H, W, 3].
 
-    rngs: a np.random.Generator per video, to draw a frame from each of T segments; None: uniform
-    frames. window: the seconds of each video that count (see Split).
+    window: the seconds of each video that count (see Split).
     """
-    sampling = "segment" if rngs else "uniform"
-    video = np.empty((len(paths), num_frames, cache.size, cache.size, 3), np.uint8)
-    for i, path in enumerate(paths):
-        rng = rngs[i] if rngs else None
-        wanted = frame_indices(cache.num_frames, num_frames, sampling, rng)
-        video[i] = cache.get(path, *window)[wanted]
-    return torch.from_numpy(video)
+    only = frame_indices(cache.num_frames, num_frames)
+    return torch.from_numpy(np.stack([cache.get(path, *window, only=only) for path in paths]))
 
 
 def prepare_video(video: torch.Tensor) -> torch.Tensor:
@@ -149,29 +156,84 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.split.captions)
 
-    def batch(
-        self, samples: np.ndarray, *, num_frames: int, seed: int | None = None, epoch: int = 0
-    ) -> dict[str, torch.Tensor]:
-        """The batch of these samples, as at the top of this file.
-
-        Frames are random, by (seed, epoch, sample); without a seed they are uniform.
-        """
-        rngs = None
+    def want(
+        self, sample: int, *, num_frames: int, seed: int | None = None, epoch: int = 0
+    ) -> Want:
+        """Which frames the sample shows: random by (seed, epoch, sample), or uniform."""
+        how = ("uniform",)
         if seed is not None:
-            rngs = [np.random.default_rng((seed, epoch, int(sample))) for sample in samples]
-        video_id = self.video_id[samples]
-        paths = [self.split.video_paths[i] for i in video_id]
-        captions = [self.split.captions[i] for i in samples]
+            how = ("segment", np.random.default_rng((seed, epoch, int(sample))))
+        only = frame_indices(self.cache.num_frames, num_frames, *how)
+        path = self.split.video_paths[self.video_id[sample]]
+        return Want(int(sample), path, self.split.window, only)
 
+    def batch(self, samples: np.ndarray, **how) -> dict[str, torch.Tensor]:
+        """The batch of these samples, as at the top of this file; `how`: see `want`."""
+        wants = [self.want(sample, **how) for sample in samples]
+        video = [self.cache.get(want.path, *want.window, only=want.only) for want in wants]
+        return self.collate(samples, np.stack(video))
+
+    def collate(self, samples: Sequence[int], video: np.ndarray) -> dict[str, torch.Tensor]:
+        """The batch of these samples and their frames [B, T, H, W, 3]."""
+        captions = [self.split.captions[i] for i in samples]
         tokens, text_mask = self.tokenizer.encode_batch(captions, self.text_length)
-        signature = np.stack([video_id, self.meaning_id[samples]], axis=1)
+        signature = np.stack([self.video_id[samples], self.meaning_id[samples]], axis=1)
         return dict(
-            video=load_videos(self.cache, paths, num_frames, rngs, self.split.window),
+            video=torch.from_numpy(video),
             tokens=tokens,
             text_mask=text_mask,
             concepts=torch.from_numpy(self.held[samples].toarray()),
             signature=torch.from_numpy(signature),
         )
+
+
+class Job(NamedTuple):
+    """A batch to load: these samples, and what decides on their frames."""
+
+    samples: np.ndarray
+    first: int  # place of the first of them in the epoch
+    epoch: int
+    num_frames: int
+
+
+def read_batches(
+    dataset: PairDataset,
+    jobs: Iterable[Job],
+    *,
+    seed: int,
+    workers: int,
+    max_broken: float,
+    frames_at_most: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of the jobs, in order, read ahead.
+
+    Threads read them where the cache keeps all videos. Else processes decode them, and broken
+    videos are replaced (see videos/stream.py). frames_at_most: B · T of the largest batch.
+    """
+
+    def plan(job: Job) -> Batch:
+        how = dict(num_frames=job.num_frames, seed=seed, epoch=job.epoch)
+
+        def replace(row: int, attempt: int) -> Want:
+            rng = np.random.default_rng((seed, job.epoch, job.first + row, attempt))
+            return dataset.want(rng.integers(len(dataset)), **how)
+
+        return Batch([dataset.want(sample, **how) for sample in job.samples], replace)
+
+    def load(job: Job) -> dict[str, torch.Tensor]:
+        return dataset.batch(job.samples, num_frames=job.num_frames, seed=seed, epoch=job.epoch)
+
+    if dataset.cache.share == 1:
+        yield from prefetch(load, jobs)
+        return
+
+    limits = dict(workers=workers, max_broken=max_broken, frames_at_most=frames_at_most)
+    stream = Stream(dataset.cache, map(plan, jobs), **limits)
+    try:
+        for samples, frames in stream:
+            yield dataset.collate(samples, frames)
+    finally:
+        dataset.split.broken |= stream.broken
 
 
 def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:

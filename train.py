@@ -34,7 +34,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,15 +43,18 @@ from torch.nn.parallel import DistributedDataParallel
 from captions.tokenizer import Tokenizer
 from cli import UserError, give_back_memory, keep_freed_memory, make_folder, parse_config, run
 from data import (
+    Job,
     KnowledgeBatchSampler,
     PairDataset,
+    check_broken,
     keep_decodable,
     open_cache,
-    prefetch,
     prepare_video,
+    read_batches,
 )
 from datasets import toyworld
 from datasets.published import DATASETS, load_split
+from datasets.shards import load_shards
 from datasets.split import Split, TrainedOn
 from datasets.tasks import Task
 from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
@@ -88,8 +91,9 @@ class DataFlags:
     data: str | None = None  # csv, jsonl or json: video, caption
     val_data: str | None = None  # the same for validation; without it there is none
     cache: str = "cache"  # decoded frames, extracted knowledge, toy world
+    cache_gb: float = 64.0  # for decoded frames; what does not fit is decoded while training
     max_broken: float = 0.05  # share of unusable videos that stops the run
-    workers: int = 2  # processes that decode and tag before training
+    workers: int = 2  # processes of a rank that read, decode and tag
 
 
 @dataclass
@@ -136,8 +140,8 @@ class TrainConfig(MethodFlags, DataFlags, ModelFlags, OptimizerFlags, MachineFla
 
     # fields that change no result: a run may go on with others
     FREE: ClassVar[set[str]] = {
-        "out", "cache", "gpus", "procs", "workers", "chunk", "log_every", "eval_every", "keep",
-        "checkpointing", "compile", "max_broken", "test", "videos_root",
+        "out", "cache", "cache_gb", "gpus", "procs", "workers", "chunk", "log_every", "eval_every",
+        "keep", "checkpointing", "compile", "max_broken", "test", "videos_root",
     }  # fmt: skip
 
 
@@ -179,8 +183,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 3. the loop -----------------------------------------------------------------------------
     idf = torch.from_numpy(data.vocab.idf).to(ranks.device)
-    batches = prefetch(data.load, plan_batches(config, ranks, data.sampler, run.step))
-    with StopSignals(ranks) as signals:
+    batches = data.batches(config, plan_batches(config, ranks, data.sampler, run.step))
+    with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
             batch = run.next_batch(batches)
             batch["knowledge"] = concept_vectors(batch["concepts"], idf)  # κ = their dot products
@@ -207,9 +211,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
             if run.step % config.eval_every == 0 or is_last:
                 metrics = None
                 if ranks.is_first and data.val_split and not stopped_by:
-                    metrics = evaluate_retrieval(
-                        model, data.tokenizer, data.val_split, data.samples.cache
-                    )
+                    val_split, cache = data.decodable_val(config), data.samples.cache
+                    metrics = evaluate_retrieval(model, data.tokenizer, val_split, cache)
                 run.save(metrics)
             if stopped_by:
                 how = f"stopped by {signal.Signals(stopped_by).name} after step {run.step}"
@@ -236,25 +239,37 @@ class Data:
 
     train_split: Split
     val_split: Split | None
+    val_is_read: bool  # its broken videos are known
     tokenizer: Tokenizer
     vocab: ConceptVocab
     samples: PairDataset
     sampler: KnowledgeBatchSampler
     sizes: ModelConfig  # of the model
     init: Pretrained | None  # the weights of --init, on the first start
-    seed: int
     trained_on: TrainedOn  # these videos, and those of --init
     val_note: str  # why validation would not be comparable
 
-    def load(self, job: "Job") -> dict[str, torch.Tensor]:
-        """A batch; called ahead of time, in threads."""
-        frames = dict(num_frames=job.num_frames, seed=self.seed, epoch=job.epoch)
-        return self.samples.batch(job.samples, **frames)
+    def batches(self, config: TrainConfig, jobs: Iterator[Job]) -> Iterator[dict]:
+        limits = dict(workers=config.workers, max_broken=config.max_broken)
+        frames_at_most = config.batch_size * num_frames(config)[-1]
+        return read_batches(
+            self.samples, jobs, seed=config.seed, frames_at_most=frames_at_most, **limits
+        )
+
+    def decodable_val(self, config: TrainConfig) -> Split:
+        """The validation split without what is broken: decoded now, where that is not known."""
+        if not self.val_is_read:
+            limits = dict(max_broken=config.max_broken, workers=config.workers)
+            self.val_split = keep_decodable(self.val_split, self.samples.cache, **limits)
+            self.val_is_read = True
+        return self.val_split
 
     def fingerprint(self) -> str:
         """Of the captions, and of which are of one video: other ones would give other batches."""
-        captions = "\n".join(self.train_split.captions)
-        digest = hashlib.sha256(captions.encode("utf-8", "surrogatepass"))
+        digest, between = hashlib.sha256(), ""
+        for caption in self.train_split.captions:  # one by one: joined, millions take 400 MB
+            digest.update((between + caption).encode("utf-8", "surrogatepass"))
+            between = "\n"
         digest.update(self.train_split.video_of_caption.tobytes())
         return digest.hexdigest()[:16]
 
@@ -268,7 +283,7 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     """Captions become tokens and knowledge, videos become frames on disk."""
     started = time.perf_counter()
     folder, show = Path(config.cache), ranks.is_first
-    train_split, val_split = load_splits(config)
+    train_split, val_split = load_splits(config, show)
     sizes, tokenizer, init = starting_point(config, resumed)
 
     # knowledge first: it takes minutes where decoding takes hours, and may be a reason to stop
@@ -276,24 +291,33 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     knowledge = extract_many(train_split.captions, **tagging)
     vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
     check_captions(train_split, knowledge, vocab, config, show)
-    row = {caption: i for i, caption in enumerate(train_split.captions)}
 
-    cache = open_cache(folder / "frames", sizes)
-    decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
-    train_split = keep_decodable(train_split, cache, **decoding)
+    num_videos = len(train_split.video_paths) + len(val_split.video_paths if val_split else ())
+    room = dict(gigabytes=config.cache_gb, num_videos=num_videos)
+    cache = open_cache(folder / "frames", sizes, **room)
+    check_broken(train_split, config.max_broken)
+    validation = Task("", val_split)
+    if cache.share == 1:
+        row = {caption: i for i, caption in enumerate(train_split.captions)}
+        decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
+        decodable = keep_decodable(train_split, cache, **decoding)
+        if len(decodable.captions) < len(train_split.captions):
+            kept = [row[caption] for caption in decodable.captions]
+            knowledge = Knowledge(knowledge.names, knowledge.held[kept])
+            vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
+        train_split = decodable
+        val_split = keep_decodable(val_split, cache, **decoding) if val_split else None
+    elif show:
+        print(
+            f"frame cache {cache.folder}: {cache.share:.0%} of {num_videos} videos fit into "
+            f"--cache-gb {config.cache_gb:g}; the others are decoded while training"
+        )
+
     trained_on = TrainedOn.of(config.dataset, train_split)
     if source := resumed or init:
         trained_on = source.trained_on | trained_on
-    val_note = ""
-    if val_split:
-        validation = Task("", val_split)
-        val_split = keep_decodable(val_split, cache, **decoding)
-        _, val_note = validation.count(val_split, trained_on)
+    val_note = validation.count(val_split, trained_on)[1] if val_split else ""
 
-    if train_split.broken:
-        kept = [row[caption] for caption in train_split.captions]
-        knowledge = Knowledge(knowledge.names, knowledge.held[kept])
-        vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
     tokenizer = tokenizer or Tokenizer.train(train_split.captions, sizes.vocab_size)
     samples = PairDataset(
         train_split, cache, tokenizer, vocab, knowledge, text_length=sizes.text_length
@@ -313,8 +337,8 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         counts = f"{len(samples)} captions of {len(train_split.video_paths)} videos"
         seconds = time.perf_counter() - started
         print(f"{counts}, {len(vocab)} concepts; ready after {seconds:.0f} s", flush=True)
-    read_by = (tokenizer, vocab, samples, sampler, sizes, init, config.seed)
-    return Data(train_split, val_split, *read_by, trained_on, val_note)
+    read_by = (tokenizer, vocab, samples, sampler, sizes, init)
+    return Data(train_split, val_split, cache.share == 1, *read_by, trained_on, val_note)
 
 
 def check_captions(split: Split, knowledge: Knowledge, vocab, config, show: bool) -> None:
@@ -353,9 +377,15 @@ def starting_point(config: TrainConfig, resumed: Checkpoint | None) -> tuple:
     return sizes, None, None
 
 
-def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
+def load_splits(config: TrainConfig, show: bool) -> tuple[Split, Split | None]:
     """The training split; the validation split, or None where there is none."""
     name, root, videos = config.dataset, config.data_root, config.videos_root
+    if name == "shards":
+        if not config.data:
+            raise UserError('--dataset shards: needs --data "FOLDER/{00000..00099}.tar"')
+        how = dict(index=Path(config.cache) / "shards", workers=config.workers, progress=show)
+        val = load_shards(config.val_data, **how) if config.val_data else None
+        return load_shards(config.data, **how), val
     if name == "csv":
         if not config.data:
             raise UserError("--dataset csv: needs --data FILE, with the columns video and caption")
@@ -374,14 +404,6 @@ def load_splits(config: TrainConfig) -> tuple[Split, Split | None]:
     return train_split, load_split(name, root, "val", videos_root=videos) if has_val else None
 
 
-class Job(NamedTuple):
-    """A batch to load: this rank's samples of it, and what decides on its frames."""
-
-    samples: np.ndarray
-    epoch: int
-    num_frames: int
-
-
 def plan_batches(config, ranks: Ranks, sampler: KnowledgeBatchSampler, step: int) -> Iterator[Job]:
     """What to load for `step`, `step` + 1, …: a resumed run skips without reading."""
     stages = num_frames(config)
@@ -389,8 +411,9 @@ def plan_batches(config, ranks: Ranks, sampler: KnowledgeBatchSampler, step: int
         epoch, number = divmod(step, len(sampler))
         for batch in sampler.batches(epoch, start=number):
             stage = min(step * len(stages) // config.steps, len(stages) - 1)
-            mine = np.array_split(batch, ranks.world_size)[ranks.rank]
-            yield Job(mine, epoch, stages[stage])
+            shares = np.array_split(batch, ranks.world_size)
+            first = step % len(sampler) * len(batch) + sum(map(len, shares[: ranks.rank]))
+            yield Job(shares[ranks.rank], first, epoch, stages[stage])
             step += 1
 
 
@@ -543,7 +566,8 @@ def check_config(config: TrainConfig) -> None:
     at_least = dict(
         steps=1, batch_size=2, group_size=2, seed=0, chunk=0, gpus=0, procs=0, workers=1, warmup=0,
         log_every=1, eval_every=1, keep=0, hard_k=0, hard_weight=0, skp_weight=0, beta=0,
-        weight_decay=0, guided_share=0, guided_from=0, max_broken=0, lr=1e-12, encoder_lr=1e-12,
+        weight_decay=0, guided_share=0, guided_from=0, max_broken=0, cache_gb=0, lr=1e-12,
+        encoder_lr=1e-12,
     )  # fmt: skip
     at_most = dict(guided_share=1, guided_from=1, max_broken=1)
     for name, least in at_least.items():

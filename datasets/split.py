@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from videos.decode import is_there
+
 
 @dataclass
 class Split:
@@ -50,7 +52,7 @@ class Split:
 
     def count_broken(self) -> dict[str, int]:
         """{"missing": videos that are not on the disk, "broken": those that do not decode}."""
-        missing = sum(not os.path.exists(path) for path in self.broken)
+        missing = sum(not is_there(path) for path in self.broken)
         return dict(missing=missing, broken=len(self.broken) - missing)
 
     def summarize_broken(self) -> str:
@@ -60,7 +62,9 @@ class Split:
         return f"{len(self.broken)} of {total} videos cannot be used ({kinds})"
 
     def describe_broken(self, at_most: int = 20) -> str:
-        """Lines for the user: which videos are not used, and why."""
+        """Lines for the user: which videos are not used, and why; "" if there are none."""
+        if not self.broken:
+            return ""
         lines = [f"{self.summarize_broken()}:", *list(self.broken.values())[:at_most]]
         if len(self.broken) > at_most:
             lines.append(f"… and {len(self.broken) - at_most} more")

@@ -117,7 +117,7 @@ def test_broken_videos_are_dropped_and_listed(folder, tmp_path, capsys):
     assert kept.captions == whole.captions and len(kept.video_paths) == 6
     assert (kept.video_of_caption == whole.video_of_caption).all()
     said = capsys.readouterr().out
-    assert "2 of 8 videos cannot be used" in said
+    assert "2 of 8 videos cannot be used (1 missing, 1 broken)" in said
     assert "zero.mp4: the file is empty" in said and "absent.mp4" in said
 
     with pytest.raises(UserError, match="used .1 missing, 1 broken., more than the 5%.*zero.mp4"):

@@ -148,11 +148,16 @@ class Ranks:
 
     @contextmanager
     def first_goes_first(self):
-        """The first rank runs the body; then the others do, and find its files and caches."""
-        if not self.is_first:
+        """The first rank runs the body, then the first of each other machine, then all the others.
+
+        So they find its files and caches, on a shared disk or on disks of their own.
+        """
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        turn = 0 if self.is_first else 1 if is_first_here else 2
+        for _ in range(turn):
             self.wait()
         yield
-        if self.is_first:
+        for _ in range(2 - turn):
             self.wait()
 
     def wait(self) -> None:

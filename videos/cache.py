@@ -13,12 +13,20 @@ ever invalidated. A file is whole or not there, and a checksum finds bits that t
 an entry is decoded again. One large archive reads a little faster from spinning disks, but needs
 locks and repair.
 
-Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224 px. A set of 10,000 videos of 24 frames at
-224 px takes 36 GB, and is read without any decoder.
+**Size.** Raw pixels cost 3 kB a frame at 32 px and 150 kB at 224 px. A set of 10,000 videos of 24
+frames at 224 px takes 36 GB, and is read without any decoder. Of a set that does not fit into
+`gigabytes`, a fixed share is kept, the videos whose hash is small: an epoch reads each video once,
+so a cache of the latest ones would lose each just before it is needed. Where other sets are in the
+folder too, the entries that were written first go first.
+
+JPEG would keep eight times as many, but is not the same pixels: a batch would then depend on what
+happens to be in the cache (bench/data.py has its size and time).
 """
 
+import contextlib
 import hashlib
 import os
+import random
 import shutil
 import struct
 import sys
@@ -31,21 +39,36 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, write_whole
-from videos.decode import VIDEO_SUFFIXES, VideoError, read_frames
+from videos.decode import VIDEO_SUFFIXES, VideoError, is_there, locate, read_frames
 from videos.workers import run_guarded
+
+EVICT_EVERY = 1000  # new entries, on average
 
 
 class FrameCache:
     """`num_frames` uniform frames of size × size pixels of each video, on disk.
 
-    Safe for threads and processes. `damaged` counts entries that had to be decoded again.
+    Safe for threads and processes. `share`: of the videos that are kept. `damaged` counts entries
+    that had to be decoded again.
     """
 
     HEADER = struct.Struct("<4s4I")  # magic, N, H, W, crc32 of the pixels
     MAGIC = b"FRM1"
 
-    def __init__(self, folder: str | Path, *, size: int, num_frames: int):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        size: int,
+        num_frames: int,
+        gigabytes: float = float("inf"),
+        num_videos: int = 0,
+    ):
+        """gigabytes: what all entries in the folder may take. num_videos: that will be read."""
         self.folder, self.size, self.num_frames = Path(folder), size, num_frames
+        self.capacity = gigabytes * 1e9
+        needed = num_videos * self.size_of(num_frames)
+        self.share = min(1.0, self.capacity / needed) if needed else float(gigabytes > 0)
         self.damaged = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +107,7 @@ class FrameCache:
                 reasons[todo[n]] = result
             else:
                 sizes[todo[n]] = result
+        self.evict()
 
         if progress:
             what = f"{len(paths) - len(reasons)} videos × {self.num_frames} frames"
@@ -97,7 +121,7 @@ class FrameCache:
 
     def check_room(self, todo: list[str], progress: bool) -> None:
         """Say what these videos will take. Raise UserError where the disk has less."""
-        is_video = [path.lower().endswith(VIDEO_SUFFIXES) for path in todo if os.path.exists(path)]
+        is_video = [path.lower().endswith(VIDEO_SUFFIXES) for path in todo if is_there(path)]
         needed = sum(self.size_of(self.num_frames if video else 1) for video in is_video) / 1e6
         free = shutil.disk_usage(self.folder).free / 1e6
         line = (
@@ -105,45 +129,61 @@ class FrameCache:
             f"{self.size} px take about {needed:,.0f} MB, and {free:,.0f} MB are free"
         )
         if needed > free:
-            raise UserError(f"{line}; take a larger disk (--cache), fewer frames or smaller ones")
+            raise UserError(f"{line}; take a larger disk (--cache); train.py can keep fewer (--cache-gb)")
         if progress and is_video:
             print(line, flush=True)
 
-    def get(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
-        """The video's frames, uint8 [N, H, W, 3], RGB, not writable. Raises VideoError.
+    def get(
+        self,
+        path: str | Path,
+        start: float = 0.0,
+        end: float | None = None,
+        only: np.ndarray | slice = slice(None),
+    ) -> np.ndarray:
+        """The video's frames, uint8 [N, H, W, 3], RGB. Raises VideoError. `only`: some of them.
 
         An entry that is missing or damaged is made here, in this process: `fill` first, which is
         safe from files that hang.
         """
         entry = self.entry(path, start, end)
-        if entry.exists():
-            frames = self.load(entry)
-            if frames is not None:
-                return frames
-            self.report_damage(entry, path)
-        self.store(path, entry, start, end)
-        frames = self.load(entry)
-        assert frames is not None, f"{entry}: was written, and is damaged"
-        return frames
+        frames = self.load(entry, path)
+        if frames is None and self.keeps(entry):
+            frames = self.store(path, entry, start, end)
+            if random.random() < 1 / EVICT_EVERY:
+                self.evict()
+        if frames is not None:
+            return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
+        window = dict(start=start, end=end)
+        return read_frames(path, self.num_frames, size=self.size, **window, only=only)
 
-    def report_damage(self, entry: Path, path: str | Path) -> None:
-        if not self.damaged:
-            what = f"{entry}: damaged, so {path} is decoded again (further ones: only counted)"
-            print(what, file=sys.stderr)
-        self.damaged += 1
+    def evict(self) -> None:
+        """Where the folder holds more than it may, delete the entries that were written first."""
+        if self.capacity == float("inf"):
+            return
+        entries = []
+        for path in self.folder.glob("*/*.frames"):
+            with contextlib.suppress(OSError):  # another process was faster
+                status = path.stat()
+                entries.append((status.st_mtime_ns, status.st_size, path))
+
+        excess = sum(size for _, size, _ in entries) - self.capacity
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
 
     def entry(self, path: str | Path, start: float, end: float | None) -> Path:
         """Where this video's frames lie. Raises VideoError if the video is missing."""
-        try:
-            resolved = os.path.realpath(path)
-            status = os.stat(resolved)
-        except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
-            raise VideoError(f"{str(path)[:200]!r}: no such video file") from error
-        source = (resolved, status.st_mtime_ns, status.st_size)
+        file, *source = locate(path)
         window = (float(start), end if end is None else float(end))
-        recipe = (*source, *window, self.size, self.num_frames, self.MAGIC)
+        recipe = (os.path.realpath(file), *source, *window, self.size, self.num_frames, self.MAGIC)
         name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.frames"
+
+    def keeps(self, entry: Path) -> bool:
+        """Is this one of the videos that fit?"""
+        return int(entry.stem[:12], 16) < self.share * 16**12
 
     def entry_size(self, path: str, start: float, end: float | None) -> int:
         """Bytes of this video's entry; 0 if there is none. Checksums are looked at when read."""
@@ -156,34 +196,40 @@ class FrameCache:
     def size_of(self, num_frames: int) -> int:
         return self.HEADER.size + num_frames * self.size**2 * 3
 
-    def load(self, entry: Path) -> np.ndarray | None:
-        """The pixels of an entry, None if it is damaged."""
-        data = entry.read_bytes()
+    def load(self, entry: Path, path: str | Path) -> np.ndarray | None:
+        """The pixels of an entry, [N or 1, H, W, 3]; None if it is damaged or not there."""
+        try:
+            data = entry.read_bytes()
+        except FileNotFoundError:
+            return None
         kept = 1 if len(data) == self.size_of(1) else self.num_frames
-        if len(data) != self.size_of(kept):
-            return None
         checksum = zlib.crc32(memoryview(data)[self.HEADER.size :])
-        header = (self.MAGIC, kept, self.size, self.size, checksum)
-        if self.HEADER.unpack_from(data) != header:
-            return None
+        header = self.HEADER.pack(self.MAGIC, kept, self.size, self.size, checksum)
+        if len(data) == self.size_of(kept) and data.startswith(header):
+            frames = np.frombuffer(data, np.uint8, offset=self.HEADER.size)
+            return frames.reshape(kept, self.size, self.size, 3)
 
-        shape = (kept, self.size, self.size, 3)
-        frames = np.frombuffer(data, np.uint8, offset=self.HEADER.size).reshape(shape)
-        return np.broadcast_to(frames, (self.num_frames, *shape[1:]))  # [N, H, W, 3]
+        if not self.damaged:
+            what = f"{entry}: damaged, so {path} is decoded again (further ones: only counted)"
+            print(what, file=sys.stderr)
+        self.damaged += 1
+        return None
 
-    def store(self, path, entry: Path, start: float, end: float | None) -> int:
-        """Decode a video and write its entry; the entry's size in bytes."""
+    def store(self, path, entry: Path, start: float, end: float | None) -> np.ndarray:
+        """Decode a video and write its entry. Returns what was written, [N or 1, H, W, 3]."""
         frames = read_frames(path, self.num_frames, size=self.size, start=start, end=end)
         if (frames == frames[0]).all():
             frames = frames[:1]
-        header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
-        with write_whole(entry) as unfinished:
-            unfinished.write_bytes(header + frames.data)
-        return len(header) + frames.nbytes
+        if self.keeps(entry):
+            header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
+            with write_whole(entry) as unfinished:
+                unfinished.write_bytes(header + frames.data)
+        return frames
 
     def try_store(self, path: str, start: float, end: float | None) -> int | str:
         """In a worker: the size of the video's new entry, or the reason if it is broken."""
         try:
-            return self.store(path, self.entry(path, start, end), start, end)
+            frames = self.store(path, self.entry(path, start, end), start, end)
+            return self.size_of(len(frames))
         except VideoError as error:
             return str(error)

@@ -22,12 +22,18 @@ The header's frame count is a claim, not a fact. Where the frames end early, the
 again for what is really there; below half of the claim the file is called truncated. Seconds become
 frames by the average rate, which is approximate on videos of variable rate.
 
+A video may also be a part of a tar file: "FOLDER/00000.tar@1536+23040/0042.mp4" is the one whose
+23,040 bytes begin at byte 1,536. FFmpeg reads such a part in place, without a copy of it.
+
 Some files are worse than broken: workers.py.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # read by OpenCV as it loads: our one line about a broken file, not FFmpeg's ten
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -45,10 +51,46 @@ VIDEO_SUFFIXES = tuple(
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TRUNCATED_BELOW = 0.5  # of the frames that the header claims
+PART = re.compile(r"(?s)(.+)@(\d+)\+(\d+)/[^/]+")  # of a tar file
 
 
 class VideoError(UserError):
     """A video that gives no frames: the path and why, in one line."""
+
+
+# ---- which bytes ---------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """Where the bytes of a video are: a file, or a part of a tar file (then `first` > 0)."""
+
+    file: str
+    first: int
+    size: int
+    mtime_ns: int
+
+
+def locate(path: str | Path) -> Source:
+    """Raises VideoError where there is no such file, or nothing in it."""
+    part = PART.fullmatch(str(path))
+    file = part[1] if part else str(path)
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError) as error:  # ValueError: no disk can hold such a name
+        raise VideoError(f"{str(path)[:200]}: no such video file") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(f"{path}: not a file")
+
+    first, size = (int(part[2]), int(part[3])) if part else (0, status.st_size)
+    if size == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes); fetch it again")
+    return Source(file, first, size, status.st_mtime_ns)
+
+
+def is_there(path: str | Path) -> bool:
+    """Is there such a file on the disk, broken or not?"""
+    part = PART.fullmatch(str(path))
+    return os.path.exists(part[1] if part else path)
 
 
 # ---- which frames --------------------------------------------------------------------------------
@@ -73,44 +115,36 @@ def read_frames(
     num_frames: int,
     *,
     size: int,
-    sampling: str = "uniform",
-    rng=None,
     start: float = 0.0,
     end: float | None = None,
+    only: np.ndarray | slice = slice(None),
 ) -> np.ndarray:
-    """T frames of a video or image file: uint8 [T, H, W, 3], RGB, H = W = `size`, by time.
+    """T uniform frames of a video or image file: uint8 [T, H, W, 3], RGB, H = W = `size`, by time.
 
-    Only the seconds `start` … `end` (None: to the end) are sampled; `sampling` and `rng` as in
-    `frame_indices`. Raises VideoError (one line) where the file is missing, empty, truncated, not a
-    video, or ends before `start`.
+    Only the seconds `start` … `end` (None: to the end) are sampled. `only`: which of the T frames
+    are wanted; the others are not converted. Raises VideoError (one line) where the file is
+    missing, empty, truncated, not a video, or ends before `start`.
     """
-    path = str(path)
-    if not os.path.isfile(path):
-        what = "not a file" if os.path.exists(path) else "no such video file"
-        raise VideoError(f"{path}: {what}")
-    if os.path.getsize(path) == 0:
-        raise VideoError(f"{path}: the file is empty (0 bytes); fetch it again")
-
-    # one seed: where the header lies, pick is called twice
-    seed = rng.integers(2**63) if sampling == "segment" else None
+    path, source = str(path), locate(path)
 
     def pick(count: int) -> np.ndarray:
-        return frame_indices(count, num_frames, sampling, np.random.default_rng(seed))
+        return frame_indices(count, num_frames)
 
     with explain(path):
         if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-            frames, wanted = decode_video(path, pick, size, start, end)
+            frames, wanted = decode_video(path, pick, size, start, end, only)
         else:
-            image = cv2.imread(path, cv2.IMREAD_COLOR)
+            data = np.fromfile(source.file, np.uint8, source.size, offset=source.first)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR)
             if image is None:
                 raise VideoError(f"{path}: not an image that OpenCV can decode; fetch it again")
             frames, wanted = {0: square(image, size)}, pick(1)
 
-    return np.stack([frames[index] for index in wanted])  # [T, H, W, 3]
+    return np.stack([frames[index] for index in wanted[only]])  # [T, H, W, 3]
 
 
 class explain:
-    """OpenCV's errors become VideoError."""
+    """Errors of OpenCV and of the disk become VideoError."""
 
     def __init__(self, path: str):
         self.path = path
@@ -119,14 +153,20 @@ class explain:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if isinstance(error, OSError):
+            raise VideoError(f"{self.path}: cannot be read ({error.strerror})") from error
         if isinstance(error, cv2.error):
             raise VideoError(
                 f"{self.path}: OpenCV cannot decode it ({error.err}); fetch it again or remove it"
             ) from error
 
 
-def decode_video(path: str, pick: Callable, size: int, start: float, end: float | None) -> tuple:
-    """({frame number: pixels}, the T wanted frame numbers). pick(count) chooses T of `count`."""
+def decode_video(path: str, pick: Callable, size: int, start: float, end, only) -> tuple:
+    """({frame number: pixels}, T frame numbers). pick(count) chooses T of `count`.
+
+    The pixels are of `only` some of the T. But all of them are looked for: what is drawn does not
+    decide whether the file is too short.
+    """
     capture = open_video(path)
     claimed, rate = claims(capture)
     if not rate > 0 and (start > 0 or end is not None):
@@ -145,12 +185,15 @@ def decode_video(path: str, pick: Callable, size: int, start: float, end: float 
             raise VideoError(f"{path}: {lasts}, so nothing is left from second {start} on")
         return first + pick(last - first)
 
-    wanted = choose(claimed) if claimed > 0 else None
-    frames, seen = grab_frames(capture, wanted, size)
+    if claimed > 0:
+        wanted = choose(claimed)
+        frames, seen = grab_frames(capture, size, wanted[only], last=wanted[-1])
+    else:
+        wanted, (frames, seen) = None, grab_frames(capture, size)
     if wanted is None or seen <= wanted[-1]:  # no claim, or a false one: `seen` is the true count
         check_count(path, seen, claimed)
         wanted = choose(seen)
-        frames, _ = grab_frames(open_video(path), wanted, size)
+        frames, _ = grab_frames(open_video(path), size, wanted[only], last=wanted[-1])
     return frames, wanted
 
 
@@ -160,8 +203,10 @@ def open_video(path: str) -> cv2.VideoCapture:
     except UnicodeEncodeError as error:  # OpenCV would crash: segmentation fault
         raise VideoError(f"{path}: OpenCV takes only names in UTF-8; rename the file") from error
 
+    file, first, size, _ = locate(path)
+    name = f"subfile,,start,{first},end,{first + size},,:{file}" if first else path
     # FFmpeg by name: other back ends read "video7010.mp4" as a pattern of numbered pictures
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise VideoError(
             f"{path}: not a video that OpenCV can open (truncated, or no video at all); fetch it "
@@ -183,14 +228,13 @@ def check_count(path: str, seen: int, claimed: int) -> None:
         )
 
 
-def grab_frames(capture, wanted: np.ndarray | None, size: int) -> tuple[dict, int]:
-    """({n: frame n [H, W, 3]} for n wanted, frames seen), up to the last wanted one.
-
-    wanted None counts them all.
-    """
-    keep = set() if wanted is None else set(wanted.tolist())
+def grab_frames(
+    capture, size: int, wanted: Collection[int] = (), last: int | None = None
+) -> tuple[dict, int]:
+    """({n: frame n [H, W, 3]} for n wanted, frames seen), up to frame `last`; None: to the end."""
+    keep = set(map(int, wanted))
     frames, seen = {}, 0
-    while (wanted is None or len(frames) < len(keep)) and capture.grab():
+    while (last is None or seen <= last) and capture.grab():
         if seen in keep:
             decoded, image = capture.retrieve()
             if not decoded:
@@ -234,7 +278,7 @@ def read_windows(
         if not rate > 0:
             raise VideoError(f"{path}: its header has no frame rate, so no second can be found")
         if count <= 0:  # no claim: count first
-            count = max(1, grab_frames(capture, None, size)[1])
+            count = max(1, grab_frames(capture, size)[1])
             capture = open_video(path)
 
         number = min(count, max(1, round(count / rate / window)))

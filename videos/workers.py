@@ -8,33 +8,48 @@ the file is given up, with that reason. Another process goes on with the next.
 A process may also die by no fault of its file, say where memory runs out. So the file is tried once
 more. If its process dies again, it was the file.
 
+A job is the path of a file, or has a `path`. A worker may hold a few jobs, so that it need not wait
+for the next; it works on the first of them.
+
 `concurrent.futures` waits for ever for a worker that hangs. `pebble` kills it, as this file does,
 but hands out small jobs six times slower (docs/LOG.md).
 """
 
 import contextlib
+import itertools
+import math
 import multiprocessing
-import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
 
 from cli import UserError
+from videos.decode import VideoError, locate
 
 # seconds that a video may take to decode, and one more for each megabyte (10 to 100 are usual)
 PATIENCE = 60.0
 
 
-class Job(NamedTuple):
-    """What a worker is busy with."""
+@dataclass
+class Worker:
+    """A process, and its jobs (n, job): it works on the first."""
 
     process: multiprocessing.Process
-    n: int
-    path: str
-    is_over: float  # when its time is, on the monotonic clock
+    jobs: deque = field(default_factory=deque)
+    is_over: float = 0.0  # when the time for the first job is, on the monotonic clock
+
+    @property
+    def path(self) -> str:
+        job = self.jobs[0][1]
+        return getattr(job, "path", job)
+
+    def start_clock(self) -> None:
+        if self.jobs:
+            self.is_over = time.monotonic() + seconds_allowed(self.path)
 
     def was_too_slow(self) -> str:
         seconds = f"{seconds_allowed(self.path):.0f} s"
@@ -50,76 +65,113 @@ class Job(NamedTuple):
         )
 
 
-def run_guarded(work: Callable, paths: Iterable[str], *, workers: int) -> Iterator[tuple]:
-    """(n, work(n-th path)) as they are done, by `workers` processes.
+def run_guarded(
+    work: Callable,
+    jobs: Iterable,
+    *,
+    workers: int,
+    queue: int = 1,
+    tick: float | None = None,
+) -> Iterator[tuple]:
+    """(n, work(n-th job)) as they are done, by `workers` processes that hold `queue` jobs each.
 
-    For a path that hangs or kills them, the second is why (str). `paths` is read one at a time. A
-    UserError in a worker is raised here. Ctrl-C ends the workers too.
+    For a job that hangs or kills them, the second is why (str). `jobs` is read one at a time. With
+    a `tick` (seconds) it may yield None: no job yet. Then (None, None) comes back after each tick
+    without a result. A UserError in a worker is raised here. Ctrl-C ends the workers too.
     """
     # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    jobs = enumerate(paths)
+    jobs, numbers, end = iter(jobs), itertools.count(), (None, None)
     again, tried_twice = [], set()
-    busy: dict[Connection, Job] = {}  # by our end of the worker's pipe
+    pool: dict[Connection, Worker] = {}  # by our end of the worker's pipe
 
     def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(work, theirs, [ours, *busy]), daemon=True)
+        process = context.Process(target=serve, args=(work, theirs, [ours, *pool]), daemon=True)
         process.start()
         theirs.close()
-        give(ours, process)
+        pool[ours] = Worker(process)
 
-    def give(pipe: Connection, process) -> None:
-        """The next path to this worker; without one it is dismissed."""
-        n, path = again.pop() if again else next(jobs, (None, None))
+    def next_job() -> tuple | None:
+        """(n, job); None if there is none yet, `end` if there will be none."""
+        if again:
+            return again.pop()
+        job = next(jobs, end)
+        return job if job is None or job is end else (next(numbers), job)
+
+    def give(pipe: Connection) -> None:
+        """The next job to this worker; one who has none left, and gets none, is dismissed."""
+        worker, job = pool[pipe], next_job()
+        if job is None or (job is end and worker.jobs):
+            return
         with contextlib.suppress(BrokenPipeError):  # it has just died: the next look shows it
-            pipe.send(path)
-        if path is None:
+            pipe.send(job[1])
+        if job is end:
+            del pool[pipe]
             pipe.close()
-            process.join()
-        else:
-            busy[pipe] = Job(process, n, path, time.monotonic() + seconds_allowed(path))
+            worker.process.join()
+            return
+        worker.jobs.append(job)
+        if len(worker.jobs) == 1:
+            worker.start_clock()
 
     try:
         for _ in range(workers):
             start()
-        while busy:
-            soonest = min(job.is_over for job in busy.values())
-            done = wait(busy, max(0, soonest - time.monotonic()))
+        while pool:
+            for length in range(1, queue + 1):  # nobody gets a second job before all have a first
+                for pipe in [pipe for pipe, worker in pool.items() if len(worker.jobs) < length]:
+                    give(pipe)
+            if not pool:
+                break
+
+            ends = [worker.is_over for worker in pool.values() if worker.jobs]
+            patience = max(0, min(ends, default=math.inf) - time.monotonic())
+            done = wait(pool, min(patience, tick or math.inf))
             now = time.monotonic()
-            late = [p for p, job in busy.items() if job.is_over <= now and p not in done]
+            late = [p for p, w in pool.items() if w.jobs and w.is_over <= now and p not in done]
 
             for pipe in [*done, *late]:
-                job = busy.pop(pipe)
+                worker = pool[pipe]
                 result = None if pipe in late else receive(pipe)
                 if isinstance(result, UserError):
+                    del pool[pipe]
                     pipe.close()
                     raise result
                 if result is not None:
-                    yield job.n, result
-                    give(pipe, job.process)
+                    n, _ = worker.jobs.popleft()
+                    worker.start_clock()
+                    yield n, result
                     continue
 
                 # it hangs or has died: another one takes its place
-                job.process.kill()
-                job.process.join()
+                del pool[pipe]
+                worker.process.kill()
+                worker.process.join()
                 pipe.close()
-                if pipe in late:
-                    yield job.n, job.was_too_slow()
-                elif job.n in tried_twice:
-                    yield job.n, job.died_twice()
-                else:
-                    tried_twice.add(job.n)
-                    again.append((job.n, job.path))
                 start()
+                again.extend(list(worker.jobs)[:0:-1])
+                if not worker.jobs:
+                    continue
+                n, job = worker.jobs[0]
+                if pipe in late:
+                    yield n, worker.was_too_slow()
+                elif n in tried_twice:
+                    yield n, worker.died_twice()
+                else:
+                    tried_twice.add(n)
+                    again.append((n, job))
+            if tick and not done:
+                yield None, None
     finally:
         # busy only where something was raised: what is almost done may still be stored
         grace = time.monotonic() + 2
-        for pipe, job in busy.items():
-            wait([pipe], max(0, grace - time.monotonic()))
+        for pipe, worker in pool.items():
+            if worker.jobs:
+                wait([pipe], max(0, grace - time.monotonic()))
             pipe.close()
-            job.process.kill()
-            job.process.join()
+            worker.process.kill()
+            worker.process.join()
 
 
 def receive(pipe: Connection):
@@ -147,6 +199,6 @@ def serve(work: Callable, pipe: Connection, others: list[Connection]) -> None:
 
 def seconds_allowed(path: str) -> float:
     try:
-        return PATIENCE + os.path.getsize(path) / 1e6
-    except (OSError, ValueError):  # missing files fail fast
+        return PATIENCE + locate(path).size / 1e6
+    except VideoError:  # missing files fail fast
         return PATIENCE

@@ -1,0 +1,208 @@
+"""Videos and images packed into tar files, as video2dataset and img2dataset write them.
+
+A data set of millions of files is kept in shards of some thousand samples each. The files of a
+sample follow each other, and share a key:
+
+    00000.tar    000000012.mp4    the video (or .webm, .avi, …; an image: .jpg, .png, .webp)
+                 000000012.txt    its caption; or "caption" in …
+                 000000012.json   … the facts on it
+
+    load_shards("WEBVID/{00000..02480}.tar::CC3M/{00000..00331}.tar", index=FOLDER) -> Split
+
+Several patterns are joined by "::", as in webdataset and open_clip. "2*WEBVID/…" counts each sample
+of a pattern twice per epoch, each time with other frames; a batch mixes all of them.
+
+Others read shards as streams, and shuffle a window of some thousand samples. Here the knowledge
+sampler decides who meets, so any sample must be found at once. Each shard is walked once, header by
+header, and leaves a small file in the folder `index`: where each video's bytes lie, and its
+caption. A video is then known by "SHARD.tar@FIRST BYTE+BYTES/KEY.mp4" (videos/decode.py).
+
+A shard that ends early costs what it has lost. A sample without a caption, or with one that is not
+UTF-8, and a key that comes twice cost that sample. All are in the split's `broken`.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cli import UserError, write_whole
+from datasets.split import Split
+from videos.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, locate
+from videos.workers import run_guarded
+
+MEDIA = [suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
+VERSION = 1  # of the index files
+TEXT = np.dtypes.StringDType()  # half of the memory that Python's own texts take
+
+
+def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = True) -> Split:
+    """All samples of the shards, in their order. `workers`: processes that index what is new.
+
+    Raises UserError where a pattern matches no file, no sample is left, or the index cannot be
+    written.
+    """
+    repeats: dict[str, int] = {}
+    for pattern in patterns.split("::"):
+        weight, name = re.fullmatch(r"(?:(\d+)\*)?(.*)", pattern, re.DOTALL).groups()
+        for shard in find_shards(name):
+            if shard in repeats:
+                raise UserError(f"--data {patterns}: {shard} is in it twice; weigh it: 2*PATTERN")
+            repeats[shard] = int(weight or 1)
+
+    broken = index_shards(list(repeats), index, workers, progress)
+    videos, captions, video_ids, count = [], [], [], 0
+    for shard, weight in repeats.items():
+        if shard in broken:
+            continue
+        found = json.loads(index_file(shard, index).read_bytes())
+        ids = np.arange(count, count + len(found["videos"]))
+        videos.append(np.array([shard + video for video in found["videos"]], TEXT))
+        captions += [np.array(found["captions"], TEXT)] * weight
+        video_ids += [ids] * weight
+        for key, why in found["broken"]:
+            name = f"{shard}/{key}" if key else shard
+            broken[name] = f"{name}: {why}"
+        count += len(ids)
+
+    if not count:
+        first = next(iter(broken.values()), f"{next(iter(repeats))}: nothing in it")
+        raise UserError(f"--data {patterns}: not one video with a caption; the first: {first}")
+    columns = map(np.concatenate, (videos, captions, video_ids))
+    return Split(*columns, broken=broken)
+
+
+def find_shards(pattern: str) -> list[str]:
+    """The files of a pattern with ranges {00000..02480} and *; those of ranges need not be there.
+
+    Raises UserError where it matches no file.
+    """
+    pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    choices = [[pieces[0]]]
+    for first, last, text in zip(*[iter(pieces[1:])] * 3):
+        numbers = range(int(first), int(last) + 1)
+        choices += [[str(number).zfill(len(first)) for number in numbers], [text]]
+
+    names = map("".join, itertools.product(*choices))
+    shards = []
+    for name in names:
+        shards += sorted(glob.glob(name)) if "*" in name else [name]
+    if not any(map(os.path.isfile, shards)):
+        raise UserError(
+            f'--data {pattern}: matches no file; expected tar files, "FOLDER/{{00000..00099}}.tar"'
+        )
+    return shards
+
+
+# ---- the index -----------------------------------------------------------------------------------
+
+
+def index_shards(shards: list[str], index: Path, workers: int, progress: bool) -> dict[str, str]:
+    """Index what is new. Returns {shard: reason} of those that cannot be read."""
+    broken, todo = {}, []
+    for shard in shards:
+        try:
+            if not index_file(shard, index).exists():
+                todo.append(shard)
+        except VideoError as error:
+            broken[shard] = str(error)
+
+    done = run_guarded(partial(index_shard, index=index), todo, workers=min(workers, len(todo)))
+    for n, failure in tqdm(done, "index shards", len(todo), disable=not (progress and todo)):
+        if failure:
+            broken[todo[n]] = failure
+    return broken
+
+
+def index_file(shard: str, index: Path) -> Path:
+    """Where the index of a shard lies. A shard that has changed gets another one."""
+    file, *version = locate(shard)
+    recipe = repr((os.path.realpath(file), *version, VERSION))
+    return index / f"{hashlib.sha256(recipe.encode()).hexdigest()[:40]}.json"
+
+
+def index_shard(shard: str, index: Path) -> str:
+    """In a worker: write the index of a shard. Returns "", or why the shard cannot be read."""
+    try:
+        samples, broken = read_shard(shard)
+    except (OSError, tarfile.TarError) as error:
+        return (
+            f"{shard}: not a tar file that can be read in place ({error}); fetch or pack it again"
+        )
+
+    videos, captions = [], []
+    for key, files in samples.items():
+        media = next((kind for kind in MEDIA if kind in files), None)
+        try:
+            caption = read_caption(files)
+        except UnicodeError:
+            broken.append((key, "its caption is not UTF-8 text; pack the shard again"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            broken.append((key, f'no caption; expected {key}.txt, or "caption" in {key}.json'))
+        else:
+            if media:
+                videos.append(files[media])
+                captions.append(caption)
+            else:
+                broken.append((key, "no video or image beside its caption"))
+
+    with write_whole(index_file(shard, index)) as unfinished:
+        columns = dict(videos=videos, captions=captions, broken=broken)
+        unfinished.write_text(json.dumps(columns, ensure_ascii=False), encoding="utf-8")
+    return ""
+
+
+def read_shard(shard: str) -> tuple[dict[str, dict], list[tuple[str, str]]]:
+    """({key: {kind: bytes of a text, or "@FIRST+BYTES/NAME" of a video}}, (key, what is wrong)).
+
+    Raises OSError or TarError where the file is no tar.
+    """
+    samples: dict[str, dict] = {}
+    broken, size = {}, os.path.getsize(shard)
+    with tarfile.open(shard, "r:") as tar:
+        try:
+            for member in tar:
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+                folder, slash, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                kind = kind.lower()
+                if not member.isfile() or kind not in ("txt", "json", *MEDIA):
+                    continue
+
+                files = samples.setdefault(folder + slash + key, {})
+                if kind in files:
+                    broken[folder + slash + key] = "its key comes twice in the shard; pack it again"
+                if kind in MEDIA:
+                    files[kind] = f"@{member.offset_data}+{member.size}/{name}"
+                else:
+                    files[kind] = tar.extractfile(member).read()
+
+            # tarfile ends without a word at what is no header; a whole shard ends with zeros
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError("it ends without an end mark")
+        except tarfile.ReadError as error:
+            broken[""] = (
+                f"truncated or damaged: {error}; what stands before is used; fetch it again"
+            )
+
+    whole = {key: files for key, files in samples.items() if key not in broken}
+    return whole, list(broken.items())
+
+
+def read_caption(files: dict[str, bytes]) -> str:
+    """Raises UnicodeError, or another error where there is none."""
+    if "txt" in files:
+        return files["txt"].decode("utf-8-sig").strip()
+    caption = json.loads(files["json"])["caption"]
+    caption.encode()  # no half characters
+    return caption.strip()

@@ -1,0 +1,321 @@
+"""Tar shards as video2dataset and img2dataset write them, and frames decoded while training."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
+
+import train
+from cli import UserError
+from datasets.shards import load_shards
+from train import TrainConfig
+from videos import workers as guarded
+from videos.cache import FrameCache
+from videos.decode import frame_indices, read_frames
+from videos.stream import Batch, Stream, Want
+
+ROOT = Path(__file__).parent.parent
+
+
+def pack(path, files):
+    """A tar file of {name: bytes}, or of pairs; returns its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items() if isinstance(files, dict) else files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def sample(key, video, caption):
+    facts = json.dumps(dict(caption=caption, status="success")).encode()
+    return {f"{key}.mp4": video, f"{key}.txt": caption.encode(), f"{key}.json": facts}
+
+
+def load(patterns, folder):
+    return load_shards(str(patterns), index=folder / "index", workers=1, progress=False)
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+
+def test_samples_are_read_in_place(tmp_path, clip):
+    image = cv2.imencode(".jpg", numbered_frames(43)[42])[1].tobytes()
+    facts = json.dumps(dict(caption=" a still \n")).encode()
+    pack(tmp_path / "00008.tar", sample("000080", clip.read_bytes(), "a dog runs – schnell"))
+    pack(tmp_path / "00010.tar", {"x/a.json": facts, "x/a.JPG": image, "x/a.npy": b"no"})
+    split = load(tmp_path / "{00008..00010}.tar", tmp_path)
+    video, still = split.video_paths
+    assert list(split.captions) == ["a dog runs – schnell", "a still"]
+    for window in (dict(), dict(start=1.0, end=2.0)):
+        whole = read_frames(clip, 8, size=64, **window)
+        np.testing.assert_array_equal(read_frames(video, 8, size=64, **window), whole)
+    assert numbers(read_frames(still, 2, size=64)) == [42, 42]
+    assert video.endswith("/000080.mp4") and still.endswith("/a.JPG")
+    assert list(split.broken.values()) == [f"{tmp_path}/00009.tar: no such video file"]
+
+
+def test_a_pattern_may_weigh_more(tmp_path):
+    for name in "ab":
+        pack(tmp_path / f"{name}.tar", sample("0", b"x", name) | sample("1", b"x", name))
+    split = load(f"2*{tmp_path}/a.tar::{tmp_path}/[b]*.tar", tmp_path)
+    assert sorted(split.captions) == ["a"] * 4 + ["b"] * 2
+    assert sorted(split.video_of_caption) == [0, 0, 1, 1, 2, 3]
+    assert set(split.captions[split.video_of_caption >= 2]) == {"b"}
+
+
+def test_a_truncated_shard_costs_what_it_has_lost(tmp_path, clip):
+    files = {}
+    for i in range(4):
+        files |= sample(f"{i}", clip.read_bytes(), f"caption {i}")
+    data = pack(tmp_path / "0.tar", files).read_bytes()
+    header = data.index(b"3.mp4")
+    for end in (header, header + 100, header + 600, data.index(b"caption 3") + 1):
+        (tmp_path / "0.tar").write_bytes(data[:end])
+        split = load(tmp_path / "{0..0}.tar", tmp_path)
+        assert list(split.captions) == ["caption 0", "caption 1", "caption 2"]
+        assert "0.tar: truncated or damaged" in split.broken[str(tmp_path / "0.tar")]
+        assert read_frames(split.video_paths[-1], 2, size=8).shape == (2, 8, 8, 3)
+
+
+FAULTS = {
+    "no caption; expected 1.txt": {"1.mp4": b"x"},
+    'or "caption" in 1.json': {"1.mp4": b"x", "1.json": b'{"text": "hi"}'},
+    "its caption is not UTF-8": {"1.mp4": b"x", "1.txt": "ein Mädchen".encode("latin-1")},
+    "no video or image": {"1.txt": b"alone"},
+    "its key comes twice": [("1.mp4", b"x"), ("1.txt", b"a"), ("1.mp4", b"y")],
+}
+
+
+@pytest.mark.parametrize("says", FAULTS)
+def test_a_sample_that_cannot_be_used_is_listed(tmp_path, says):
+    faulty = FAULTS[says]
+    pairs = list(faulty.items()) if isinstance(faulty, dict) else faulty
+    pack(tmp_path / "0.tar", [*sample("0", b"x", "good").items(), *pairs])
+    split = load(tmp_path / "0.tar", tmp_path)
+    assert list(split.captions) == ["good"]
+    assert list(split.broken) == [f"{tmp_path}/0.tar/1"]
+    assert says in split.broken[f"{tmp_path}/0.tar/1"]
+
+
+def test_what_cannot_be_read_at_all_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="nowhere.*matches no file; expected tar files"):
+        load(tmp_path / "nowhere{0..9}.tar", tmp_path)
+    (tmp_path / "text.tar").write_text("no tar" * 200)
+    with pytest.raises(UserError, match="not one video.*text.tar: not a tar file that can"):
+        load(tmp_path / "text.tar", tmp_path)
+    pack(tmp_path / "bare.tar", {"1.mp4": b"x"})
+    with pytest.raises(UserError, match="not one video with a caption.*bare.tar/1: no caption"):
+        load(tmp_path / "bare.tar", tmp_path)
+    with pytest.raises(UserError, match="bare.tar is in it twice"):
+        load(f"{tmp_path}/bare.tar::{tmp_path}/*.tar", tmp_path)
+    (tmp_path / "index").rename(tmp_path / "moved")
+    (tmp_path / "index").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        load(tmp_path / "bare.tar", tmp_path)
+
+
+def test_only_shards_that_are_new_or_have_changed_are_walked(tmp_path):
+    for i in range(3):
+        pack(tmp_path / f"{i}.tar", sample("0", b"x", f"first {i}"))
+    load(tmp_path / "{0..1}.tar", tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()}
+    pack(tmp_path / "1.tar", sample("0", b"longer", "second 1"))
+    os.utime(tmp_path / "1.tar", ns=(1, 1))
+    split = load(tmp_path / "{0..2}.tar", tmp_path)
+    assert list(split.captions) == ["first 0", "second 1", "first 2"]
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert len(list((tmp_path / "index").iterdir())) == 4
+
+
+# ---- batches of frames ---------------------------------------------------------------------------
+
+
+class Troubled(FrameCache):
+    """A cache some of whose videos hang or kill the process that reads them."""
+
+    def get(self, path, *window, only):
+        if "hangs" in path:
+            time.sleep(3600)
+        if "kills" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().get(path, *window, only=only)
+
+
+def make_stream(folder, clip, rows, spare=(), max_broken=1.0):
+    """A stream of batches of these names; (row, attempt) is replaced by that name of `spare`."""
+    cache = Troubled(folder / "cache", size=64, num_frames=20, gigabytes=0)
+
+    def want(name):
+        path = clip if name.startswith("good") else folder / name
+        return Want(name, str(path), (0.0, None), np.array([int(name[-1])]))
+
+    batches = [
+        Batch([want(name) for name in names], lambda row, attempt: want(spare[attempt - 1]))
+        for names in rows
+    ]
+    return Stream(cache, batches, workers=2, max_broken=max_broken, frames_at_most=3)
+
+
+def test_batches_come_in_order_with_the_frames_that_were_wanted(tmp_path, clip):
+    rows = [[f"good{i % 10}", f"good{i * 3 % 10}"] for i in range(12)]
+    shown = frame_indices(100, 20)
+    for (samples, frames), names in zip(make_stream(tmp_path, clip, rows), rows, strict=True):
+        assert samples == names and frames.shape == (2, 1, 64, 64, 3)
+        assert numbers(frames[:, 0]) == [shown[int(name[-1])] for name in names]
+
+
+def test_another_video_takes_the_place_of_a_broken_one(tmp_path, clip, monkeypatch, capfd):
+    monkeypatch.setattr(guarded, "PATIENCE", 2.0)
+    rows = [["good1", "hangs2", "kills3"], ["gone4", "good5", "hangs2"], ["good6"]]
+    stream = make_stream(tmp_path, clip, rows, spare=["gone4", "good7"])
+    found = list(stream)
+    assert [samples for samples, _ in found[:2]] == [
+        ["good1", "good7", "good7"],
+        ["good7", "good5", "good7"],
+    ]
+    assert {
+        Path(path).name: reason.split(": ")[1][:24] for path, reason in stream.broken.items()
+    } == {
+        "gone4": "no such video file",
+        "hangs2": "the decoder gave no fram",
+        "kills3": "the decoder died twice (",
+    }
+    assert capfd.readouterr().err.count("another video takes the place of") == 3
+
+
+def test_too_many_broken_videos_end_it(tmp_path, clip):
+    rows = [[f"{'good' if i % 10 else 'gone'}-{i}.0"] for i in range(200)]
+    for max_broken in (0.2, 0.05):
+        stream = make_stream(tmp_path, clip, rows, ["good0"], max_broken)
+        if max_broken == 0.2:
+            assert len(list(stream)) == 200 and len(stream.broken) == 20
+            continue
+        with pytest.raises(UserError, match="1. of 1.. videos read so far.*5% of --max-broken"):
+            list(stream)
+    with pytest.raises(UserError, match="1 of 1 videos read so far cannot be used"):
+        list(make_stream(tmp_path, clip, [["gone0"]], ["gone0"] * 200))
+
+
+def test_a_loop_that_ends_early_leaves_no_process(tmp_path, clip):
+    batches = iter(make_stream(tmp_path, clip, [["good1"]] * 1000))
+    next(batches)
+    workers = multiprocessing.active_children()
+    batches.close()
+    assert workers and not any(process.is_alive() for process in workers)
+
+
+# ---- decoded while training ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_world, tmp_path_factory):
+    """The tiny world's 240 training samples in four shards, and 12 for validation in one."""
+    folder = tmp_path_factory.mktemp("shards")
+    for role, count in (("train", 4), ("val", 1)):
+        with open(tiny_world / f"{role}.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for i, part in enumerate(np.array_split(rows, count)):
+            files = {}
+            for j, row in enumerate(part):
+                video = (tiny_world / row["video"]).read_bytes()
+                files |= sample(f"{j:03d}", video, row["caption"])
+            pack(folder / f"{role}-{i}.tar", files)
+    return folder
+
+
+def settings(shards, out, **other):
+    files = dict(dataset="shards", data=str(shards / "train-{0..3}.tar"), out=str(out))
+    files |= dict(val_data=str(shards / "val-{0..0}.tar"), cache=str(shards / "cache"), workers=2)
+    run = dict(steps=4, batch_size=40, num_frames="1,2", warmup=2, log_every=1, eval_every=2)
+    return TrainConfig(**(files | run | dict(guided_from=0.0) | other))
+
+
+def lines_of(out) -> list[dict]:
+    return [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
+
+
+def numbers_of(out) -> list[tuple]:
+    """The losses and the scores on validation of a run, by step."""
+    lines = lines_of(out)
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return losses + [(line["step"], line["validation"]) for line in lines if "validation" in line]
+
+
+def test_a_streamed_run_is_the_cached_one_bit_by_bit(shards, tmp_path, capsys):
+    """Half of the frames fit into the cache: validation and training read both kinds."""
+    train.train(settings(shards, tmp_path / "cached"))
+    num_videos, entry = 240 + 12, 20 + 4 * 32 * 32 * 3
+    small = dict(cache=str(tmp_path / "cache"), cache_gb=0.5 * num_videos * entry / 1e9)
+    train.train(settings(shards, tmp_path / "streamed", **small))
+    assert numbers_of(tmp_path / "streamed") == numbers_of(tmp_path / "cached")
+    assert "50% of 252 videos fit into --cache-gb" in capsys.readouterr().out
+    assert 60 < len(list((tmp_path / "cache" / "frames").glob("*/*"))) < 160
+
+
+@pytest.fixture(scope="module")
+def broken_shards(shards, tmp_path_factory):
+    """The same, but each 16th video of three training shards is no video."""
+    folder = tmp_path_factory.mktemp("broken")
+    for path in shards.glob("*.tar"):
+        data = path.read_bytes()
+        with tarfile.open(path) as tar:
+            videos = [member for member in tar if member.name.endswith("0.mp4")]
+        for member in videos[::2] if path.name[:7] in ("train-1", "train-2", "train-3") else ():
+            start, end = member.offset_data, member.offset_data + member.size
+            data = data[:start] + b"n" * member.size + data[end:]
+        (folder / path.name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broken_run(broken_shards, tmp_path_factory):
+    config = settings(broken_shards, tmp_path_factory.mktemp("whole"), cache_gb=0, max_broken=0.2)
+    train.train(config)
+    return config
+
+
+def test_a_run_on_broken_videos_resumes_bit_by_bit(broken_run, tmp_path, capfd):
+    shutil.copy(Path(broken_run.out) / "step-000002.safetensors", tmp_path)
+    train.train(replace(broken_run, out=str(tmp_path)))
+    whole = numbers_of(broken_run.out)
+    assert numbers_of(tmp_path) == [found for found in whole if found[0] > 2]
+    said = capfd.readouterr()
+    count = said.err.count("another video takes the place of")
+    assert 2 < count == said.out.count("0.mp4: not a video")
+    assert f"{count} videos cannot be used" in said.out
+
+
+def test_ranks_share_the_index_and_the_batches(broken_run, tmp_path):
+    """The same run on two processes, by torchrun, with an index that only the first one writes."""
+    two = replace(broken_run, out=str(tmp_path / "two"), cache=str(tmp_path / "cache"))
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(two).items()
+        if value != getattr(TrainConfig, name)
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(ROOT / "train.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("index shards: 100%") == 2  # training and validation
+    losses = [dict(numbers_of(out)[:4]) for out in (broken_run.out, two.out)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
