@@ -129,7 +129,8 @@ class FrameCache:
             f"{self.size} px take about {needed:,.0f} MB, and {free:,.0f} MB are free"
         )
         if needed > free:
-            raise UserError(f"{line}; take a larger disk (--cache); train.py can keep fewer (--cache-gb)")
+            remedy = "take a larger disk (--cache); train.py can keep fewer (--cache-gb)"
+            raise UserError(f"{line}; {remedy}")
         if progress and is_video:
             print(line, flush=True)
 
