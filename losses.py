@@ -21,7 +21,7 @@ SKP pulls   the video embedding predicts the concepts of its caption. Videos tha
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
 
 Several processes: every rank keeps its own videos (rows) and meets the captions of all (columns),
-gathered with gradient (training/processes.py). Each rank weighs its pairs by world_size / B, so
+gathered with gradient (kernels/distributed.py). Each rank weighs its pairs by world_size / B, so
 that the mean over ranks is the loss of the global batch.
 
     python losses.py         # ln B at random; how β moves the push; what SKP pulls
@@ -37,8 +37,8 @@ from einops import rearrange
 
 from cli import run
 from kernels import knowledge_nce_stats, merge_hardest
+from kernels.distributed import exchange, gather, share_sizes, world_size
 from model import MAX_LOGIT_SCALE
-from training.processes import exchange, gather, share_sizes, world_size
 
 # log-sum-exp of no negatives at all: −inf in effect, but its gradient is zero instead of NaN
 NO_NEGATIVES = -1e30
@@ -138,7 +138,6 @@ def clop_loss(
         signature=ids,
         dtype=dtype,
         impl=impl,
-        check=False,
     )
 
     # logsumexp(positive, negatives) − positive = softplus(negatives − positive), exact if saturated

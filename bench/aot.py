@@ -21,9 +21,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_backward import GROUP, slab_kernel
+from kernels.triton_backward import slab_kernel
 from kernels.triton_forward import LANES, forward_kernel
-from kernels.triton_layout import CELL, TILES, Tile, mark_cells
+from kernels.triton_layout import TILES, Tile, mark_cells
 from kernels.triton_mining import LAUNCH, mining_kernel
 from kernels.triton_warmup import COLS, DEPTH, ROWS, lse_kernel
 
@@ -88,8 +88,7 @@ def compile_all(arch: int) -> Iterator[Report]:
         ("row_ids", "col_ids", "row_masked", "col_masked"), "*i32"
     )
     types |= dict.fromkeys(("n_rows", "n_cols"), "i32")
-    constants = dict(IDS=IDS, CELL=CELL)
-    yield compile_kernel("mark cells", mark_cells, types, constants, arch, num_warps=8)
+    yield compile_kernel("mark cells", mark_cells, types, dict(IDS=IDS), arch, num_warps=8)
 
     types = dict.fromkeys(("video", "text", "out"), "*fp32") | dict.fromkeys(("m", "D"), "i32")
     types |= {"scale": "fp32"}
@@ -119,9 +118,9 @@ def describe_tile(tile: Tile, dtype: str) -> tuple[dict, dict]:
         "scalars": "*fp32",
     }
     types |= dict.fromkeys(("x_ids", "y_ids"), "*i32")
-    types |= dict.fromkeys(("n_x", "n_y", "mark_stride_x", "mark_stride_y"), "i32")
+    types |= dict.fromkeys(("n_x", "n_y"), "i32")
     sizes = dict(BX=tile.owned, BY=tile.streamed, BD=tile.depth)
-    return types, dict(D=DIM, IDS=IDS, CELL=CELL, TMA=tile.tma, **sizes)
+    return types, dict(D=DIM, IDS=IDS, TMA=tile.tma, **sizes)
 
 
 def compile_forward(name: str, tile: Tile, mine: bool, dtype: str, arch: int) -> Report:
@@ -152,7 +151,7 @@ def compile_slab(name: str, tile: Tile, dtype: str, arch: int) -> Report:
     types |= dict.fromkeys(("x_weight", "y_weight"), "*fp32")
     types |= dict.fromkeys(("x_first", "x_count"), "i32")
     types |= {"slab": matrix(dtype, tile.owned, tile.streamed, tile.tma)}
-    constants |= dict(GROUP=GROUP, HALF=tl.float32 if dtype == "fp32" else tl.float16)
+    constants |= dict(HALF=tl.float32 if dtype == "fp32" else tl.float16)
     launch = dict(num_warps=tile.warps, num_stages=tile.stages)
     return compile_kernel(name, slab_kernel, types, constants, arch, **launch)
 

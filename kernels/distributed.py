@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op as a loss module for one or many GPUs, in the place of open_clip's ClipLoss.
+"""The op over many GPUs: rows that reach all ranks, and a loss module for open_clip.
+
+A rank compares its n videos with the captions of *all* ranks: its rows of the B × B similarity. So
+captions are gathered, and the gather has a gradient. My caption is a negative in the rows of every
+other rank, and what these rows want of it must come home. For N ranks with the loss L = Σ_r L_r:
+
+    forward     all_gather        everybody gets the rows of all
+    backward    reduce_scatter    everybody gets Σ_r ∂L_r / ∂(its own rows)
+
+The all_gather of plain PyTorch has no gradient. With it, each rank would only see how its own rows
+push: its encoders would get 1/N of the contrastive gradient, while terms without a gather (SKP)
+would keep theirs. No error, no warning, worse numbers. Column sums go the other way: every rank has
+a number for everybody's captions, and sends each to its owner (`exchange`, an all_to_all).
+
+`KnowledgeLoss` does this in the place of open_clip's ClipLoss:
 
     loss = KnowledgeLoss()                # was: ClipLoss(local_loss=True, gather_with_grad=True, …)
     loss(image_features, text_features, logit_scale.exp())
 
-Every rank keeps its own videos (rows) and meets the texts of all ranks (columns). So rows are
-complete, and the ranks' parts of a column meet in a log-sum-exp. What is gathered keeps its
-gradient: a text is a negative in the rows of all ranks, and what these want of it must come home.
 The loss of a rank is the mean over its own pairs. DistributedDataParallel averages the gradients,
-which makes that the loss of the whole batch.
-
-Simplified: all ranks have as many pairs. (CLOP's own losses.py has unequal shares, and mining.)
+which makes that the loss of the whole batch. Simplified: all ranks have as many pairs. (CLOP's own
+losses.py has unequal shares, and mining.)
 """
 
 import torch
@@ -23,25 +33,77 @@ from . import knowledge_nce_stats
 NO_NEGATIVES = -1e30  # −inf in effect, with a gradient of zero instead of NaN
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_sizes(total: int, parts: int) -> list[int]:
+    """`total` rows in `parts` shares, as np.array_split: nearly equal, the larger ones first."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def gather(x: Tensor, sizes: list[int]) -> Tensor:
+    """[n, …] on each rank, n = sizes[rank] -> [sum(sizes), …] on all, in rank order.
+
+    The gradient goes back to the rank whose row it is.
+    """
+    assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
+    return Gather.apply(x, sizes) if len(sizes) > 1 else x
+
+
+def exchange(x: Tensor, sizes: list[int]) -> Tensor:
+    """[B, …] on each rank, what it has to say of everybody's rows -> [world_size, n, …]: what all
+    say of mine. With gradient.
+    """
+    assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
+    return Exchange.apply(x, sizes) if len(sizes) > 1 else x[None]
+
+
 class Gather(torch.autograd.Function):
-    """all_gather; backward reduce_scatter, the sum of what all ranks want of my rows."""
+    """all_gather; backward reduce_scatter.
+
+    Shares differ by one row at most: shorter ones travel with a row of zeros. (An all_reduce of the
+    whole gradient, of which each rank keeps its share, would send twice the bytes.)
+    """
 
     @staticmethod
-    def forward(ctx, x):
-        everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, x)
-        return torch.stack(everyone)
+    def forward(ctx, x, sizes):
+        ctx.sizes = sizes
+        shares = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
+        dist.all_gather(shares, pad(x, max(sizes)))
+        return torch.cat([rows[:size] for rows, size in zip(shares, sizes)])
 
     @staticmethod
     def backward(ctx, grad):
-        mine = torch.empty_like(grad[0])
-        dist.reduce_scatter(mine, list(grad.contiguous().unbind(0)))
-        return mine
+        shares = [pad(rows, max(ctx.sizes)) for rows in grad.split(ctx.sizes)]
+        mine = torch.empty_like(shares[0])
+        dist.reduce_scatter(mine, shares)
+        return mine[: ctx.sizes[dist.get_rank()]], None
 
 
-def gather(x: Tensor) -> Tensor:
-    """[n, …] on each rank -> [ranks, n, …] on all, with gradient."""
-    return Gather.apply(x.contiguous()) if dist.is_initialized() else x[None]
+def pad(x: Tensor, rows: int) -> Tensor:
+    """[n, …] -> [rows, …], with zeros."""
+    if len(x) == rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+
+class Exchange(torch.autograd.Function):
+    """all_to_all; backward the same way back."""
+
+    @staticmethod
+    def forward(ctx, x, sizes):
+        ctx.theirs, ctx.mine = sizes, [sizes[dist.get_rank()]] * len(sizes)
+        received = x.new_empty(sum(ctx.mine), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), ctx.mine, ctx.theirs)
+        return received.unflatten(0, (len(sizes), -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        returned = grad.new_empty(sum(ctx.theirs), *grad.shape[2:])
+        sent = grad.flatten(0, 1).contiguous()
+        dist.all_to_all_single(returned, sent, ctx.theirs, ctx.mine)
+        return returned, None
 
 
 class KnowledgeLoss(nn.Module):
@@ -72,10 +134,11 @@ class KnowledgeLoss(nn.Module):
         or [n, S]: see `knowledge_nce`.
         """
         n, rank = len(image_features), dist.get_rank() if dist.is_initialized() else 0
-        known = [None if x is None else (x, gather(x).flatten(0, 1)) for x in (concepts, signature)]
+        sizes = [n] * world_size()
+        known = [None if x is None else (x, gather(x, sizes)) for x in (concepts, signature)]
         stats = knowledge_nce_stats(
             image_features,
-            gather(text_features).flatten(0, 1),
+            gather(text_features, sizes),
             logit_scale.log(),
             offset=rank * n,
             concepts=known[0],
@@ -84,7 +147,7 @@ class KnowledgeLoss(nn.Module):
         )
 
         # every rank has a part of every column; I take the columns of my texts
-        columns = gather(stats.col_negatives)[:, rank * n : (rank + 1) * n]  # [ranks, n]
+        columns = exchange(stats.col_negatives, sizes)  # [ranks, n]
         col_negatives = columns.clamp(min=NO_NEGATIVES).logsumexp(0)
         to_text = F.softplus(stats.row_negatives - stats.positive)
         to_image = F.softplus(col_negatives - stats.positive)

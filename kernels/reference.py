@@ -19,6 +19,7 @@ the difference of two equal numbers.
 It costs about 7 matrices of N·M floats in a training step.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -73,22 +74,22 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def assert_finite(p: Problem) -> None:
     """Raise FloatingPointError with the name and place of the first NaN or inf. Waits for a GPU."""
-    named = {
-        "video embeddings": p.video,
-        "text embeddings": p.text,
-        "exp(logit_scale)": p.scale,
-        "beta": p.beta,
-        "concepts of the videos": p.row_concepts,
-        "concepts of the texts": p.col_concepts,
-    }
-    for name, value in named.items():
+    for name, value in zip(p._fields[:6], p):
         if value.sum(dtype=torch.float64).isfinite():  # one pass, no matrix of flags
             continue
         place = (~value.isfinite()).nonzero()[:1].flatten().tolist()
         raise FloatingPointError(
-            f"NaN or inf in the {name} (first at {place}): "
-            "the model has diverged, or its input was bad"
+            f"NaN or inf in {name} (first at {place}): the model has diverged, or its input was bad"
         )
+
+
+def number_ids(p: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    """(row_id [N], col_id [M]) of each signature id: numbers from 0 on, equal where the ids are."""
+    for ids in torch.cat([p.row_ids, p.col_ids]).unbind(1):
+        value, order = ids.sort()
+        number = torch.zeros_like(value)
+        number[1:] = (value[1:] != value[:-1]).cumsum(0)
+        yield torch.empty_like(number).scatter_(0, order, number).split([len(p.video), len(p.text)])
 
 
 def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .reference import Mined, Problem, Stats, accumulate_dtype, exact_topk, take
+from .reference import Mined, Problem, Stats, accumulate_dtype, exact_topk, number_ids, take
 
 TILE = 1 << 22  # logits in a tile
 ROW_GROUP = 32  # neighbours in a row whose maximum mining looks at first
@@ -58,7 +58,7 @@ def tiles(
     n, m = len(left), len(right)
     size = max(1, min(n, TILE // m))
     buffer, scratch = left.new_empty(size, m), left.new_empty(size, m)
-    sorted_ids, order = p.col_ids.T.contiguous().sort(dim=1)  # [S, M]
+    ids = list(number_ids(p))
 
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))
@@ -68,15 +68,13 @@ def tiles(
             logits.addmm_(sparse_concepts(p, rows) * p.beta, concepts)
         logits.diagonal(first + p.offset).fill_(-torch.inf)
 
-        # False negatives are few. To join sorted ids is cheaper than to compare all.
-        row_ids = p.row_ids[rows].T.contiguous()  # [S, count]
-        start = torch.searchsorted(sorted_ids, row_ids)
-        length = torch.searchsorted(sorted_ids, row_ids, right=True) - start
-        for s in range(len(row_ids)):
-            row = torch.arange(count, device=left.device).repeat_interleave(length[s])
-            first_of_row = length[s].cumsum(0) - length[s]
-            within = torch.arange(len(row), device=left.device) - first_of_row[row]
-            logits[row, order[s, start[s, row] + within]] = -torch.inf
+        # False negatives are few: only columns whose id some row of the tile has are compared.
+        for row_id, col_id in ids:
+            is_here = torch.zeros(n + m, dtype=torch.bool, device=left.device)
+            is_here[row_id[rows]] = True
+            cols = is_here[col_id].nonzero()[:, 0]
+            same = row_id[rows, None] == col_id[cols]
+            logits[:, cols] = logits[:, cols].masked_fill(same, -torch.inf)
         yield rows, logits, scratch[:count]
 
 

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from .reference import Problem
 from .triton_layout import (
@@ -37,7 +38,9 @@ from .triton_layout import (
 )
 
 SLAB = 1 << 28  # numbers in a slab: 512 MiB in half precision
-GROUP = 8  # programs walk down 8 tiles before they step to the right: their rows meet in L2
+GROUP = constexpr(
+    8
+)  # programs walk down 8 tiles before they step to the right: their rows meet in L2
 GAIN = 1024.0  # of dA: float16 would lose a gradient of 1 / 2B
 
 
@@ -48,8 +51,6 @@ def slab_kernel(
     x_ids,
     y_ids,
     marks,
-    mark_stride_x,
-    mark_stride_y,
     scalars,
     x_weight,
     y_weight,
@@ -58,15 +59,13 @@ def slab_kernel(
     x_count,
     n_x,
     n_y,
-    D: tl.constexpr,
-    IDS: tl.constexpr,
-    BX: tl.constexpr,
-    BY: tl.constexpr,
-    BD: tl.constexpr,
-    CELL: tl.constexpr,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    TMA: tl.constexpr,
+    D: constexpr,
+    IDS: constexpr,
+    BX: constexpr,
+    BY: constexpr,
+    BD: constexpr,
+    HALF: constexpr,
+    TMA: constexpr,
 ):
     """slab[x − x_first, y] = dA_xy, one tile a program."""
     # which tile: down a group of them, then one to the right
@@ -86,7 +85,7 @@ def slab_kernel(
 
     rows, cols = x0 + tl.arange(0, BX), y0 + tl.arange(0, BY)
     z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
-    if is_marked(marks, mark_stride_x, mark_stride_y, x0, y0, BX, BY, CELL):
+    if is_marked(marks, n_x, y0, x0, BY, BX):
         z = mask_tile(z, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
 
     weight = tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :]
@@ -115,7 +114,7 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
     """
     (n, width), m = p.video.shape, len(p.text)
     g_row, g_col, g_positive = upstream
-    video, text, marks, scalars = pack(p)
+    video, text, scalars = pack(p)
     n_x, n_y, device = len(video.rows), len(text.rows), p.video.device
 
     # dA as stored is at most 2 · GAIN, however small the upstream gradient
@@ -126,7 +125,7 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
     y_weight = make_weights(g_col / unit, saved[1], text, scalars[1])
 
     tile = tile_for("slab", video.rows)
-    arguments = shared_arguments(video, text, marks, scalars, tile)
+    arguments = shared_arguments(video, text, scalars, tile)
     height = max(ROW_MULTIPLE, min(SLAB // n_y // ROW_MULTIPLE * ROW_MULTIPLE, n_x))
     slab = torch.empty(height, n_y, dtype=video.rows.dtype, device=device)
 
@@ -144,7 +143,6 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
             slab=as_argument(slab, tile.owned, tile.streamed, tile.tma),
             x_first=first,
             x_count=count,
-            GROUP=GROUP,
             HALF=getattr(tl, str(slab.dtype).removeprefix("torch.")),
         )
 

@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from .reference import Mined, Problem, Stats
 from .triton_layout import (
@@ -51,19 +52,17 @@ from .triton_layout import (
 )
 from .triton_mining import hardest
 
-LANES = (
-    512  # wanted per column: at k = 16, 20 % of columns have a lane to repair (birthday problem)
-)
+LANES = 512  # of a column: at k = 16, 20 % of columns have a lane to repair (birthday problem)
 
 
 @triton.jit
-def fold(tile, BY: tl.constexpr, BX: tl.constexpr):
+def fold(tile, BY: constexpr, BX: constexpr):
     """[BY, BX] -> two [BY // 16, 8, BX]: rows y and y + 8 lie in one thread, so nothing moves."""
     return tl.split(tl.permute(tl.reshape(tile, [BY // 16, 2, 8, BX]), (0, 2, 3, 1)))
 
 
 @triton.jit
-def keep_two(first, second, e, code, CODE_BITS: tl.constexpr):
+def keep_two(first, second, e, code, CODE_BITS: constexpr):
     """Insert e, with `code` in its lowest bits, into the sorted pair of each lane."""
     new = (e.to(tl.int32, bitcast=True) & -(1 << CODE_BITS)) | code
     return tl.maximum(first, new), tl.maximum(second, tl.minimum(first, new))
@@ -76,8 +75,6 @@ def forward_kernel(
     x_ids,
     y_ids,
     marks,
-    mark_stride_x,
-    mark_stride_y,
     scalars,
     x_sums,
     y_sums,
@@ -85,15 +82,14 @@ def forward_kernel(
     n_x,
     n_y,
     split_size,
-    D: tl.constexpr,
-    IDS: tl.constexpr,
-    BX: tl.constexpr,
-    BY: tl.constexpr,
-    BD: tl.constexpr,
-    CELL: tl.constexpr,
-    CODE_BITS: tl.constexpr,
-    MINE: tl.constexpr,
-    TMA: tl.constexpr,
+    D: constexpr,
+    IDS: constexpr,
+    BX: constexpr,
+    BY: constexpr,
+    BD: constexpr,
+    CODE_BITS: constexpr,
+    MINE: constexpr,
+    TMA: constexpr,
 ):
     """Program (i, split) owns columns i·BX … and streams rows split·split_size … of y.
 
@@ -120,7 +116,7 @@ def forward_kernel(
         # masked before exp2: then fma, exp2 and what follows are one block to the compiler
         rows = y0 + tl.arange(0, BY)
         z = tl.fma(acc, scale2, -shift)
-        if is_marked(marks, mark_stride_y, mark_stride_x, y0, x0, BY, BX, CELL):
+        if is_marked(marks, n_x, y0, x0, BY, BX):
             z = mask_tile(z, y_ids, x_ids, n_y, n_x, rows, cols, IDS)
         e = tl.math.exp2(z)
 
@@ -153,7 +149,7 @@ class Pass(NamedTuple):
     code_bits: int  # that tell a lane's rows apart
 
 
-def run_pass(x: Side, y: Side, marks: Tensor, scalars: Tensor, mine: bool) -> Pass:
+def run_pass(x: Side, y: Side, scalars: Tensor, mine: bool) -> Pass:
     """One pass over the matrix, with side `x` as owner."""
     tile = tile_for("mine" if mine else "sums", x.rows)
     n_x, n_y, device = len(x.rows), len(y.rows), x.rows.device
@@ -172,7 +168,7 @@ def run_pass(x: Side, y: Side, marks: Tensor, scalars: Tensor, mine: bool) -> Pa
     result = Pass(x_sums, y_sums, best, tile, tiles_of_split * tile.streamed, code_bits)
 
     forward_kernel[owners, splits](
-        **shared_arguments(x, y, marks, scalars, tile),
+        **shared_arguments(x, y, scalars, tile),
         x_sums=x_sums,
         y_sums=y_sums,
         best=best,
@@ -184,9 +180,9 @@ def run_pass(x: Side, y: Side, marks: Tensor, scalars: Tensor, mine: bool) -> Pa
     return result
 
 
-def mine_side(x: Side, y: Side, marks: Tensor, scalars: Tensor, k: int) -> tuple[Tensor, ...]:
+def mine_side(x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, ...]:
     """(log-sum-exp [P], index, score [P, k]) of every x, from a pass of its own."""
-    owned = run_pass(x, y, marks, scalars, mine=True)
+    owned = run_pass(x, y, scalars, mine=True)
     index, score = hardest(owned, x, y, scalars, k)
     return log_of_sums(owned.x_sums, x, y, scalars), index, score
 
@@ -199,17 +195,17 @@ def nothing_mined(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def triton_forward(p: Problem) -> Stats:
     """`Stats`, by one pass over the matrix, or one for each side if there is something to mine."""
     n, m = len(p.video), len(p.text)
-    video, text, marks, scalars = pack(p)
+    video, text, scalars = pack(p)
 
     # the positives are few
     positive_text = p.text[p.offset : p.offset + n].to(p.dtype).float()
     positive = p.scale * (p.video.to(p.dtype).float() * positive_text).sum(1)
 
     if p.k:
-        rows = mine_side(video, text, marks, scalars, p.k)
-        cols = mine_side(text, video, marks.T, scalars, p.k)
+        rows = mine_side(video, text, scalars, p.k)
+        cols = mine_side(text, video, scalars, p.k)
     else:
-        both = run_pass(video, text, marks, scalars, mine=False)
+        both = run_pass(video, text, scalars, mine=False)
         rows = log_of_sums(both.x_sums, video, text, scalars), *nothing_mined(positive, n)
         cols = log_of_sums(both.y_sums, text, video, scalars), *nothing_mined(positive, m)
 

@@ -24,15 +24,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .reference import Problem
+from .reference import Problem, number_ids
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = 1.4426950408889634  # exp(a) = exp2(a · log2 e), and exp2 is what the hardware has
 ROW_MULTIPLE = 256  # of packed rows
 DEPTH_MULTIPLE = 64  # of packed columns
-CELL = 128  # rows and columns of a marked cell
+CELL = constexpr(128)  # rows and columns of a marked cell
 
 
 class Tile(NamedTuple):
@@ -81,7 +82,7 @@ def as_argument(matrix: Tensor, rows: int, cols: int, tma: bool) -> Tensor | Ten
 
 
 @triton.jit
-def load_tile(matrix, row, col, stride, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+def load_tile(matrix, row, col, stride, ROWS: constexpr, COLS: constexpr, TMA: constexpr):
     """matrix[row : row + ROWS, col : col + COLS]; no bounds, since everything is padded."""
     if TMA:
         return matrix.load([row, col])
@@ -91,9 +92,7 @@ def load_tile(matrix, row, col, stride, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(
-    matrix, row, col, stride, value, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
-):
+def store_tile(matrix, row, col, stride, value, ROWS: constexpr, COLS: constexpr, TMA: constexpr):
     """matrix[row : row + ROWS, col : col + COLS] = value"""
     if TMA:
         matrix.store([row, col], value)
@@ -108,9 +107,10 @@ class Side(NamedTuple):
     rows: Tensor  # [P, D] embeddings and concepts
     ids: Tensor  # [1 + S, P] int32
     masked: Tensor  # [P] int32: how many packed rows of the other side are no negatives of this one
+    marks: Tensor  # [cells of the other side, of this one] int8: does a cell hold a masked pair?
 
 
-def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Tile) -> dict:
+def shared_arguments(x: Side, y: Side, scalars: Tensor, tile: Tile) -> dict:
     """What every kernel over tiles is given; its owned side is x."""
     return dict(
         # data
@@ -118,9 +118,7 @@ def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Til
         y_rows=as_argument(y.rows, tile.streamed, tile.depth, tile.tma),
         x_ids=x.ids,
         y_ids=y.ids,
-        marks=marks,
-        mark_stride_x=marks.stride(0),
-        mark_stride_y=marks.stride(1),
+        marks=x.marks,
         scalars=scalars,
         # sizes
         n_x=len(x.rows),
@@ -130,7 +128,6 @@ def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Til
         BX=tile.owned,
         BY=tile.streamed,
         BD=tile.depth,
-        CELL=CELL,
         TMA=tile.tma,
         # what the compiler may spend
         num_warps=tile.warps,
@@ -138,17 +135,8 @@ def shared_arguments(x: Side, y: Side, marks: Tensor, scalars: Tensor, tile: Til
     )
 
 
-class Layout(NamedTuple):
-    """The packed problem."""
-
-    video: Side
-    text: Side
-    marks: Tensor  # [P_video / CELL, P_text / CELL] int8: does a cell hold a masked pair?
-    scalars: Tensor  # float32 [3]: s · log2 e, shift, s
-
-
-def pack(p: Problem) -> Layout:
-    """Bring the problem into the form of the kernels."""
+def pack(p: Problem) -> tuple[Side, Side, Tensor]:
+    """The problem in the form of the kernels: (video, text, `make_scalars`)."""
     assert p.video.is_cuda or INTERPRETED, (
         "impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 in the environment"
     )
@@ -159,46 +147,34 @@ def pack(p: Problem) -> Layout:
 
     # ids of a pair are equal exactly where it is no negative
     pair = torch.arange(m, device=p.video.device)
-    row_ids, col_ids = [pair[p.offset : p.offset + n]], [pair]
-    for ids in torch.cat([p.row_ids, p.col_ids]).unbind(1):
-        row_id, col_id = number_anew(ids).split([n, m])
-        row_ids.append(row_id)
-        col_ids.append(col_id)
+    row_ids, col_ids = zip((pair[p.offset : p.offset + n], pair), *number_ids(p))
 
     # β/s on one side: s times the product has β times κ
     row_concepts = p.row_concepts * (p.beta / p.scale)
-    video = pack_side(p.video, row_concepts, row_ids, p.dtype)
-    text = pack_side(p.text, p.col_concepts, col_ids, p.dtype)
+    video_rows, video_ids = pack_rows(p.video, row_concepts, row_ids, p.dtype)
+    text_rows, text_ids = pack_rows(p.text, p.col_concepts, col_ids, p.dtype)
 
-    cells = len(video.rows) // CELL, len(text.rows) // CELL
+    cells = len(video_rows) // CELL.value, len(text_rows) // CELL.value
     marks = torch.empty(cells, dtype=torch.int8, device=p.video.device)
-
+    video_masked, text_masked = torch.zeros_like(video_ids[0]), torch.zeros_like(text_ids[0])
     mark_cells[cells](
-        video.ids,
-        text.ids,
+        video_ids,
+        text_ids,
         marks,
-        video.masked,
-        text.masked,
-        len(video.rows),
-        len(text.rows),
-        IDS=len(video.ids),
-        CELL=CELL,
+        video_masked,
+        text_masked,
+        len(video_rows),
+        len(text_rows),
+        IDS=len(video_ids),
         num_warps=8,
     )
 
-    return Layout(video, text, marks, make_scalars(p))
+    video = Side(video_rows, video_ids, video_masked, marks.T.contiguous())
+    return video, Side(text_rows, text_ids, text_masked, marks), make_scalars(p)
 
 
-def number_anew(ids: Tensor) -> Tensor:
-    """Any integers [L] -> 0, 1, 2, … in the order of their values, equal where they were equal."""
-    value, order = ids.sort()
-    number = torch.zeros_like(value)
-    number[1:] = (value[1:] != value[:-1]).cumsum(0)
-    return torch.empty_like(number).scatter_(0, order, number)
-
-
-def pack_side(embeddings: Tensor, concepts: Tensor, ids: list[Tensor], dtype: torch.dtype) -> Side:
-    """`Side` with rows in `dtype`, nothing masked yet."""
+def pack_rows(embeddings: Tensor, concepts: Tensor, ids: tuple[Tensor], dtype: torch.dtype):
+    """(rows in `dtype`, ids) of a `Side`."""
     n, width = embeddings.shape
     total = width + concepts.shape[1]
     size = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -210,32 +186,26 @@ def pack_side(embeddings: Tensor, concepts: Tensor, ids: list[Tensor], dtype: to
     rows[:n, width:total] = concepts.to(dtype)
     packed_ids = ids[0].new_full((len(ids), size), -1, dtype=torch.int32)
     packed_ids[:, :n] = torch.stack(ids)
-    return Side(rows, packed_ids, torch.zeros_like(packed_ids[0]))
+    return rows, packed_ids
 
 
 @triton.jit
-def mark_cells(
-    row_ids,
-    col_ids,
-    marks,
-    row_masked,
-    col_masked,
-    n_rows,
-    n_cols,
-    IDS: tl.constexpr,
-    CELL: tl.constexpr,
-):
+def is_masked(row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: constexpr):
+    """Which pairs of rows [R, 1] and cols [1, C] or [R, C] are padding, or equal in any id."""
+    masked = (tl.load(row_ids + rows) < 0) | (tl.load(col_ids + cols) < 0)
+    for s in tl.static_range(IDS):
+        masked |= tl.load(row_ids + s * n_rows + rows) == tl.load(col_ids + s * n_cols + cols)
+    return masked
+
+
+@triton.jit
+def mark_cells(row_ids, col_ids, marks, row_masked, col_masked, n_rows, n_cols, IDS: constexpr):
     """marks[i, j] = does cell (i, j) hold a masked pair? And count those of each row and column."""
     i, j = tl.program_id(0), tl.program_id(1)
     rows, cols = i * CELL + tl.arange(0, CELL), j * CELL + tl.arange(0, CELL)
 
-    # [CELL, CELL]: padding, or any id that is equal
-    found = (tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :]
-    for s in tl.static_range(IDS):
-        row_id, col_id = tl.load(row_ids + s * n_rows + rows), tl.load(col_ids + s * n_cols + cols)
-        found |= row_id[:, None] == col_id[None, :]
-
-    in_row, in_col = tl.sum(found.to(tl.int32), 1), tl.sum(found.to(tl.int32), 0)
+    masked = is_masked(row_ids, col_ids, n_rows, n_cols, rows[:, None], cols[None, :], IDS)
+    in_row, in_col = tl.sum(masked.to(tl.int32), 1), tl.sum(masked.to(tl.int32), 0)
     mark = tl.max(in_row, 0) > 0
 
     tl.store(marks + i * tl.num_programs(1) + j, mark.to(tl.int8))
@@ -245,10 +215,10 @@ def mark_cells(
 
 
 @triton.jit
-def mask_tile(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: tl.constexpr):
-    """The tile [rows, cols] with −inf where a pair is no negative.
+def mask_tile(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: constexpr):
+    """The tile [rows, cols] with −inf where a pair `is_masked`.
 
-    One id after the other: fewer registers.
+    One id after the other: a mask for all would spill registers.
     """
     padding = (tl.load(row_ids + rows) < 0)[:, None] | (tl.load(col_ids + cols) < 0)[None, :]
     tile = tl.where(padding, float("-inf"), tile)
@@ -259,21 +229,12 @@ def mask_tile(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: tl.conste
 
 
 @triton.jit
-def is_marked(
-    marks,
-    stride_row,
-    stride_col,
-    row,
-    col,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    CELL: tl.constexpr,
-):
+def is_marked(marks, n_cols, row, col, ROWS: constexpr, COLS: constexpr):
     """Does the tile of ROWS x COLS at (row, col) touch a marked cell?"""
     found = 0
     for r in tl.static_range(0, ROWS, CELL):
         for c in tl.static_range(0, COLS, CELL):
-            cell = (row + r) // CELL * stride_row + (col + c) // CELL * stride_col
+            cell = (row + r) // CELL * (n_cols // CELL) + (col + c) // CELL
             found |= tl.load(marks + cell)
     return found != 0
 

@@ -25,8 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
-from .triton_layout import INTERPRETED, Side
+from .triton_layout import INTERPRETED, Side, is_masked
 
 # unless told, ptxas spills some registers to fit one more block into a multiprocessor
 LAUNCH = dict(num_warps=4, maxnreg=255)
@@ -45,7 +46,7 @@ def make_key(value, index):
 
 
 @triton.jit
-def take_largest(a, b, COUNT: tl.constexpr):
+def take_largest(a, b, COUNT: constexpr):
     """The COUNT largest keys of [R, A] and [R, B] together, in order; −1 = nothing."""
     place = tl.arange(0, COUNT)[None, :]
     taken = tl.full([a.shape[0], COUNT], -1, tl.int64)
@@ -65,7 +66,7 @@ def value_at(taken, place):
 
 
 @triton.jit
-def dot_rows(x_rows, y_rows, x, y, D: tl.constexpr, BD: tl.constexpr):
+def dot_rows(x_rows, y_rows, x, y, D: constexpr, BD: constexpr):
     """X[x] · Y[y] as float32 [R, C], for rows x [R] and y [R, C]."""
     acc = tl.zeros([y.shape[0], y.shape[1]], tl.float32)
     for d0 in range(0, D, BD):
@@ -77,7 +78,7 @@ def dot_rows(x_rows, y_rows, x, y, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def locate(split, lane, code, split_size, BY: tl.constexpr):
+def locate(split, lane, code, split_size, BY: constexpr):
     """The row that lane `lane` (of BY / 2) of `split` met as number `code`: fold, backwards."""
     return split * split_size + code // 2 * BY + lane // 8 * 16 + code % 2 * 8 + lane % 8
 
@@ -95,23 +96,23 @@ def mining_kernel(
     n_x,
     n_y,
     split_size,
-    D: tl.constexpr,
-    IDS: tl.constexpr,
-    BY: tl.constexpr,
-    LANES: tl.constexpr,
-    CODES: tl.constexpr,
-    CODE_BITS: tl.constexpr,
-    K: tl.constexpr,
-    KC: tl.constexpr,
-    R: tl.constexpr,
-    BD: tl.constexpr,
+    D: constexpr,
+    IDS: constexpr,
+    BY: constexpr,
+    LANES: constexpr,
+    CODES: constexpr,
+    CODE_BITS: constexpr,
+    K: constexpr,
+    KC: constexpr,
+    R: constexpr,
+    BD: constexpr,
 ):
     """Rows R·program … of `index`, `score` [n_x, K].
 
     LANES: of all splits; CODES ≥ rows of a lane; KC > K candidates.
     """
-    half: tl.constexpr = BY // 2
-    code_mask: tl.constexpr = (1 << CODE_BITS) - 1
+    half: constexpr = BY // 2
+    code_mask: constexpr = (1 << CODE_BITS) - 1
     x = tl.program_id(0) * R + tl.arange(0, R)
     scale2, shift, scale = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
 
@@ -147,9 +148,7 @@ def mining_kernel(
         new &= code != tl.max(tl.where(lane == chosen, second & code_mask, -1), 1)[:, None]
 
         y = tl.where(new, y, 0)
-        new &= tl.load(y_ids + y) >= 0
-        for s in tl.static_range(IDS):
-            new &= tl.load(y_ids + s * n_y + y) != tl.load(x_ids + s * n_x + x)[:, None]
+        new &= ~is_masked(x_ids, y_ids, n_x, n_y, x[:, None], y, IDS)
 
         e = tl.math.exp2(tl.fma(dot_rows(x_rows, y_rows, x, y, D, BD), scale2, -shift))
         cut = e.to(tl.int32, bitcast=True) >> CODE_BITS
@@ -160,7 +159,7 @@ def mining_kernel(
     y = tl.where(found, flip((taken & 0x7FFFFFFF).to(tl.int32)), 0)
     bits = (dot_rows(x_rows, y_rows, x, y, D, BD) * scale).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # floats of either sign in the order of integers
-    nothing: tl.constexpr = -(1 << 63)
+    nothing: constexpr = -(1 << 63)
     key = tl.where(found, make_key(ordered, y), nothing)
 
     # the largest, K times

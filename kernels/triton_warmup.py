@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 ROWS, COLS, DEPTH = 64, 64, 32
 
@@ -25,9 +26,9 @@ def lse_kernel(
     scale,
     m,
     D,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    ROWS: constexpr,
+    COLS: constexpr,
+    DEPTH: constexpr,
 ):
     """out[i] = log Σ_j exp(scale · v_i·t_j) for ROWS rows of video [n, D]; text is [m, D]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -22,19 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from cli import UserError
+from kernels.distributed import exchange, gather, share_sizes, world_size
 from knowledge import concept_vectors
 from losses import LossConfig, clop_loss
-from model import CLOP, PRESETS, build_config
+from model import CLOP, build_config
 from train import TrainConfig, backward
 from training.checkpoint import load_checkpoint
-from training.processes import (
-    LostRank,
-    Ranks,
-    exchange,
-    gather,
-    share_sizes,
-    world_size,
-)
+from training.processes import Ranks
 
 ROOT = Path(__file__).parent.parent
 ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_false_negatives=True)
@@ -326,32 +320,6 @@ def test_chunks_give_the_gradient_of_the_whole(alone):
         assert_close(alone["chunks"][name], expected, name)
 
 
-def test_shares_are_those_of_the_sampler():
-    for total in range(40):
-        for parts in range(1, 9):
-            assert share_sizes(total, parts) == [
-                len(x) for x in np.array_split(np.arange(total), parts)
-            ]
-
-
-def test_no_module_sees_its_share_only_or_draws_at_random():
-    refused = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    for preset in PRESETS:
-        with torch.device("meta"):
-            model = CLOP(build_config(preset, num_concepts=5))
-        assert not [name for name, module in model.named_modules() if isinstance(module, refused)]
-
-
-def test_only_errors_of_lost_connections_are_explained():
-    ranks = Ranks(1, 2, torch.device("cpu"))
-    with pytest.raises(LostRank, match="rank 1: another rank went away"), ranks.explain_lost_rank():
-        raise RuntimeError(
-            "[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:49152"
-        )
-    with pytest.raises(RuntimeError, match="shapes"), ranks.explain_lost_rank():
-        raise RuntimeError("shapes do not match")
-
-
 # ---- docs/scaling.md -----------------------------------------------------------------------------
 
 
@@ -384,49 +352,3 @@ def test_counted_flops_are_those_that_pytorch_counts(scaling):
         scaling.encoder_flops(sizes), counted
     ):  # theirs leaves attention's products out
         assert 1 <= ours / theirs < 1.1
-
-
-def test_bytes_of_a_step_are_those_that_are_sent(scaling, monkeypatch):
-    """What rank 0 of 2 hands to the collectives of one loss, forward and backward."""
-    sent = []
-    B, E, K = 12, 6, 9
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(
-        torch.distributed,
-        "all_gather",
-        lambda out, x: (sent.append(x.nbytes), [y.copy_(x) for y in out]),
-    )
-    monkeypatch.setattr(
-        torch.distributed,
-        "reduce_scatter",
-        lambda out, x: (sent.append(x[1].nbytes), out.copy_(x[0])),
-    )
-    monkeypatch.setattr(
-        torch.distributed,
-        "all_to_all_single",
-        lambda out, x, *_: (sent.append(x.nbytes // 2), out.copy_(x)),
-    )
-    rows, scale = embeddings(B)
-    mine = {
-        name: x[: B // 2].float() if x.is_floating_point() else x[: B // 2]
-        for name, x in rows.items()
-    }
-    video_emb, text_emb = (mine.pop(name).requires_grad_() for name in ("video_emb", "text_emb"))
-    loss, _ = clop_loss(
-        video_emb,
-        text_emb,
-        scale.float(),
-        LossConfig(beta=1.0, mask_false_negatives=True),
-        knowledge=mine["knowledge"],
-        signature=mine["signature"],
-        batch_size=B,
-    )
-    loss.backward()
-    monkeypatch.setitem(scaling.PRESETS, "tiny", dict(embed_dim=E))
-    expected = scaling.cost("tiny", B, 2, K)
-    assert (
-        sum(sent)
-        == expected["text"] + expected["knowledge"] + expected["ids"] + expected["columns"]
-    )

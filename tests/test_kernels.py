@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
-from kernels import choose_impl, knowledge_nce, knowledge_nce_stats, merge_hardest, tiled
+from kernels import choose_impl, knowledge_nce, knowledge_nce_stats, tiled
 from kernels.reference import Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -182,43 +181,6 @@ def test_against_loops(impl):
     )
 
 
-@impls
-def test_plain_infonce_without_knowledge(impl):
-    video, text, *_ = problem(33)
-    logits = 20 * video @ text.T
-    target = torch.arange(33, device=DEVICE)
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    loss, mined = knowledge_nce(video, text, math.log(20.0), impl=impl)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert mined.v2t_index.shape == mined.t2v_score.shape == (33, 0)
-
-
-@impls
-def test_each_output_has_its_own_gradient(impl):
-    """A rectangle with random gradients arriving at all three outputs: what several GPUs need."""
-    video, text, concepts, ids = problem(20, m=50, seed=5)
-    g = torch.Generator().manual_seed(0)
-    upstream = [torch.randn(size, generator=g).to(DEVICE) for size in (20, 50, 20)]
-    grads = {}
-    for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
-        leaves = [
-            x.to(DEVICE, dtype).requires_grad_()
-            for x in (video, text, torch.tensor(2.5), torch.tensor(1.5))
-        ]
-        stats = knowledge_nce_stats(
-            *leaves[:3],
-            concepts=(concepts[30:], concepts),
-            beta=leaves[3],
-            offset=30,
-            signature=(ids[30:], ids),
-            impl=name,
-        )
-        total = sum((x.masked_fill(x == -torch.inf, 0) * u).sum() for x, u in zip(stats, upstream))
-        grads[name, dtype] = torch.autograd.grad(total, leaves)
-    for fast, true in zip(grads[impl, torch.float32], grads["reference", torch.float64]):
-        assert (fast - true).norm() <= 2e-6 * true.norm() + 1e-6
-
-
 @pytest.mark.skipif(INTERPRETED, reason="float64 is for reference and tiled")
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 def test_gradcheck(impl, monkeypatch):
@@ -264,60 +226,35 @@ def test_scale_is_clamped_with_its_gradient(impl):
 
 
 @impls
-def test_constant_similarity_takes_the_lowest_indices(impl):
-    n, k = 40, 5
-    one = torch.zeros(n, 8, device=DEVICE)
-    one[:, 0] = 1
-    loss, mined, grads = run(impl, one, one, k=k, scale=8.0)
-    assert loss.item() == pytest.approx(math.log(n), rel=1e-6)
-    expected = [[j for j in range(n) if j != i][:k] for i in range(n)]
-    assert mined.v2t_index.tolist() == expected and mined.t2v_index.tolist() == expected
-    assert (mined.v2t_score == 8).all()
-
-
-@impls
-def test_duplicates_tie_by_lowest_index(impl):
+@pytest.mark.parametrize("distinct", [1, 12])
+def test_duplicates_tie_by_lowest_index(impl, distinct):
     """Entries are small integers over a power of two: every sum is exact, and equal rows are equal
     to the last bit.
     """
     g = torch.Generator().manual_seed(1)
     base = torch.randint(-1, 2, (12, 16), generator=g).float() / 4  # |row| ≤ 1
-    video, text = (base[torch.randint(0, 12, (70,), generator=g)].to(DEVICE) for _ in range(2))
-    _, mined = knowledge_nce(video, text, math.log(16.0), k=20, impl=impl)
-    eye = torch.eye(70, dtype=torch.bool, device=DEVICE)
-    sim = (video @ text.T).masked_fill(eye, -torch.inf)
+    which = torch.randint(0, distinct, (2, 48), generator=g)
+    video, text = base[which].to(DEVICE)
+    _, mined = knowledge_nce(video, text, math.log(16.0), k=12, impl=impl)
+    sim = (video @ text.T).fill_diagonal_(-torch.inf)
     for index, matrix in ((mined.v2t_index, sim), (mined.t2v_index, sim.T)):
-        assert torch.equal(index, matrix.sort(dim=1, descending=True, stable=True)[1][:, :20])
+        assert torch.equal(index, matrix.sort(dim=1, descending=True, stable=True)[1][:, :12])
 
 
 @impls
-def test_all_false_negatives_and_none(impl):
-    video, text, concepts, ids = problem(19)
-    loss, mined, grads = run(
-        impl, video, text, concepts, torch.full((19,), 7, device=DEVICE), beta=1.0
-    )
-    assert loss == 0 and all((g == 0).all() for g in grads)
-    assert (mined.v2t_index == -1).all() and (mined.t2v_score == -torch.inf).all()
-    masked, free = (
-        run(impl, video, text, ids=torch.arange(19, device=DEVICE)),
-        run(impl, video, text),
-    )
-    assert masked[0] == free[0] and torch.equal(masked[1].v2t_index, free[1].v2t_index)
-
-
-@impls
-def test_more_places_than_negatives(impl):
-    video, text, *_ = problem(5)
+def test_fewer_negatives_than_places(impl):
+    video, text, concepts, ids = problem(5)
     ids = torch.tensor([1, 1, 1, 2, 3], device=DEVICE)
-    _, mined = knowledge_nce(video, text, math.log(20.0), signature=ids, k=7, impl=impl)
+    _, mined, _ = run(impl, video, text, ids=ids, k=7)
     assert [(row >= 0).sum().item() for row in mined.v2t_index] == [2, 2, 2, 4, 4]
     assert (torch.isinf(mined.v2t_score) == (mined.v2t_index < 0)).all()
+
+    loss, mined, grads = run(impl, video, text, concepts, ids * 0, beta=1.0)
+    assert loss == 0 and all((g == 0).all() for g in grads)
+    assert (mined.v2t_index == -1).all() and (mined.t2v_score == -torch.inf).all()
     loss, mined, grads = run(impl, video[:1], text[:1], k=3)
-    assert (
-        loss == 0
-        and mined.t2v_index.tolist() == [[-1, -1, -1]]
-        and all((g == 0).all() for g in grads)
-    )
+    assert loss == 0 and all((g == 0).all() for g in grads)
+    assert mined.t2v_index.tolist() == [[-1, -1, -1]]
 
 
 @impls
@@ -340,20 +277,6 @@ def test_solved_batch_keeps_its_digits(impl):
 
 
 @impls
-def test_order_of_the_batch_does_not_matter(impl):
-    video, text, concepts, ids = problem(45)
-    order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    loss, mined, grads = run(impl, video, text, concepts, ids, beta=1.0)
-    loss2, mined2, grads2 = run(
-        impl, video[order], text[order], concepts[order], ids[order], beta=1.0
-    )
-    assert loss2.item() == pytest.approx(loss.item(), rel=1e-6)
-    back = torch.where(mined2.v2t_index < 0, -1, order[mined2.v2t_index])
-    assert torch.equal(back, mined.v2t_index[order])
-    assert (grads2[0] - grads[0][order.cpu()]).norm() <= 1e-6
-
-
-@impls
 def test_the_same_bits_every_time(impl):
     inputs = problem(45)
     first, second = (run(impl, *inputs, beta=1.0) for _ in range(2))
@@ -362,58 +285,16 @@ def test_the_same_bits_every_time(impl):
 
 
 @impls
-def test_ranks_add_up_to_the_whole(impl):
-    """Two ranks with half of the videos each and all texts give the statistics and the mining of
-    one.
-    """
-    video, text, concepts, ids = problem(37)
-    options = dict(beta=1.0, k=6, impl=impl)
-    whole = knowledge_nce_stats(
-        video, text, 3.0, concepts=(concepts, concepts), signature=(ids, ids), **options
-    )
-    parts = [
-        knowledge_nce_stats(
-            video[a:b],
-            text,
-            3.0,
-            concepts=(concepts[a:b], concepts),
-            signature=(ids[a:b], ids),
-            offset=a,
-            **options,
-        )
-        for a, b in ((0, 20), (20, 37))
-    ]
-    torch.testing.assert_close(torch.cat([p.row_negatives for p in parts]), whole.row_negatives)
-    torch.testing.assert_close(
-        torch.logsumexp(torch.stack([p.col_negatives for p in parts]), 0), whole.col_negatives
-    )
-    index = [
-        torch.where(p.mined.t2v_index < 0, -1, p.mined.t2v_index + first)
-        for p, first in zip(parts, (0, 20))
-    ]
-    index, _ = merge_hardest(
-        torch.cat(index, 1), torch.cat([p.mined.t2v_score for p in parts], 1), 6
-    )
-    assert torch.equal(index, whole.mined.t2v_index)
-    assert torch.equal(torch.cat([p.mined.v2t_index for p in parts]), whole.mined.v2t_index)
-
-
-@impls
 @pytest.mark.parametrize("broken", ["video", "text", "concepts", "scale", "beta"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_is_an_error_with_a_name(impl, broken, value):
+def test_nan_is_an_error_with_a_name(impl, broken):
     video, text, concepts, _ = problem(8)
     scale, beta = torch.tensor(2.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
-    dict(video=video, text=text, concepts=concepts, scale=scale, beta=beta)[broken].view(-1)[-1] = (
-        value
-    )
-    if broken == "scale" and value == math.inf:
-        return  # clamped to 100: a value like any other
+    named = dict(video=video, text=text, concepts=concepts, scale=scale, beta=beta)
+    named[broken].view(-1)[-1] = math.nan
+    options = dict(concepts=concepts, beta=beta, impl=impl)
     with pytest.raises(FloatingPointError, match=broken):
-        knowledge_nce(video, text, scale, concepts=concepts, beta=beta, impl=impl, check=True)
-    loss, mined = knowledge_nce(
-        video, text, scale, concepts=concepts, beta=beta, impl=impl, check=False, k=3
-    )
+        knowledge_nce(video, text, scale, check=True, **options)
+    loss, mined = knowledge_nce(video, text, scale, k=3, **options)
     assert not torch.isfinite(loss)
     assert (mined.v2t_index < 8).all()
 
@@ -431,17 +312,6 @@ def test_programmers_mistakes_are_assertions(impl):
         knowledge_nce(video, text, 1.0, signature=ids[:3], impl=impl)
 
 
-def test_the_choice_is_printed_once(capsys):
-    kernels.announce.cache_clear()
-    video, text, *_ = problem(4)
-    for _ in range(2):
-        knowledge_nce(video, text, 1.0)
-    assert (
-        capsys.readouterr().out
-        == f"contrastive op: {'triton on cuda' if CUDA else 'tiled on cpu'}\n"
-    )
-
-
 @impls
 def test_autocast_decides_the_dtype_of_the_products_only(impl):
     video, text, *_ = problem(30)
@@ -452,26 +322,23 @@ def test_autocast_decides_the_dtype_of_the_products_only(impl):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the compiler sees the same opaque operator as with tiled")
+@pytest.mark.skipif(INTERPRETED, reason="the compiler does not look at the op")
 @impls
-def test_under_torch_compile(impl):
-    """One graph without a break around the op, forward and backward (the reference breaks it: its
-    ties are data).
-    """
+def test_in_a_compiled_step(impl):
+    """The compiler leaves the op alone, and takes what stands around it."""
     video, text, concepts, ids = problem(21)
+    options = dict(concepts=concepts, signature=ids, k=3, impl=impl)
 
-    def step(v, t, s, b):
-        v = F.normalize(v, dim=1)
-        loss, mined = knowledge_nce(
-            v, t, s, concepts=concepts, beta=b, signature=ids, k=3, impl=impl
-        )
+    def step(v, t, s):
+        loss, mined = knowledge_nce(F.normalize(v, dim=1), t, s, beta=1.0, **options)
         return loss * 2 + mined.v2t_score.sum() * 0
 
     results = []
-    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=impl != "reference")):
+    for function in (step, torch.compile(step, backend="aot_eager")):
         leaves = [video.clone().requires_grad_(), text.clone().requires_grad_()]
-        leaves += [torch.tensor(x, device=DEVICE, requires_grad=True) for x in (3.0, 1.0)]
-        results.append((function(*leaves), *torch.autograd.grad(function(*leaves), leaves)))
+        leaves.append(torch.tensor(3.0, device=DEVICE, requires_grad=True))
+        loss = function(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager)
 
@@ -505,7 +372,7 @@ def test_float32_embeddings_reach_the_matrix_unit(major, family, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     video, _, concepts, ids = problem(30)
     for dtype, expected in ((torch.float16, family), (torch.float32, "fp32")):
-        rows = layout.pack_side(video, concepts, list(ids.T), dtype).rows
+        rows, _ = layout.pack_rows(video, concepts, list(ids.T), dtype)
         assert layout.tile_for("mine", rows) == layout.TILES[expected]["mine"]
 
 
@@ -542,16 +409,19 @@ def test_a_constant_beta_does_not_pay_for_a_gradient(monkeypatch):
     assert 0 < flop[0] < flop[1]
 
 
-class _Names(TorchDispatchMode):
-    """Remembers which operations ran."""
+class Operations(TorchDispatchMode):
+    """Remembers which operations ran, and the largest tensor that one made."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names, self.largest = set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.add(function.overloadpacket.__name__)
-        return function(*args, **kwargs or {})
+        out = function(*args, **kwargs or {})
+        for x in torch.utils._pytree.tree_leaves(out):
+            self.largest = max(self.largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's host code")
@@ -567,10 +437,10 @@ def test_nothing_waits_for_the_gpu(monkeypatch):
     monkeypatch.setattr("kernels.triton_layout.mark_cells", mock.MagicMock())
     monkeypatch.setattr("kernels.triton_mining.mining_kernel", mock.MagicMock())
     problem_ = as_problem(*problem(40), k=3)
-    with _Names() as mode:
+    with Operations() as mode:
         stats = triton_forward.triton_forward(problem_)
         triton_backward.triton_backward(problem_, stats[:2], stats[:3], True)
-        knowledge_nce(problem_.video, problem_.text, 3.0, impl="triton", check=False)
+        knowledge_nce(problem_.video, problem_.text, 3.0, impl="triton")
     assert not mode.names & {"lift_fresh", "_local_scalar_dense", "nonzero"}
 
 
@@ -624,27 +494,15 @@ def test_extra_texts_are_negatives_of_every_video(impl):
     assert torch.equal(mined.t2v_index, negatives[:, :B].T.topk(k, 1).indices)
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return out
-
-
 @pytest.mark.skipif(INTERPRETED, reason="about the tiled version")
 def test_tiled_never_makes_the_matrix():
     video, text, concepts, ids = problem(300, dim=8)
     known = concepts[:, :3]
     problem_ = as_problem(video, text, known, ids, k=4)
-    with _Largest() as mode:
+    with Operations() as mode:
         stats = tiled.tiled_forward(problem_)
         tiled.tiled_backward(problem_, stats[:2], stats[:3], True)
-    assert 900 <= mode.numel <= 300 * (8 + 3), (
+    assert 900 <= mode.largest <= 300 * (8 + 3), (
         "tiles of 1000 elements, embeddings with concepts, but no 300 x 300"
     )
 
@@ -717,18 +575,6 @@ def test_shipped_tiles(family, k, monkeypatch):
     assert torch.equal(mined.t2v_index, expected.t2v_index)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's fixed shift")
-def test_out_of_range_is_nan_not_wrong():
-    video, text, concepts, _ = problem(8)
-    options = dict(concepts=concepts)
-    loss, _ = knowledge_nce(video, text, math.log(100), beta=100.0, impl="triton", **options)
-    assert loss.isnan()
-    options |= dict(beta=50.0)
-    loss, _ = knowledge_nce(video, text, math.log(100), impl="triton", **options)
-    expected, _ = knowledge_nce(video, text, math.log(100), impl="reference", **options)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 def opposite(low, high, n=256):
     """Videos and texts [n, 2] with all cosines between low and high."""
     angle = torch.linspace(0, 1, n, device=DEVICE) * (math.acos(low) - math.acos(high)) / 2
@@ -773,11 +619,12 @@ def test_lanes_are_repaired(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="about the CPU's versions")
 def test_demo():
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels"], capture_output=True, text=True, check=True
-    )
-    hardest = [line.split(": ")[-1] for line in done.stdout.splitlines() if "loss" in line]
-    assert len(hardest) == 2 and hardest[0] == hardest[1], done.stdout
+    """The versions agree, and each says once that it was chosen."""
+    command = [sys.executable, "-m", "kernels"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    hardest = [line.split(": ")[-1] for line in said.splitlines() if "loss" in line]
+    assert len(hardest) == 2 and hardest[0] == hardest[1], said
+    assert said.count("contrastive op: tiled on cpu") == 1, said
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")

@@ -4,27 +4,14 @@
 whole model, and its share of every batch. Two things must meet, or eight ranks are not one trainer
 with a batch eight times as large.
 
-**Gradients.** DistributedDataParallel (DDP) averages them over the ranks, while the backward pass
-still runs.
+**Gradients.** DistributedDataParallel (DDP) averages them over the N ranks, while the backward pass
+still runs. So each rank weighs its n of the B pairs by N / B, not by 1 / n. Both are the same where
+B = N·n; the first is right also where it is not. So any batch size on any number of ranks gives the
+gradient of one process, in the last batch of an epoch, too (tests/test_distributed.py). The model
+has neither dropout nor batch norm, which would see only a share.
 
 **The negatives.** A rank compares its n videos with the captions of *all* ranks: its rows of the
-B × B similarity. So captions are gathered, and the gather has a gradient. My caption is a negative
-in the rows of every other rank, and what these rows want of it must come home. For N ranks with the
-loss L = Σ_r L_r:
-
-    forward     all_gather        everybody gets the rows of all
-    backward    reduce_scatter    everybody gets Σ_r ∂L_r / ∂(its own rows)
-
-The all_gather of plain PyTorch has no gradient. With it, each rank would only see how its own rows
-push: its encoders would get 1/N of the contrastive gradient, while terms without a gather (SKP)
-would keep theirs. No error, no warning, worse numbers. Column sums go the other way: every rank has
-a number for everybody's captions, and sends each to its owner (`exchange`, an all_to_all).
-
-**The mean.** DDP averages over ranks, so each rank weighs its pairs by N / B, not by 1 / n. Both
-are the same where B = N·n; the first is right also where it is not. `share_sizes` cuts batches as
-equally as can be. So any batch size on any number of ranks gives the gradient of one process, in
-the last batch of an epoch, too (tests/test_distributed.py). The model has neither dropout nor batch
-norm, which would see only a share.
+B × B similarity. kernels/distributed.py gathers them, with gradient.
 
 **Faults.** No rank can go on alone, so a rank that dies takes the others along. On CPUs (gloo) they
 see the closed connection at once. A rank that hangs in a GPU collective is ended by its launcher
@@ -86,7 +73,6 @@ def launch(processes: int) -> int:
 
 def explain_failure(failures: dict) -> int:
     """Print which rank failed first, and how; the exit status for the launcher."""
-
     in_order = sorted(failures.items(), key=lambda found: found[1].timestamp)
     # the first one was often only taken along: look for one with a reason of its own
     taken_along = (LOST_RANK, -signal.SIGTERM)
@@ -229,79 +215,3 @@ class StopSignals:
         self.received = number
         if self.ranks.world_size == 1:
             self.__exit__()
-
-
-# ---- rows of all ranks ---------------------------------------------------------------------------
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def share_sizes(total: int, parts: int) -> list[int]:
-    """`total` rows in `parts` shares, as np.array_split: nearly equal, the larger ones first."""
-    return [total // parts + (part < total % parts) for part in range(parts)]
-
-
-def gather(x, sizes: list[int]):
-    """[n, …] on each rank, n = sizes[rank] -> [sum(sizes), …] on all, in rank order.
-
-    The gradient goes back to the rank whose row it is.
-    """
-    assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
-    return Gather.apply(x, sizes) if len(sizes) > 1 else x
-
-
-def exchange(x, sizes: list[int]):
-    """[B, …] on each rank, what it has to say of everybody's rows -> [world_size, n, …]: what all
-    say of mine. With gradient.
-    """
-    assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
-    return Exchange.apply(x, sizes) if len(sizes) > 1 else x[None]
-
-
-class Gather(torch.autograd.Function):
-    """all_gather; backward reduce_scatter.
-
-    Shares differ by one row at most: shorter ones travel with a row of zeros. (An all_reduce of the
-    whole gradient, of which each rank keeps its share, would send twice the bytes.)
-    """
-
-    @staticmethod
-    def forward(ctx, x, sizes):
-        ctx.sizes = sizes
-        shares = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
-        dist.all_gather(shares, pad(x, max(sizes)))
-        return torch.cat([rows[:size] for rows, size in zip(shares, sizes)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        shares = [pad(rows, max(ctx.sizes)) for rows in grad.split(ctx.sizes)]
-        mine = torch.empty_like(shares[0])
-        dist.reduce_scatter(mine, shares)
-        return mine[: ctx.sizes[dist.get_rank()]], None
-
-
-def pad(x, rows: int):
-    """[n, …] -> [rows, …], with zeros."""
-    if len(x) == rows:
-        return x.contiguous()
-    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
-
-
-class Exchange(torch.autograd.Function):
-    """all_to_all; backward the same way back."""
-
-    @staticmethod
-    def forward(ctx, x, sizes):
-        ctx.theirs, ctx.mine = sizes, [sizes[dist.get_rank()]] * len(sizes)
-        received = x.new_empty(sum(ctx.mine), *x.shape[1:])
-        dist.all_to_all_single(received, x.contiguous(), ctx.mine, ctx.theirs)
-        return received.unflatten(0, (len(sizes), -1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        returned = grad.new_empty(sum(ctx.theirs), *grad.shape[2:])
-        sent = grad.flatten(0, 1).contiguous()
-        dist.all_to_all_single(returned, sent, ctx.theirs, ctx.mine)
-        return returned, None
