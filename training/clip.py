@@ -311,8 +311,8 @@ class ScriptTensors(pickle.Unpickler):
 
     `torch.jit.load` would compile that program, and run its `__setstate__`, which can write files
     (tests/test_clip.py). What we need is in two other members: data.pkl, a pickle of the modules
-    with their tensors' shapes, and data/0, data/1, …, their bytes. Its modules become plain objects.
-    Nothing can be called but what `find_class` returns.
+    with their tensors' shapes, and data/0, data/1, …, their bytes. Its modules become plain
+    objects. Nothing can be called but what `find_class` returns.
     """
 
     def __init__(self, archive: zipfile.ZipFile, folder: str):
