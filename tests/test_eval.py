@@ -262,6 +262,8 @@ def test_toy_gallery_and_questions(world, tmp_path):
         (dict(data_root=".", task="toy", data=None), "--data-root .: is for --task csv or msrvtt"),
         (dict(task="toy", data=__file__), "a file is for --task csv"),
         (dict(device="cuda"), "--device cuda"),
+        (dict(max_broken=1.5), "--max-broken 1.5: must be at least 0 and at most 1"),
+        (dict(seed=-1), "--seed -1: must be at least 0"),
         (dict(task="msvd"), "--data .*data.csv: is for --task csv or toy or msrvtt-mc"),
         (dict(task="msvd", data=None), "--task msvd: needs --data-root"),
         (dict(task="msrvtt", split="val", data=None, data_root="."), "msrvtt: has no val split"),
