@@ -60,6 +60,15 @@ def parse_config(config_class, argv: list[str] | None = None):
     return config_class(**values)
 
 
+def check_ranges(config, at_least: dict[str, float], at_most: dict[str, float]) -> None:
+    """Raise UserError where a field of `config` is out of its range; None never is."""
+    for name, least in at_least.items():
+        value, most = getattr(config, name), at_most.get(name, 2**63)
+        if value is not None and not least <= value <= most:
+            flag, up_to = name.replace("_", "-"), f" and at most {most}" if name in at_most else ""
+            raise UserError(f"--{flag} {value}: must be at least {least}{up_to}")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main()`.
 

@@ -44,7 +44,15 @@ import cv2
 import numpy as np
 import torch
 
-from cli import UserError, keep_freed_memory, make_folder, parse_config, run, write_whole
+from cli import (
+    UserError,
+    check_ranges,
+    keep_freed_memory,
+    make_folder,
+    parse_config,
+    run,
+    write_whole,
+)
 from data import keep_decodable, load_videos, open_cache, prefetch, prepare_video
 from datasets.split import Question, Split
 from datasets.tasks import PUBLISHED, TASKS, Task
@@ -500,7 +508,8 @@ READERS = {
 
 
 def check_flags(config: EvalConfig) -> None:
-    """Raise UserError for a flag that the task would not read."""
+    """Raise UserError for a value out of its range, or a flag that the task would not read."""
+    check_ranges(config, dict(max_broken=0, seed=0), dict(max_broken=1))
     for name, tasks in READERS.items():
         flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
         if value and config.task not in tasks:

@@ -41,7 +41,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from captions.tokenizer import Tokenizer
-from cli import UserError, give_back_memory, keep_freed_memory, make_folder, parse_config, run
+from cli import (
+    UserError,
+    check_ranges,
+    give_back_memory,
+    keep_freed_memory,
+    make_folder,
+    parse_config,
+    run,
+)
 from data import (
     Job,
     KnowledgeBatchSampler,
@@ -569,13 +577,7 @@ def check_config(config: TrainConfig) -> None:
         weight_decay=0, guided_share=0, guided_from=0, max_broken=0, cache_gb=0, lr=1e-12,
         encoder_lr=1e-12,
     )  # fmt: skip
-    at_most = dict(guided_share=1, guided_from=1, max_broken=1)
-    for name, least in at_least.items():
-        value, most = getattr(config, name), at_most.get(name, 2**63)
-        if value is not None and not least <= value <= most:
-            up_to = f" and at most {most}" if name in at_most else ""
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value}: must be at least {least}{up_to}")
+    check_ranges(config, at_least, dict(guided_share=1, guided_from=1, max_broken=1))
 
     if config.encoder_lr and not config.init:
         raise UserError("--encoder-lr: is for pretrained weights; name some with --init")

@@ -55,6 +55,7 @@ from datasets.readers import (
     read_jsonl,
     read_list,
     read_pickle,
+    read_rows,
     shorten,
 )
 from datasets.split import Question, Split
@@ -167,20 +168,12 @@ def read_own(path: Path, role: str, root: str | Path | None = None) -> Pairs:
 
 
 def read_pairs(path: Path, find: Callable[[str, str], str], joins: bool = False) -> Pairs:
-    """A csv (with header), jsonl or json file with `video` and `caption`.
+    """A file with `video` and `caption`.
 
-    In the last two a caption may be a list: of captions, or (`joins`) of the sentences of one.
+    In JSON a caption may be a list: of captions, or (`joins`) of the sentences of one.
     find(name, where) is the path of a video.
     """
-    columns = {"video": str, "caption": str | list}
-    if path.suffix.lower() == ".jsonl":
-        rows = read_jsonl(path, columns)
-    elif path.suffix.lower() == ".json":
-        rows = read_entries(path, read_json(path, "a list of objects"), None, columns)
-    else:
-        rows = read_csv(path, list(columns))
-
-    for where, row in rows:
+    for where, row in read_rows(path, {"video": str, "caption": str | list}):
         video, caption = find(row["video"], where), row["caption"]
         texts = join_words(caption, where) if isinstance(caption, list) else [caption]
         for text in [" ".join(texts)] if joins else texts:
@@ -450,33 +443,24 @@ def load_msrvtt_mc(folder: Folder, path: str | Path | None = None) -> list[Quest
     return questions
 
 
+MC_COLUMNS = {
+    ".jsonl": dict(clip_name=str, options=list, answer=int),
+    ".json": dict(video=str, caption=list, answer=int),
+}
+MC_TABLE = dict.fromkeys(["vid_key", "a1", "a2", "a3", "a4", "a5", "answer"], str)
+
+
 def read_msrvtt_mc(path: Path) -> Iterator[tuple[str, str, list, int]]:
-    """(where, video, options, answer) of each question.
-
-    The first character tells the form of the file.
-    """
-    expected = "expected questions of MSRVTT-MC"
-    try:
-        start = path.read_bytes()[:64].lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {expected}") from error
-
-    if start == b"{":
-        for where, row in read_jsonl(path, dict(clip_name=str, options=list, answer=int)):
-            yield where, row["clip_name"], row["options"], row["answer"]
-        return
-    if start == b"[":
-        columns = dict(video=str, caption=list, answer=int)
-        for where, row in read_entries(path, read_json(path, "a list of objects"), None, columns):
-            yield where, row["video"], row["caption"], row["answer"]
-        return
-
-    names = ["a1", "a2", "a3", "a4", "a5"]
-    for where, row in read_csv(path, ["vid_key", *names, "answer"]):
-        answer = row["answer"].strip()
-        if not answer.isdecimal() or len(answer) > 9:  # int() refuses 4,301 digits
+    """(where, video, options, answer) of each question. The ending tells the form of the file."""
+    columns = MC_COLUMNS.get(path.suffix.lower(), MC_TABLE)
+    for where, row in read_rows(path, columns):
+        name, *options, answer = [row[column] for column in columns]
+        if columns is not MC_TABLE:
+            yield where, name, options[0], answer
+            continue
+        if not answer.strip().isdecimal() or len(answer) > 9:  # int() refuses 4,301 digits
             raise UserError(f"{where}: answer is {shorten(answer)}, expected a whole number")
-        yield where, row["vid_key"], [row[name] for name in names], int(answer)
+        yield where, name, options, int(answer)
 
 
 def check_question(question: Question, where: str) -> Question:

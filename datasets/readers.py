@@ -14,7 +14,7 @@ first four hold one row at a time, so a file may have any size:
     read_csv        a header, then rows           read_columns    no header, no quotes
     read_jsonl      a JSON object per line        read_list       a name per line
     read_json       one JSON document, whole      read_entries    a list in such a document
-    read_pickle     a pickle of plain data
+    read_pickle     a pickle of plain data        read_rows       jsonl, json or csv, by its ending
 
 A file from elsewhere may not run code: a pickle may call any function, so ours is read by a reader
 that builds plain data only. It may not name a file outside of the folder of the data
@@ -202,6 +202,16 @@ def read_entries(path: Path, document, key: str | None, columns: dict[str, type]
     for number, entry in enumerate(entries):
         where = f"{path}, {key or 'entry '}[{number}]"
         yield where, check_row(entry, where, columns)
+
+
+def read_rows(path: Path, columns: dict[str, type]) -> Rows:
+    """By the file's ending: an object per line, a list of objects, or a table with a header."""
+    ending = path.suffix.lower()
+    if ending == ".jsonl":
+        return read_jsonl(path, columns)
+    if ending == ".json":
+        return read_entries(path, read_json(path, "a list of objects"), None, columns)
+    return read_csv(path, list(columns))
 
 
 def parse_json(text: str, where: str, expected: str):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -71,12 +72,16 @@ class Split:
         return "\n    ".join(lines)
 
     def describe_captions(self) -> str:
-        """Empty captions and repeated rows, in words; "" if there are none."""
-        empty = sum(not caption.strip() for caption in self.captions)
+        """What is odd about the captions, in words; "" if nothing is."""
+        written = [caption for caption in self.captions if caption.strip()]
         rows = set(zip(self.video_of_caption.tolist(), self.captions))
-        repeated = len(self.captions) - len(rows)
-        odd = f"{empty} empty, {repeated} repeated for the same video"
-        return f"{len(self.captions)} captions: {odd}" if empty or repeated else ""
+        counts = {
+            "empty": len(self.captions) - len(written),
+            "without a Latin letter": sum(not re.search("[A-Za-z]", text) for text in written),
+            "repeated for the same video": len(self.captions) - len(rows),
+        }
+        odd = [f"{count} {what}" for what, count in counts.items() if count]
+        return f"{len(self.captions)} captions: {', '.join(odd)}" if odd else ""
 
 
 @dataclass

@@ -312,6 +312,29 @@ def test_openais_archives_are_read_without_their_program(file, monkeypatch):
     assert all(t.equal(same.weights[name]) for name, t in found.weights.items())
 
 
+class Writer(torch.nn.Module):
+    """`torch.jit.load` of it writes a file."""
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self) -> bool:
+        return self.training
+
+    @torch.jit.export
+    def __setstate__(self, training: bool) -> None:
+        self.training = training
+        torch.save(training, "written")
+
+
+def test_what_an_archive_does_when_it_is_loaded_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Writer()).save("x.pt")
+    refused(tmp_path / "x.pt", "more than tensors")
+    assert not (tmp_path / "written").exists()
+
+
 @pytest.mark.parametrize("member", ["data.pkl", "data/0"])
 def test_an_archive_that_would_call_something_is_refused(tmp_path, capsys, member):
     whole, path = tmp_path / "whole.pt", tmp_path / "x.pt"
@@ -498,6 +521,9 @@ def test_clip_is_evaluated_as_it_is(tiny_world, tmp_path, weights, capsys):
     assert record["step"] == 0 and record["trained_on"] is None and record["frames"] == 12
     scale = read_clip(path).weights["logit_scale"].exp().item()
     assert record["logit_scale"] == pytest.approx(scale)
+    for place in (path, weights):  # where a run is meant
+        with pytest.raises(UserError, match="CLIP's weights are for --init"):
+            load_checkpoint(place)
 
 
 def groups_of(model, config):

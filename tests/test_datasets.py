@@ -381,15 +381,6 @@ def test_missing_annotations_are_named(tmp_path, dataset, role, says):
         load_split(dataset, tmp_path, role)
 
 
-def test_annotations_may_lie_in_a_folder_of_their_own(folders, tmp_path):
-    whole = folders(build_webvid)
-    name = "results_2M_val.csv"
-    lines(tmp_path / "annotations" / name, (whole / name).read_text())
-    (tmp_path / "videos").symlink_to(whole / "videos")
-    expected = load_split("webvid", whole, "val").captions
-    assert load_split("webvid", tmp_path, "val").captions == expected
-
-
 def test_where_videos_are_found(tmp_path):
     def find(name):
         path = Folder(tmp_path).video(name, "here")

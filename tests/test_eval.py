@@ -121,7 +121,7 @@ def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
     assert {"versions", "commit", "hardware", "date", "protocol", "split", "seed"} <= set(written)
     assert "<!DOCTYPE html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     said = capsys.readouterr().out
-    assert "text to video" in said and "6 captions: 1 empty, 0 repeated" in said
+    assert "text to video" in said and "6 captions: 1 empty" in said
 
     # the same number, by hand: every frame and caption through the model, ranks by the definition
     model, video_of_text = checkpoint.model, [i for i, _ in CAPTIONS]
@@ -262,6 +262,8 @@ def test_toy_gallery_and_questions(world, tmp_path):
         (dict(data_root=".", task="toy", data=None), "--data-root .: is for --task csv or msrvtt"),
         (dict(task="toy", data=__file__), "a file is for --task csv"),
         (dict(device="cuda"), "--device cuda"),
+        (dict(max_broken=1.5), "--max-broken 1.5: must be at least 0 and at most 1"),
+        (dict(seed=-1), "--seed -1: must be at least 0"),
         (dict(task="msvd"), "--data .*data.csv: is for --task csv or toy or msrvtt-mc"),
         (dict(task="msvd", data=None), "--task msvd: needs --data-root"),
         (dict(task="msrvtt", split="val", data=None, data_root="."), "msrvtt: has no val split"),

@@ -134,6 +134,7 @@ OWN = {
         b'{"video": "a.mp4", "caption": "a dog runs"}\n'
         b'{"video": "sub/b.mp4", "caption": "two cats"}\n'
     ),
+    "own.json": b'[{"video": "a.mp4", "caption": ["a dog", "it runs"]}]',
 }
 
 

@@ -309,10 +309,10 @@ STORAGES = "FloatStorage HalfStorage DoubleStorage LongStorage IntStorage BoolSt
 class ScriptTensors(pickle.Unpickler):
     """The tensors of a TorchScript archive, without its program.
 
-    `torch.jit.load` would compile that program, and run what it says about loading: an archive can
-    write files so. What we need is in two other members: data.pkl, a pickle of the modules with
-    their tensors' shapes, and data/0, data/1, …, their bytes. Its modules become plain objects.
-    Nothing can be called but what `find_class` returns.
+    `torch.jit.load` would compile that program, and run its `__setstate__`, which can write files
+    (tests/test_clip.py). What we need is in two other members: data.pkl, a pickle of the modules
+    with their tensors' shapes, and data/0, data/1, …, their bytes. Its modules become plain
+    objects. Nothing can be called but what `find_class` returns.
     """
 
     def __init__(self, archive: zipfile.ZipFile, folder: str):
