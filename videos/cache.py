@@ -122,21 +122,22 @@ class FrameCache:
         path: str | Path,
         start: float = 0.0,
         end: float | None = None,
-        only: np.ndarray | slice = slice(None),
+        only: list[int] | slice = slice(None),
     ) -> np.ndarray:
         """The video's frames, uint8 [N, H, W, 3], RGB. Raises VideoError. `only`: some of them.
 
         An entry that is missing or damaged is made here, in this process: `fill` first, which is
         safe from files that hang.
         """
-        entry = self.entry(path, start, end)
-        frames = self.load(entry, path)
-        if frames is None and self.keeps(entry):
-            frames = self.store(path, entry, start, end)
-            if random.random() < 1 / EVICT_EVERY:
-                self.evict()
-        if frames is not None:
-            return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
+        if self.share:
+            entry = self.entry(path, start, end)
+            frames = self.load(entry, path)
+            if frames is None and self.keeps(entry):
+                frames = self.store(path, entry, start, end)
+                if random.random() < 1 / EVICT_EVERY:
+                    self.evict()
+            if frames is not None:
+                return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
         window = dict(start=start, end=end)
         return read_frames(path, self.num_frames, size=self.size, **window, only=only)
 

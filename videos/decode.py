@@ -111,7 +111,7 @@ def read_frames(
     size: int,
     start: float = 0.0,
     end: float | None = None,
-    only: np.ndarray | slice = slice(None),
+    only: list[int] | slice = slice(None),
 ) -> np.ndarray:
     """T uniform frames of a video or image file: uint8 [T, H, W, 3], RGB, H = W = `size`, by time.
 

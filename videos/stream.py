@@ -31,7 +31,7 @@ from videos.decode import VideoError
 from videos.workers import run_guarded
 
 SLOTS = 4  # batches in memory: one in use, the others ahead of it
-QUEUE = 4  # videos that a worker has at hand
+CHUNK = 8  # videos that a worker gets at a time
 TICK = 0.02  # seconds
 TRIED_AT_LEAST = 100  # videos, before too many broken ones stop the run
 ATTEMPTS = 100  # videos for one place in a batch
@@ -43,7 +43,7 @@ class Want(NamedTuple):
     sample: int
     path: str
     window: tuple[float, float | None]  # the seconds of the video that count
-    only: np.ndarray  # int64 [T]: which of the frames that the cache keeps
+    only: list[int]  # T of the frames that the cache keeps, by number
 
 
 class Batch(NamedTuple):
@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
     path: str
     window: tuple[float, float | None]
-    only: np.ndarray
+    only: list[int]
     slot: int
     row: int
 
@@ -126,7 +126,7 @@ class Stream:
 
     def whole_batches(self) -> Iterator[tuple[list[int], np.ndarray]]:
         read = partial(read_into, self.cache, self.slots)
-        guards = dict(workers=self.workers, queue=QUEUE, tick=TICK)
+        guards = dict(workers=self.workers, chunk=CHUNK, tick=TICK)
         handed_out = 0
 
         for n, result in run_guarded(read, self.jobs(), **guards):
