@@ -10,9 +10,9 @@ Clips of the toy world are packed into shards, each many times, with other capti
               nothing else ("bare"), and of PyAV in a torch DataLoader, where it is installed
               (`pip install av`). They take turns, so that other work disturbs all alike.
     memory    of each process while `Stream` reads --steps batches
-    run       train.py on all shards under --links names each (hard links: 2.5 million samples take
-              no more disk): seconds to the first step, memory, share of waiting; killed with -9,
-              and started again
+    run       train.py on all shards under --links names each (hard links, with the same index: 2.5
+              million samples in no more space): seconds to the first step, memory, share of
+              waiting; killed with -9, and started again
 
 A line of results is added to bench/results/shards.jsonl.
 """
@@ -22,6 +22,8 @@ import io
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -42,9 +44,9 @@ try:
 except ImportError:
     av = None
 
-from cli import parse_config, run
+from cli import give_back_memory, parse_config, run
 from datasets import toyworld
-from datasets.shards import load_shards
+from datasets.shards import index_file, load_shards
 from eval import machine_facts
 from videos.cache import FrameCache
 from videos.decode import PART, frame_indices, read_frames, square
@@ -242,28 +244,38 @@ def measure_run(pattern: str, folder: Path, config: BenchConfig) -> dict:
 
 
 def link_shards(folder: Path, config: BenchConfig) -> str:
-    """Each shard under `links` names; returns the pattern of all."""
+    """Each shard and its index under `links` names; returns the pattern of all."""
     (folder / "links").mkdir(exist_ok=True)
+    index = folder / "cache" / "shards"
     for number in range(config.shards * config.links):
+        shard = folder / f"{number % config.shards:05d}.tar"
         link = folder / "links" / f"{number:05d}.tar"
         if not link.exists():
-            os.link(folder / f"{number % config.shards:05d}.tar", link)
+            os.link(shard, link)
+            shutil.copy(index_file(str(shard), index), index_file(str(link), index))
     return f"{folder}/links/{{00000..{config.shards * config.links - 1:05d}}}.tar"
 
 
 def measure_index(pattern: str, index: Path, workers: int) -> dict:
-    """Seconds and megabytes of the index, made and read again, in this process."""
+    """Seconds and megabytes of the index, made and read, in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        made_s, *_ = fresh.submit(load_index, pattern, index, workers).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        read_s, memory, peak, rows = fresh.submit(load_index, pattern, index, workers).result()
+    disk = sum(path.stat().st_size for path in index.iterdir()) / 1e6
+    return dict(
+        rows=rows, made_s=made_s, read_s=read_s, disk_mb=disk, memory_mb=memory, peak_mb=peak
+    )
+
+
+def load_index(pattern: str, index: Path, workers: int) -> tuple:
+    """(seconds, megabytes that it takes, megabytes at the peak, rows)."""
     before, start = rss(os.getpid()), time.perf_counter()
     split = load_shards(pattern, index=index, workers=workers)
-    made, again = time.perf_counter() - start, time.perf_counter()
-    split = load_shards(pattern, index=index, workers=workers)
-    return dict(
-        rows=len(split.captions),
-        made_s=round(made, 1),
-        read_s=round(time.perf_counter() - again, 1),
-        disk_mb=sum(path.stat().st_size for path in index.iterdir()) // 10**6,
-        memory_mb=rss(os.getpid()) - before,
-    )
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000 - before
+    give_back_memory()
+    return round(seconds, 1), rss(os.getpid()) - before, peak, len(split.captions)
 
 
 def main():
@@ -277,15 +289,13 @@ def main():
         record = dict(config=asdict(config), **machine_facts("cpu"), load=os.getloadavg()[0])
         record["written_s"] = round(time.perf_counter() - start, 1)
 
+        index = folder / "cache" / "shards"
+        record["index"] = measure_index(pattern, index, config.workers)
         links = link_shards(folder, config)
-        context = multiprocessing.get_context("spawn")
-        for name, shards in (("index", pattern), ("index of links", links)):
-            with ProcessPoolExecutor(1, context) as fresh:
-                job = (shards, folder / f"cache/{name}".replace("index of links", "shards"))
-                record[name] = fresh.submit(measure_index, *job, config.workers).result()
-            print(name, record[name], flush=True)
+        record["index of links"] = measure_index(links, index, config.workers)
+        print(record["index"], record["index of links"], flush=True)
 
-        split = load_shards(pattern, index=folder / "cache/index", workers=1, progress=False)
+        split = load_shards(pattern, index=index, workers=1, progress=False)
         paths = list(split.video_paths[: min(4000, config.samples)])
         for name, measure in (
             ("clips per second", partial(measure_rates, paths, config)),
