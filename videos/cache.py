@@ -95,6 +95,7 @@ class FrameCache:
         work = partial(self.try_store, start=start, end=end)
         stored = run_guarded(work, todo, workers=workers)
         is_silent = not progress or not todo
+
         reasons = [""] * len(todo)
         for n, reason in tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent):
             reasons[n] = reason
