@@ -8,7 +8,8 @@ Clips of the toy world are packed into shards, each many times, with other capti
     index     seconds and bytes of the index
     rate      clips per second: of `Stream`, of the same decoding by as many processes that do
               nothing else ("bare"), and of PyAV in a torch DataLoader, where it is installed
-              (`pip install av`). They take turns, so that other work disturbs all alike.
+              (`pip install av`); beside it their processor time per clip. They take turns. Where
+              other work is on the machine, only the second is comparable: PyAV has more threads.
     memory    of each process while `Stream` reads --steps batches
     run       train.py on all shards under --links names each (hard links, with the same index: 2.5
               million samples in no more space): seconds to the first step, memory, share of
@@ -155,8 +156,14 @@ class PyAV(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack([frames[index] for index in indices]))
 
 
-def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, float]:
-    """{way: clips per second}, medians."""
+def cpu_seconds() -> float:
+    """Of this process and of all children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, tuple[float, float]]:
+    """{way: (clips per second, milliseconds of processor time a clip)}, medians."""
     wants = [wanted(path, number) for number, path in enumerate(paths)]
     parts = [wants[i :: config.workers] for i in range(config.workers)]
     loader = torch.utils.data.DataLoader(PyAV(wants), config.batch, num_workers=config.workers)
@@ -171,13 +178,15 @@ def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, float]:
     rates = {name: [] for name in ways}
     for _ in range(config.rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             way()
-            rates[name].append(len(paths) / (time.perf_counter() - start))
+            cpu_ms = 1000 * (cpu_seconds() - cpu) / len(paths)
+            rates[name].append((len(paths) / (time.perf_counter() - start), cpu_ms))
     for n in range(0, len(wants), max(1, len(wants) // 100)):
         if av is not None:
             np.testing.assert_array_equal(PyAV(wants)[n].numpy(), decode(wants[n]))
-    return {name: round(statistics.median(values), 1) for name, values in rates.items()}
+    medians = {name: map(statistics.median, zip(*values)) for name, values in rates.items()}
+    return {name: tuple(round(value, 2) for value in values) for name, values in medians.items()}
 
 
 def measure_memory(paths: list[str], config: BenchConfig) -> dict[str, list[int]]:

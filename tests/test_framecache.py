@@ -168,6 +168,13 @@ def test_still_pictures_are_kept_once(tmp_path, capsys):
         np.testing.assert_array_equal(cache.get(path), read_frames(path, 5, size=16))
 
 
+def test_what_was_written_first_makes_room(tmp_path, clips):
+    entry = 20 + 4 * 16 * 16 * 3
+    cache = FrameCache(tmp_path / "cache", size=16, num_frames=4, gigabytes=3.5 * entry / 1e9)
+    cache.fill(clips, workers=1, progress=False)
+    assert [cache.has(path, 0.0, None) for path in clips] == [False] * 3 + [True] * 3
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
