@@ -165,7 +165,7 @@ class PairDataset:
             how = ("segment", np.random.default_rng((seed, epoch, int(sample))))
         only = frame_indices(self.cache.num_frames, num_frames, *how)
         path = self.split.video_paths[self.video_id[sample]]
-        return Want(int(sample), path, self.split.window, only)
+        return Want(int(sample), path, self.split.window, only.tolist())
 
     def batch(self, samples: np.ndarray, **how) -> dict[str, torch.Tensor]:
         """The batch of these samples, as at the top of this file; `how`: see `want`."""

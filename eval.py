@@ -313,6 +313,7 @@ class EvalFlags:
     out: str | None = None  # for the results; None: eval-TASK-SPLIT beside the checkpoint
     sim_out: str | None = None  # npz file for embeddings and similarities
     cache: str = "cache"  # decoded frames, toy world
+    cache_gb: float = 64.0  # for decoded frames; what does not fit is decoded again when needed
     max_broken: float = 0.05  # share of unusable videos that stops the evaluation
     seed: int = 0  # of the examples that the report draws
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
@@ -568,7 +569,9 @@ def evaluate(config: EvalConfig) -> dict:
     out = Path(config.out or beside / f"eval-{config.task}-{config.split}")
     make_folder(out)  # fail before the work, not after it
 
-    cache = open_cache(Path(config.cache) / "frames", sizes)
+    num_videos = len(task.split.video_paths) + len(task.questions)
+    room = dict(gigabytes=config.cache_gb, num_videos=num_videos)
+    cache = open_cache(Path(config.cache) / "frames", sizes, **room)
     limits = dict(max_broken=config.max_broken, dsl=config.dsl)
     metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, **limits)
     record = make_record(config, checkpoint, task, metrics, results, device)

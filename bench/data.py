@@ -31,6 +31,7 @@ try:
 except ImportError:
     av = None
 
+from bench.scaling import cost, limits
 from captions.tokenizer import Tokenizer
 from cli import parse_config, run
 from data import KnowledgeBatchSampler, load_videos
@@ -105,11 +106,11 @@ def pyav_frames(path: str, num_frames: int, size: int, threads: str) -> np.ndarr
     return np.stack([frames[number] for number in wanted])
 
 
-def bench_decoding(folder: Path, repeats: int):
+def real_clips(folder: Path) -> list[str]:
+    """Clips of ../shared; where there are none, some are written here."""
     paths = sorted(map(str, (ROOT.parent / "shared" / "msrvtt_full" / "videos").glob("*.mp4")))
-    where = "real clips of ../shared"
     if not paths:
-        where, rng = "clips written here", np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for i in range(4):
             paths.append(str(folder / f"{i}.mp4"))
             scene = rng.integers(0, 256, (24, 400, 3), dtype=np.uint8)
@@ -117,6 +118,12 @@ def bench_decoding(folder: Path, repeats: int):
                 scene, (4000, 240), interpolation=cv2.INTER_CUBIC
             )  # the camera pans over it
             write_video(paths[-1], np.stack([scene[:, 8 * t : 8 * t + 320] for t in range(400)]))
+    return paths
+
+
+def bench_decoding(folder: Path, repeats: int):
+    paths = real_clips(folder)
+    where = f"clips of {Path(paths[0]).parent.parent.name}"
     if av is None:
         print(
             "\nPyAV is not installed, so it is not timed; `pip install av` into an environment of "
@@ -184,6 +191,70 @@ def bench_cache(folder: Path, repeats: int):
                 f"    {num_frames:2d} frames of {size:3d} px, {name:24s} {1e3 * value:24.1f} "
                 f"{ratio:9.1f}"
             )
+
+
+# ---- what a GPU needs ----------------------------------------------------------------------------
+
+
+def shrink(path: str, folder: Path) -> str:
+    """The clip again, with a short side of 256 pixels and every fifth frame; the path of it."""
+    capture, frames = cv2.VideoCapture(path, cv2.CAP_FFMPEG, []), []
+    rate, number = capture.get(cv2.CAP_PROP_FPS), 0
+    while capture.grab():
+        if number % 5 == 0:
+            image = capture.retrieve()[1]
+            scale = 256 / min(image.shape[:2])
+            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            frames.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+        number += 1
+    small = str(folder / f"shrunk-{Path(path).name}")
+    write_video(small, np.stack(frames), rate / 5)
+    return small
+
+
+def bench_input(folder: Path, repeats: int) -> None:
+    """Ways to keep a clip: bytes, processor time, and what a GPU of eight eats of them."""
+    seconds = sum(limits(cost("base", 1024, 8), 8).values())
+    clips_per_s = 128 / seconds
+    paths, num_frames, size = real_clips(folder), 16, 224
+    only = np.arange(0, 16, 2).tolist()
+    shrunk = [shrink(path, folder) for path in paths]
+    cache = FrameCache(folder / "input", size=size, num_frames=num_frames)
+    cache.fill(paths, workers=1, progress=False)
+    pixels = [cache.get(path) for path in paths]
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
+    pictures = [[cv2.imencode(".jpg", frame, quality)[1] for frame in video] for video in pixels]
+
+    def decode(paths: list[str]) -> None:
+        for path in paths:
+            read_frames(path, num_frames, size=size, only=only)
+
+    ways = {
+        "as published": lambda: decode(paths),
+        "256 px, every 5th frame": lambda: decode(shrunk),
+        "cache, raw pixels": lambda: [cache.get(path, only=only) for path in paths],
+        "cache, were it JPEG 90": lambda: [
+            cv2.imdecode(video[n], cv2.IMREAD_COLOR) for video in pictures for n in only
+        ],
+    }
+    size_of = [
+        sum(os.path.getsize(path) for path in paths),
+        sum(os.path.getsize(path) for path in shrunk),
+        sum(video.nbytes for video in pixels),
+        sum(picture.nbytes for video in pictures for picture in video),
+    ]
+    times = median_cpu_seconds(ways, repeats)
+    print(
+        f"\ninput of a GPU of eight: preset base, B = 1,024, 8 of 16 frames of 224 px, "
+        f"{clips_per_s:.0f} clips/s (bench/scaling.py)\n"
+        "                               MB a clip    ms CPU a clip    cores a GPU    MB/s a GPU"
+    )
+    for (name, (_, cpu)), total in zip(times.items(), size_of):
+        megabytes, per_clip = total / len(paths) / 1e6, cpu / len(paths)
+        print(
+            f"    {name:24s} {megabytes:11.2f} {1e3 * per_clip:16.1f} "
+            f"{per_clip * clips_per_s:14.1f} {megabytes * clips_per_s:13.0f}"
+        )
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -320,6 +391,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench_decoding(Path(folder), config.repeats)
         bench_cache(Path(folder), config.repeats)
+        bench_input(Path(folder), config.repeats)
     bench_planning(config.captions)
     bench_tokenizer(config.repeats)
 

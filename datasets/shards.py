@@ -76,7 +76,10 @@ def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = Tr
     if not count:
         first = next(iter(broken.values()), f"{next(iter(repeats))}: nothing in it")
         raise UserError(f"--data {patterns}: not one video with a caption; the first: {first}")
-    columns = map(np.concatenate, (videos, captions, video_ids))
+    columns = []
+    for parts in (videos, captions, video_ids):
+        columns.append(np.concatenate(parts))
+        parts.clear()  # before the next column is joined: millions take their place
     return Split(*columns, broken=broken)
 
 

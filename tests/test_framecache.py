@@ -98,11 +98,7 @@ def test_fill_reports_broken_videos_and_resumes(tmp_path, clip, capfd, monkeypat
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=4)
     broken = cache.fill(good[:10] + bad + good[10:], workers=workers)
     assert list(broken) == bad and "no such video" in broken[bad[1]]
-    megabytes = 20 * (20 + 4 * 16 * 16 * 3) / 1e6
-    assert (
-        f"20 videos × 4 frames of 16 px, {megabytes:.1f} MB (20 new), 2 broken"
-        in capfd.readouterr().out
-    )
+    assert "20 videos × 4 frames of 16 px (20 new, 2 broken)" in capfd.readouterr().out
     assert len(list(cache.folder.glob("*/*"))) == 20
     monkeypatch.setattr(
         framecache, "read_frames", lambda *args, **kwargs: pytest.fail("decoded again")
@@ -166,13 +162,17 @@ def test_still_pictures_are_kept_once(tmp_path, capsys):
     cache = FrameCache(tmp_path / "cache", size=16, num_frames=5)
     for new in (3, 0):
         assert cache.fill(paths) == {}
-        assert (
-            f"3 videos × 5 frames of 16 px, {3 * 788 / 1e6:.1f} MB ({new} new)"
-            in capsys.readouterr().out
-        )
+        assert f"3 videos × 5 frames of 16 px ({new} new, 0 broken)" in capsys.readouterr().out
     for path in paths:
         assert cache.entry(path, 0.0, None).stat().st_size == 20 + 16 * 16 * 3 == 788
         np.testing.assert_array_equal(cache.get(path), read_frames(path, 5, size=16))
+
+
+def test_what_was_written_first_makes_room(tmp_path, clips):
+    entry = 20 + 4 * 16 * 16 * 3
+    cache = FrameCache(tmp_path / "cache", size=16, num_frames=4, gigabytes=3.5 * entry / 1e9)
+    cache.fill(clips, workers=1, progress=False)
+    assert [cache.has(path, 0.0, None) for path in clips] == [False] * 3 + [True] * 3
 
 
 # ---- faults --------------------------------------------------------------------------------------

@@ -100,6 +100,12 @@ STORIES = {
         ("-m bench.scaling", "", "GFLOP"),
         ("-m bench.text", "--functions clean", "clean"),
         ("-m bench.open_clip", "", "50"),
+        (
+            "-m bench.shards",
+            "--samples 200 --shards 2 --links 2 --steps 10 --run-steps 4 --clips 10 --batch 8 "
+            "--rounds 1 --out shards.jsonl",
+            "share_of_waiting",
+        ),
     ],
     "against transformers": [
         (
@@ -112,6 +118,12 @@ STORIES = {
 ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "train.py": (".ci/run", "train, shortened"),
     "-m pytest": (".ci/run", "pytest"),
+    'train.py --dataset shards --data "WEBVID/{00000..02480}.tar::CC3M/{00000..00331}.tar" '
+    '--val-data "WEBVID-VAL/{00000..00004}.tar" --preset base --gpus 8 --workers 12 --cache-gb '
+    "500": (
+        "tests/test_shards.py",
+        "def test_ranks_share_the_index_and_the_batches(",
+    ),
     "-m bench.knowledge_width --captions train.csv": ("docs/kernel.md", "one run, seed 0"),
     "-m bench.gpu": ("tests/test_extras.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),

@@ -162,7 +162,7 @@ def make_stream(folder, clip, rows, spare=(), max_broken=1.0):
 
     def want(name):
         path = clip if name.startswith("good") else folder / name
-        return Want(name, str(path), (0.0, None), np.array([int(name[-1])]))
+        return Want(name, str(path), (0.0, None), [int(name[-1])])
 
     batches = [
         Batch([want(name) for name in names], lambda row, attempt: want(spare[attempt - 1]))

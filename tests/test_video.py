@@ -313,7 +313,10 @@ def test_frames_that_end_early(tmp_path):
         lambda path: list(read_windows(path, 4, size=64, window=1)),
         lambda path: glimpse(path, 4, size=64, start=0, end=1),
     ):
-        for name, reason in (("none.mp4", "not a video"), ("\udcff.mp4", "only names in UTF-8")):
+        for name, reason in (
+            ("none.mp4", "no such video file"),
+            ("\udcff.mp4", "only names in UTF-8"),
+        ):
             with pytest.raises(VideoError, match=reason):
                 read(str(tmp_path / name))
     with pytest.raises(VideoError, match="no frame of seconds 90.0 to 91.0"):

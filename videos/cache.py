@@ -91,33 +91,25 @@ class FrameCache:
         Returns {path: reason} of the videos that cannot be decoded. Files that hang or crash the
         decoder are among them. Interrupted, it goes on from there the next time.
         """
-        present = (self.entry_size(path, start, end) for path in paths)
-        sizes = np.fromiter(present, np.int64, len(paths))
-        todo = np.flatnonzero(sizes == 0)  # numbers, not paths: there may be millions
-        self.check_room([paths[i] for i in todo], progress)
+        todo = [path for path in paths if not self.has(path, start, end)]
+        self.check_room(todo, progress)
 
         workers = min(workers or os.cpu_count(), len(todo))
         work = partial(self.try_store, start=start, end=end)
-        stored = run_guarded(work, (paths[i] for i in todo), workers=workers)
-        is_silent = not progress or not len(todo)
-        reasons = {}
+        stored = run_guarded(work, todo, workers=workers)
+        is_silent = not progress or not todo
 
-        for n, result in tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent):
-            if isinstance(result, str):
-                reasons[todo[n]] = result
-            else:
-                sizes[todo[n]] = result
+        reasons = [""] * len(todo)
+        for n, reason in tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent):
+            reasons[n] = reason
         self.evict()
 
+        broken = {path: reason for path, reason in zip(todo, reasons) if reason}
         if progress:
-            what = f"{len(paths) - len(reasons)} videos × {self.num_frames} frames"
-            counts = f"{len(todo) - len(reasons)} new"
-            broken = f", {len(reasons)} broken" if reasons else ""
-            print(
-                f"frame cache {self.folder}: {what} of {self.size} px, "
-                f"{sizes.sum() / 1e6:.1f} MB ({counts}){broken}"
-            )
-        return {paths[i]: reasons[i] for i in sorted(reasons)}
+            what = f"{len(paths) - len(broken)} videos × {self.num_frames} frames"
+            counts = f"{len(todo) - len(broken)} new, {len(broken)} broken"
+            print(f"frame cache {self.folder}: {what} of {self.size} px ({counts})")
+        return broken
 
     def check_room(self, todo: list[str], progress: bool) -> None:
         """Say what these videos will take. Raise UserError where the disk has less."""
@@ -129,8 +121,7 @@ class FrameCache:
             f"{self.size} px take about {needed:,.0f} MB, and {free:,.0f} MB are free"
         )
         if needed > free:
-            remedy = "take a larger disk (--cache); train.py can keep fewer (--cache-gb)"
-            raise UserError(f"{line}; {remedy}")
+            raise UserError(f"{line}; take a larger disk (--cache), or keep fewer (--cache-gb)")
         if progress and is_video:
             print(line, flush=True)
 
@@ -139,21 +130,22 @@ class FrameCache:
         path: str | Path,
         start: float = 0.0,
         end: float | None = None,
-        only: np.ndarray | slice = slice(None),
+        only: list[int] | slice = slice(None),
     ) -> np.ndarray:
         """The video's frames, uint8 [N, H, W, 3], RGB. Raises VideoError. `only`: some of them.
 
         An entry that is missing or damaged is made here, in this process: `fill` first, which is
         safe from files that hang.
         """
-        entry = self.entry(path, start, end)
-        frames = self.load(entry, path)
-        if frames is None and self.keeps(entry):
-            frames = self.store(path, entry, start, end)
-            if random.random() < 1 / EVICT_EVERY:
-                self.evict()
-        if frames is not None:
-            return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
+        if self.share:
+            entry = self.entry(path, start, end)
+            frames = self.load(entry, path)
+            if frames is None and self.keeps(entry):
+                frames = self.store(path, entry, start, end)
+                if random.random() < 1 / EVICT_EVERY:
+                    self.evict()
+            if frames is not None:
+                return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
         window = dict(start=start, end=end)
         return read_frames(path, self.num_frames, size=self.size, **window, only=only)
 
@@ -186,13 +178,12 @@ class FrameCache:
         """Is this one of the videos that fit?"""
         return int(entry.stem[:12], 16) < self.share * 16**12
 
-    def entry_size(self, path: str, start: float, end: float | None) -> int:
-        """Bytes of this video's entry; 0 if there is none. Checksums are looked at when read."""
+    def has(self, path: str, start: float, end: float | None) -> bool:
+        """Is there an entry of this video? Whether it is whole is seen when it is read."""
         try:
-            size = os.stat(self.entry(path, start, end)).st_size
-        except (OSError, VideoError):
-            return 0
-        return size if size in (self.size_of(1), self.size_of(self.num_frames)) else 0
+            return self.entry(path, start, end).exists()
+        except VideoError:
+            return False
 
     def size_of(self, num_frames: int) -> int:
         return self.HEADER.size + num_frames * self.size**2 * 3
@@ -227,10 +218,10 @@ class FrameCache:
                 unfinished.write_bytes(header + frames.data)
         return frames
 
-    def try_store(self, path: str, start: float, end: float | None) -> int | str:
-        """In a worker: the size of the video's new entry, or the reason if it is broken."""
+    def try_store(self, path: str, start: float, end: float | None) -> str:
+        """In a worker: `store`. Returns "", or the reason if the video is broken."""
         try:
-            frames = self.store(path, self.entry(path, start, end), start, end)
-            return self.size_of(len(frames))
+            self.store(path, self.entry(path, start, end), start, end)
         except VideoError as error:
             return str(error)
+        return ""

@@ -28,6 +28,7 @@ A video may also be a part of a tar file: "FOLDER/00000.tar@1536+23040/0042.mp4"
 Some files are worse than broken: workers.py.
 """
 
+import contextlib
 import os
 import re
 import stat
@@ -117,7 +118,7 @@ def read_frames(
     size: int,
     start: float = 0.0,
     end: float | None = None,
-    only: np.ndarray | slice = slice(None),
+    only: list[int] | slice = slice(None),
 ) -> np.ndarray:
     """T uniform frames of a video or image file: uint8 [T, H, W, 3], RGB, H = W = `size`, by time.
 
@@ -143,22 +144,17 @@ def read_frames(
     return np.stack([frames[index] for index in wanted[only]])  # [T, H, W, 3]
 
 
-class explain:
+@contextlib.contextmanager
+def explain(path: str) -> Iterator[None]:
     """Errors of OpenCV and of the disk become VideoError."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, OSError):
-            raise VideoError(f"{self.path}: cannot be read ({error.strerror})") from error
-        if isinstance(error, cv2.error):
-            raise VideoError(
-                f"{self.path}: OpenCV cannot decode it ({error.err}); fetch it again or remove it"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror})") from error
+    except cv2.error as error:
+        raise VideoError(
+            f"{path}: OpenCV cannot decode it ({error.err}); fetch it again or remove it"
+        ) from error
 
 
 def decode_video(path: str, pick: Callable, size: int, start: float, end, only) -> tuple:

@@ -31,7 +31,7 @@ from videos.decode import VideoError
 from videos.workers import run_guarded
 
 SLOTS = 4  # batches in memory: one in use, the others ahead of it
-QUEUE = 4  # videos that a worker has at hand
+CHUNK = 8  # videos that a worker gets at a time
 TICK = 0.02  # seconds
 TRIED_AT_LEAST = 100  # videos, before too many broken ones stop the run
 ATTEMPTS = 100  # videos for one place in a batch
@@ -43,7 +43,7 @@ class Want(NamedTuple):
     sample: int
     path: str
     window: tuple[float, float | None]  # the seconds of the video that count
-    only: np.ndarray  # int64 [T]: which of the frames that the cache keeps
+    only: list[int]  # T of the frames that the cache keeps, by number
 
 
 class Batch(NamedTuple):
@@ -54,13 +54,15 @@ class Batch(NamedTuple):
 
 
 class Job(NamedTuple):
-    """For a worker: frames of a video, and where they go."""
+    """For a worker: what to read, and where its frames go."""
 
-    path: str
-    window: tuple[float, float | None]
-    only: np.ndarray
+    want: Want
     slot: int
     row: int
+
+    @property
+    def path(self) -> str:
+        return self.want.path
 
 
 class Stream:
@@ -126,7 +128,7 @@ class Stream:
 
     def whole_batches(self) -> Iterator[tuple[list[int], np.ndarray]]:
         read = partial(read_into, self.cache, self.slots)
-        guards = dict(workers=self.workers, queue=QUEUE, tick=TICK)
+        guards = dict(workers=self.workers, chunk=CHUNK, tick=TICK)
         handed_out = 0
 
         for n, result in run_guarded(read, self.jobs(), **guards):
@@ -135,7 +137,7 @@ class Stream:
             if n is None:
                 continue
             number, row, attempt = self.running.pop(n)
-            if isinstance(result, str):
+            if result:
                 self.note_broken(self.open[number].wants[row].path, result)
                 self.todo.appendleft((number, row, attempt + 1))
             else:
@@ -175,7 +177,7 @@ class Stream:
 
         batch.wants[row] = want
         self.running[next(self.numbers)] = (number, row, attempt)
-        return Job(*want[1:], number % SLOTS, row)
+        return Job(want, number % SLOTS, row)
 
     def note_broken(self, path: str, reason: str) -> None:
         if path in self.broken:  # another place had asked for it before this was known
@@ -195,11 +197,12 @@ class Stream:
         )
 
 
-def read_into(cache: FrameCache, slots: np.ndarray, job: Job) -> bool | str:
-    """In a worker: put the frames into their slot. Returns True, or the reason if it is broken."""
+def read_into(cache: FrameCache, slots: np.ndarray, job: Job) -> str:
+    """In a worker: put the frames into their slot. Returns "", or the reason if it is broken."""
+    _, path, window, only = job.want
     try:
-        frames = cache.get(job.path, *job.window, only=job.only)  # [T, H, W, 3]
+        frames = cache.get(path, *window, only=only)  # [T, H, W, 3]
     except VideoError as error:
         return str(error)
     slots[job.slot, job.row * frames.size : (job.row + 1) * frames.size] = frames.ravel()
-    return True
+    return ""

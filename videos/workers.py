@@ -8,8 +8,8 @@ the file is given up, with that reason. Another process goes on with the next.
 A process may also die by no fault of its file, say where memory runs out. So the file is tried once
 more. If its process dies again, it was the file.
 
-A job is the path of a file, or has a `path`. A worker may hold a few jobs, so that it need not wait
-for the next; it works on the first of them.
+A job is the path of a file, or has a `path`. Small jobs may be handed out in chunks, since a
+message costs a tenth of a small video. Of a process that was lost, each is tried again alone.
 
 `concurrent.futures` waits for ever for a worker that hangs. `pebble` kills it, as this file does,
 but hands out small jobs six times slower (docs/LOG.md).
@@ -22,7 +22,6 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -36,44 +35,34 @@ PATIENCE = 60.0
 
 @dataclass
 class Worker:
-    """A process, and its jobs (n, job): it works on the first."""
+    """A process and its jobs, (n, job)."""
 
     process: multiprocessing.Process
-    jobs: deque = field(default_factory=deque)
-    is_over: float = 0.0  # when the time for the first job is, on the monotonic clock
+    jobs: list[tuple] = field(default_factory=list)
+    is_over: float = math.inf  # when their time is, on the monotonic clock
 
-    @property
-    def path(self) -> str:
-        job = self.jobs[0][1]
-        return getattr(job, "path", job)
-
-    def start_clock(self) -> None:
-        if self.jobs:
-            self.is_over = time.monotonic() + seconds_allowed(self.path)
+    def paths(self) -> list[str]:
+        return [getattr(job, "path", job) for _, job in self.jobs]
 
     def was_too_slow(self) -> str:
-        seconds = f"{seconds_allowed(self.path):.0f} s"
+        (path,) = self.paths()
         return (
-            f"{self.path}: the decoder gave no frames within {seconds} and was stopped; encode the "
-            "file again or remove it"
+            f"{path}: the decoder gave no frames within {seconds_allowed(path):.0f} s and was "
+            "stopped; encode the file again or remove it"
         )
 
     def died_twice(self) -> str:
+        (path,) = self.paths()
         return (
-            f"{self.path}: the decoder died twice (exit code {self.process.exitcode}; -9: killed, "
+            f"{path}: the decoder died twice (exit code {self.process.exitcode}; -9: killed, "
             "perhaps out of memory); encode the file again or remove it"
         )
 
 
 def run_guarded(
-    work: Callable,
-    jobs: Iterable,
-    *,
-    workers: int,
-    queue: int = 1,
-    tick: float | None = None,
+    work: Callable, jobs: Iterable, *, workers: int, chunk: int = 1, tick: float = math.inf
 ) -> Iterator[tuple]:
-    """(n, work(n-th job)) as they are done, by `workers` processes that hold `queue` jobs each.
+    """(n, work(n-th job)) as they are done, by `workers` processes, up to `chunk` a message.
 
     For a job that hangs or kills them, the second is why (str). `jobs` is read one at a time. With
     a `tick` (seconds) it may yield None: no job yet. Then (None, None) comes back after each tick
@@ -81,8 +70,8 @@ def run_guarded(
     """
     # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    jobs, numbers, end = iter(jobs), itertools.count(), (None, None)
-    again, tried_twice = [], set()
+    jobs, numbers, end = iter(jobs), itertools.count(), object()
+    again, died = [], set()
     pool: dict[Connection, Worker] = {}  # by our end of the worker's pipe
 
     def start() -> None:
@@ -92,56 +81,57 @@ def run_guarded(
         theirs.close()
         pool[ours] = Worker(process)
 
-    def next_job() -> tuple | None:
-        """(n, job); None if there is none yet, `end` if there will be none."""
+    def take() -> list[tuple] | None:
+        """Some (n, job); [] if there is none yet, None if there will be none."""
         if again:
-            return again.pop()
-        job = next(jobs, end)
-        return job if job is None or job is end else (next(numbers), job)
+            return [again.pop()]
+        taken = []
+        while len(taken) < chunk:
+            job = next(jobs, end)
+            if job is end:
+                return taken or None
+            if job is None:
+                return taken
+            taken.append((next(numbers), job))
+        return taken
 
     def give(pipe: Connection) -> None:
-        """The next job to this worker; one who has none left, and gets none, is dismissed."""
-        worker, job = pool[pipe], next_job()
-        if job is None or (job is end and worker.jobs):
-            return
-        with contextlib.suppress(BrokenPipeError):  # it has just died: the next look shows it
-            pipe.send(job[1])
-        if job is end:
+        """The next jobs to this worker; where there will be none, it is dismissed."""
+        worker, taken = pool[pipe], take()
+        if taken:
+            worker.jobs = taken
+            worker.is_over = time.monotonic() + seconds_allowed(*worker.paths())
+        if taken != []:
+            with contextlib.suppress(BrokenPipeError):  # it has just died: the next look shows it
+                pipe.send(taken and [job for _, job in taken])
+        if taken is None:
             del pool[pipe]
             pipe.close()
             worker.process.join()
-            return
-        worker.jobs.append(job)
-        if len(worker.jobs) == 1:
-            worker.start_clock()
 
     try:
         for _ in range(workers):
             start()
         while pool:
-            for length in range(1, queue + 1):  # nobody gets a second job before all have a first
-                for pipe in [pipe for pipe, worker in pool.items() if len(worker.jobs) < length]:
-                    give(pipe)
-            if not pool:
-                break
-
-            ends = [worker.is_over for worker in pool.values() if worker.jobs]
-            patience = max(0, min(ends, default=math.inf) - time.monotonic())
-            done = wait(pool, min(patience, tick or math.inf))
+            for pipe in [pipe for pipe, worker in pool.items() if not worker.jobs]:
+                give(pipe)
+            soonest = min((worker.is_over for worker in pool.values()), default=0)
+            patience = min(tick, max(0, soonest - time.monotonic()))
+            done = wait(pool, None if patience == math.inf else patience)
             now = time.monotonic()
-            late = [p for p, w in pool.items() if w.jobs and w.is_over <= now and p not in done]
+            late = [p for p, worker in pool.items() if worker.is_over <= now and p not in done]
 
             for pipe in [*done, *late]:
                 worker = pool[pipe]
-                result = None if pipe in late else receive(pipe)
-                if isinstance(result, UserError):
+                results = None if pipe in late else receive(pipe)
+                if isinstance(results, UserError):
                     del pool[pipe]
                     pipe.close()
-                    raise result
-                if result is not None:
-                    n, _ = worker.jobs.popleft()
-                    worker.start_clock()
-                    yield n, result
+                    raise results
+                if results is not None:
+                    finished = [n for n, _ in worker.jobs]
+                    worker.jobs, worker.is_over = [], math.inf
+                    yield from zip(finished, results)
                     continue
 
                 # it hangs or has died: another one takes its place
@@ -150,18 +140,15 @@ def run_guarded(
                 worker.process.join()
                 pipe.close()
                 start()
-                again.extend(list(worker.jobs)[:0:-1])
-                if not worker.jobs:
-                    continue
-                n, job = worker.jobs[0]
-                if pipe in late:
-                    yield n, worker.was_too_slow()
-                elif n in tried_twice:
-                    yield n, worker.died_twice()
+                is_alone = len(worker.jobs) == 1
+                if is_alone and pipe in late:
+                    yield worker.jobs[0][0], worker.was_too_slow()
+                elif is_alone and worker.jobs[0][0] in died:
+                    yield worker.jobs[0][0], worker.died_twice()
                 else:
-                    tried_twice.add(n)
-                    again.append((n, job))
-            if tick and not done:
+                    again.extend(worker.jobs)
+                    died.update(n for n, _ in worker.jobs if pipe in done)
+            if not done and tick < math.inf:
                 yield None, None
     finally:
         # busy only where something was raised: what is almost done may still be stored
@@ -174,8 +161,8 @@ def run_guarded(
             worker.process.join()
 
 
-def receive(pipe: Connection):
-    """The worker's result, None where it has died."""
+def receive(pipe: Connection) -> list | UserError | None:
+    """The worker's results, None where it has died."""
     try:
         return pipe.recv()
     except (EOFError, ConnectionResetError):
@@ -183,22 +170,24 @@ def receive(pipe: Connection):
 
 
 def serve(work: Callable, pipe: Connection, others: list[Connection]) -> None:
-    """A worker: do each path that comes through the pipe, until None does, or the parent dies."""
+    """A worker: do the jobs that come through the pipe, until None does, or the parent dies."""
     for inherited in others:  # kept open here, no pipe would end with the parent
         inherited.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent decides
 
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while (path := pipe.recv()) is not None:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (jobs := pipe.recv()) is not None:
             try:
-                result = work(path)
+                results = [work(job) for job in jobs]
             except UserError as error:
-                result = error
-            pipe.send(result)
+                results = error
+            pipe.send(results)
 
 
-def seconds_allowed(path: str) -> float:
-    try:
-        return PATIENCE + locate(path).size / 1e6
-    except VideoError:  # missing files fail fast
-        return PATIENCE
+def seconds_allowed(*paths: str) -> float:
+    """For these files, one after the other."""
+    seconds = PATIENCE
+    for path in paths:
+        with contextlib.suppress(VideoError):  # missing files fail fast
+            seconds += locate(path).size / 1e6
+    return seconds
