@@ -86,8 +86,10 @@ def extract_knowledge(caption: str) -> dict[str, list[str]]:
 
 def concept_names(caption: str) -> list[str]:
     """["noun:dog", "verb:chase", "relation:chase cat"]"""
-    found = extract_knowledge(caption)
-    return [f"{kind}:{lemma}" for kind, lemmas in found.items() for lemma in lemmas]
+    names = []
+    for kind, lemmas in extract_knowledge(caption).items():
+        names += [f"{kind}:{lemma}" for lemma in lemmas]
+    return names
 
 
 # ---- many captions -------------------------------------------------------------------------------
@@ -152,28 +154,22 @@ def tag_all(captions: list[str], workers: int | None, progress: bool) -> Iterabl
     """`concept_names` of each caption, by several processes."""
     load_tagger()  # before the workers start: its errors come once, and forked workers share it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers or cores, len(captions) // 2000)  # a start costs as much as 2,000
-    bar = tqdm(total=len(captions), desc="knowledge", disable=not progress or len(captions) < 500)
+    workers = max(1, min(workers or cores, len(captions) // 2000))  # a start costs as much as 2,000
+    bar = dict(total=len(captions), desc="knowledge", disable=not progress or len(captions) < 500)
 
-    with bar:
-        if workers < 2:
-            for caption in captions:
-                yield concept_names(caption)
-                bar.update()
-            return
-
-        # fork shares the loaded tagger; elsewhere it is unsafe (macOS) or missing (Windows)
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        try:
-            with ProcessPoolExecutor(workers, context) as pool:
-                for names in pool.map(concept_names, captions, chunksize=500):
-                    yield names
-                    bar.update()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"knowledge of {len(captions)} captions: a tagging process died (out of memory?); "
-                "run the same command again, with fewer --workers"
-            ) from error
+    # fork shares the loaded tagger; elsewhere it is unsafe (macOS) or missing (Windows)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        with ProcessPoolExecutor(workers, context) as pool:  # starts nothing until it is used
+            found = map(concept_names, captions)
+            if workers > 1:
+                found = pool.map(concept_names, captions, chunksize=500)
+            yield from tqdm(found, **bar)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"knowledge of {len(captions)} captions: a tagging process died (out of memory?); "
+            "run the same command again, with fewer --workers"
+        ) from error
 
 
 def cache_key(captions: list[str]) -> str:
@@ -320,15 +316,14 @@ def read_captions(path: str | Path) -> list[str]:
                 captions = [row["caption"] or "" for row in csv.DictReader(file)]
             else:
                 captions = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give another file") from error
-    except KeyError as error:
-        raise UserError(f"{path}: has no column `caption`; name it in the first line") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not text in UTF-8 ({error}); convert it first") from error
-    captions = list(dict.fromkeys(caption for caption in captions if caption.strip()))
-    if not captions:
-        raise UserError(f"{path}: holds no captions; expected one per line, or a column `caption`")
+        captions = list(dict.fromkeys(caption for caption in captions if caption.strip()))
+        if not captions:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(
+            f"{path}: no captions found ({type(error).__name__}: {error}); expected is text in "
+            "UTF-8 with one caption per line, or a csv file with a column `caption`"
+        ) from error
     return captions
 
 

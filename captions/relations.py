@@ -63,14 +63,10 @@ def find_relations(s: Sentence) -> list[str]:
 
 def is_auxiliary(s: Sentence, i: int) -> bool:
     """Whether the verb at word i names no action or state of its own."""
-    lemma = s.lemmas[i]
-    following = s.tags[i + 1] if i + 1 < len(s.tags) else ""
-    if lemma in STOP_VERBS or len(lemma) < 2:
-        return True
-    if lemma == "get":  # "gets pinned"
-        return following == "VBN"
-    is_future = s.words[i] == "going" and following == "TO"  # "is going to kiss"
-    return is_future and s.tags[i + 2 : i + 3] == ["VB"]
+    if s.lemmas[i] == "get":  # "gets pinned"
+        return s.tags[i + 1 : i + 2] == ["VBN"]
+    is_future = s.words[i] == "going" and s.tags[i + 1 : i + 3] == ["TO", "VB"]
+    return is_future or s.lemmas[i] in STOP_VERBS or len(s.lemmas[i]) < 2  # "is going to kiss"
 
 
 def make_chunks(s: Sentence) -> list[Chunk]:
@@ -118,9 +114,8 @@ def is_passive(s: Sentence, chunks: list[Chunk], c: int, after_passive: bool) ->
     kind, head = chunks[left]
     if kind == "verb" and s.lemmas[head] in ("be", "get", "have"):
         return s.lemmas[head] != "have"  # "is chased" against "has chased"
-    if kind == "and" and after_passive:  # "is sliced and put into a bowl"
-        return True
-    return tag == "VBN"  # "a tub filled with ice"
+    # "is sliced and put into a bowl", "a tub filled with ice"
+    return tag == "VBN" or (kind == "and" and after_passive)
 
 
 def coordinated(s: Sentence, chunks: list[Chunk], c: int) -> tuple[list[int], int]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import regex
+from lemminflect import getAllLemmas, getAllLemmasOOV
 
 from cli import UserError
 
@@ -118,20 +119,19 @@ def load_tagger():
     Raises UserError where a package or file is missing, or the file has another checksum.
     """
     try:
-        import lemminflect  # noqa: F401  (here, not above: a missing package is one line)
-        from nltk.tag.perceptron import PerceptronTagger
+        from nltk.tag.perceptron import PerceptronTagger  # here, since it takes a second
 
         files = importlib.metadata.files(WEIGHTS_PACKAGE) or []
     except ImportError as error:  # PackageNotFoundError is one
         raise UserError(f"{error.name}: this package is not installed; {INSTALL}") from None
 
-    again = f"{INSTALL} --force-reinstall"
     paths = [Path(file.locate()) for file in files if file.name.endswith(".pickle")]
-    if not paths or not paths[0].is_file():
-        raise UserError(f"{WEIGHTS_PACKAGE}: its tagger weights (*.pickle) are missing; {again}")
-    data = paths[0].read_bytes()
+    data = paths[0].read_bytes() if paths and paths[0].is_file() else b""
     if hashlib.sha256(data).hexdigest() != WEIGHTS_SHA256:
-        raise UserError(f"{paths[0]}: not the weights of version 0.2.0 (checksum); {again}")
+        raise UserError(
+            f"{WEIGHTS_PACKAGE}: its tagger weights (*.pickle) are missing, or not those of "
+            f"version 0.2.0 (checksum); {INSTALL} --force-reinstall"
+        )
 
     tagger = PerceptronTagger(load=False)
     tagger.decode_json_params(load_plain_pickle(data))
@@ -152,8 +152,6 @@ OVERRIDES = {
 @functools.lru_cache(maxsize=200_000)
 def readings(word: str) -> dict[str, tuple[str, ...]]:
     """The dictionary's readings: "sings" -> {"NOUN": ("sing",), "VERB": ("sing",)}, or {}."""
-    from lemminflect import getAllLemmas
-
     return OVERRIDES.get(word) or getAllLemmas(word)
 
 
@@ -168,8 +166,6 @@ def lemmatize(word: str, tag: str) -> str:
 
     known = readings(last).get(pos)
     if not known and not is_base:
-        from lemminflect import getAllLemmasOOV
-
         known = getAllLemmasOOV(last, pos).get(pos)
     # an unknown word that is said to be a base form is a misspelling or a name
     if not known or (is_base and last in known):

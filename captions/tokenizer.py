@@ -33,7 +33,6 @@ import gzip
 import heapq
 import html
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,7 +52,7 @@ WORD_PATTERN = regex.compile(
 HUGE_NUMBER = regex.compile(r"&#\d{4000,};?")
 PAD = 0
 # where CLIP's merges are found
-CLIP_FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")
+CLIP_FILES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 MEND = ftfy.TextFixerConfig(unescape_html=False)
 
 
@@ -93,8 +92,10 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     them are cut the same way in every word, and "ab"+"c" never meets "a"+"bc".
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    words = [[tokens[byte] for byte in word] for word in word_counts]
     counts = list(word_counts.values())
+    words = []
+    for word in word_counts:
+        words.append([tokens[byte] for byte in word])
 
     frequency = collections.Counter()  # pair -> how often it occurs now
     where = collections.defaultdict(set)  # pair -> words that hold it, or held it once
@@ -169,14 +170,16 @@ def read_clip_tokens(folder: str | Path, vocab_size: int) -> list[bytes]:
 
     path = paths[0]
     try:
-        merges, ids = read_merges(path)
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        lines = data.decode("utf-8").splitlines()[1 : vocab_size - 513]  # the first: a version
         names = [*byte_of, *(f"{letter}</w>" for letter in byte_of)]
-        names += [left + right for left, right in merges[: vocab_size - 514]]
+        names += [left + right for left, right in map(str.split, lines)]
         tokens = []
         for name in names:
-            token = bytes([byte_of[letter] for letter in name.removesuffix("</w>")])
+            token = bytes(byte_of[letter] for letter in name.removesuffix("</w>"))
             tokens.append(token + b" " if name.endswith("</w>") else token)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a file of CLIP's merges ({what}); fetch it again") from error
 
@@ -185,28 +188,7 @@ def read_clip_tokens(folder: str | Path, vocab_size: int) -> list[bytes]:
             f"{path}: gives {len(set(tokens)) + 2} tokens, the weights have {vocab_size}: it "
             "belongs to another model; take the one from the model's own page"
         )
-    if ids and any(ids.get(name) != number for number, name in enumerate(names)):
-        raise UserError(
-            f"{path}: its tokens are not numbered as CLIP's are; take the file from the model's "
-            "own page"
-        )
     return tokens
-
-
-def read_merges(path: Path) -> tuple[list, dict[str, int]]:
-    """(pairs in the order of merging, {token: id} where a file states them, else {})."""
-    if path.suffix == ".json":
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        # a merge is "a b" or ["a", "b"], by the version of the file
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return pairs, model["vocab"]
-
-    data = path.read_bytes()
-    data = gzip.decompress(data) if path.suffix == ".gz" else data
-    lines = data.decode("utf-8").splitlines()[1:]  # the first says the version
-    vocab = path.parent / "vocab.json"
-    ids = json.loads(vocab.read_text(encoding="utf-8")) if vocab.is_file() else {}
-    return [line.split() for line in lines if line], ids
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------

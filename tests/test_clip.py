@@ -434,12 +434,6 @@ def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
         refused(tmp_path / name, "damaged")
 
 
-def test_image_size_must_fit_the_patches(file):
-    openai_file(file)
-    with pytest.raises(UserError, match="--image-size 20.*weights' patches of 8 pixels"):
-        read_pretrained(file, image_size=20)
-
-
 # ---- fine-tuning ---------------------------------------------------------------------------------
 
 
@@ -553,11 +547,6 @@ def test_groups_have_their_own_learning_rates():
     assert {name: found[name] for name in expected} == expected
 
 
-def test_without_init_all_parameters_are_alike():
-    found = groups_of(CLOP(build_config("toy")), TrainConfig())
-    assert all(scale == 1.0 and decay in (0.0, 0.1) for scale, decay in found.values())
-
-
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -570,12 +559,6 @@ def test_mistakes_end_before_the_work(tiny_world, tmp_path, weights, changes, sa
     with pytest.raises(UserError, match=said):
         train.train(from_clip(tiny_world, tmp_path / "run", weights, **changes))
     assert not (tmp_path / "cache").exists()
-
-
-def test_without_its_vocabulary_a_run_does_not_start(tiny_world, tmp_path):
-    openai_file(tmp_path / "clip.safetensors")
-    with pytest.raises(UserError, match="CLIP's vocabulary is not there; put its merges.txt"):
-        train.train(from_clip(tiny_world, tmp_path / "run", tmp_path))
 
 
 def test_a_preset_takes_another_image_size(tiny_world, tmp_path):

@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from captions.tokenizer import Tokenizer
 from cli import UserError
 from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
 from datasets.split import Split
-from knowledge import ConceptVocab, extract_many, read_cache, read_captions, write_cache
+from knowledge import ConceptVocab, extract_many, read_captions
 from model import CLOP, build_config
 from report.page import shown
 from training.checkpoint import hash_text, load_checkpoint, save_checkpoint
@@ -230,12 +229,6 @@ def test_pickles_of_plain_data_in_odd_shapes(data, tmp_path):
     one_line(error.value)
 
 
-def test_a_header_without_questions(tmp_path):
-    (path := tmp_path / "mc.tsv").write_bytes(QUESTIONS["mc.tsv"].splitlines(keepends=True)[0])
-    with pytest.raises(UserError, match="mc.tsv: no samples in it; expected vid_key"):
-        load_msrvtt_mc(Folder(tmp_path), path)
-
-
 def test_a_number_of_five_thousand_digits(tmp_path):
     path = tmp_path / "mc.tsv"
     path.write_bytes(QUESTIONS["mc.tsv"].replace(b"\t3\n", b"\t" + b"9" * 5000 + b"\n"))
@@ -348,49 +341,6 @@ def test_a_checkpoint_made_to_harm_is_refused_or_loads(checkpoint):
             one_line(error)
 
     check()
-
-
-@quick
-@given(
-    st.recursive(
-        st.none() | st.text(max_size=4) | st.integers(),
-        lambda x: (
-            st.lists(x, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["tokens", "names", "counts", "num_captions"]), x, max_size=4
-            )
-        ),
-    )
-)
-def test_saved_vocabularies(value):
-    """What load_checkpoint takes for a damaged or foreign file, and nothing else, comes out of bad
-    ones.
-    """
-    for read in (Tokenizer.from_dict, ConceptVocab.from_dict):
-        try:
-            read(value)
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError):
-            pass
-
-
-def test_damaged_knowledge_caches_are_made_anew(capsys):
-    captions = ["a dog chases a cat", "two red balls bounce", ""]
-    expected = extract_many(captions, progress=False)
-    folder = Path(tempfile.mkdtemp())
-    write_cache(folder / "whole.npz", expected)
-    whole = (folder / "whole.npz").read_bytes()
-
-    @quick
-    @given(damaged(whole))
-    def check(content):
-        (folder / "x.npz").write_bytes(content)
-        found = read_cache(folder / "x.npz")
-        assert found is None or (
-            found.names == expected.names and (found.held != expected.held).nnz == 0
-        )
-
-    check()
-    shutil.rmtree(folder)
 
 
 def test_damaged_logs_are_cut_back():

@@ -68,6 +68,8 @@ ROOT = Path(__file__).parent.parent
         ("a girl eats ice-cream in a café", "girl ice-cream café", "eat", "eat ice-cream"),
         ("a\x00dog\x1bchases\ta\r\ncat", "dog cat", "chase", "chase cat"),
         ("ａ ｄｏｇ", "dog", "", ""),  # full-width letters
+        ("people with knives do back-flips", "person knife back-flip", "", ""),
+        ("the leaves fell", "leaf", "fall", ""),
         ("a dog chases a red ball and " * 1700, "dog ball", "chase", "chase ball"),
     ],
 )
@@ -122,15 +124,6 @@ def test_another_granularity_is_one_entry(monkeypatch):
     found = extract_many(["a small red dog", "a small cat runs"], progress=False)
     names = ConceptVocab.build(found, min_count=1).names
     assert names == ["noun:cat", "noun:dog", "verb:run", "adjective:small", "adjective:red"]
-
-
-def test_lemmas_of_awkward_words():
-    nouns = ("men", "people", "leaves", "knives", "back-flips")
-    lemmas = [tagger.lemmatize(word, "NNS") for word in nouns]
-    assert lemmas == ["man", "person", "leaf", "knife", "back-flip"]
-    verbs = [("rides", "VBZ"), ("playing", "VBG"), ("threw", "VBD"), ("self-narrates", "VBZ")]
-    lemmas = [tagger.lemmatize(word, tag) for word, tag in verbs]
-    assert lemmas == ["ride", "play", "throw", "self-narrate"]
 
 
 class OtherFile:
@@ -188,11 +181,7 @@ def test_extract_many_is_extract_knowledge_of_each():
     assert len(extract_many([], progress=False)) == 0
 
 
-@pytest.mark.parametrize("platform", ["linux", "darwin"])  # forked workers, and fresh ones
-def test_workers_give_the_same_knowledge(platform, monkeypatch):
-    if platform == "linux" and sys.platform != "linux":
-        pytest.skip("fork is used on Linux only")
-    monkeypatch.setattr(sys, "platform", platform)
+def test_workers_give_the_same_knowledge():
     captions = [f"{caption} and thing number {i}" for i in range(60) for caption in CAPTIONS]
     assert len(set(captions)) > 4000  # fewer stay in this process
     alone, shared = (extract_many(captions, workers=n, progress=False) for n in (1, 2))
@@ -317,39 +306,35 @@ def test_meaning_ids():
 # ---- command line --------------------------------------------------------------------------------
 
 
-def run_demo(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "knowledge.py", *words]
+def run_demo(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, "knowledge.py", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_demo_takes_a_caption_apart():
+def test_demos(tmp_path):
     shown = run_demo("two", "dogs", "chase", "a", "ball").stdout
     assert "dogs/NNS" in shown and "relation: chase ball" in shown
-
-
-def test_demo_shows_a_file_of_captions(tmp_path):
     captions = ["a dog chases a cat", "a dog chases a cow", "a cat sleeps"]
     (tmp_path / "a.txt").write_text("\n\n".join(captions))
     (tmp_path / "b.csv").write_text("\n".join(["caption,video", *(f"{c},1.mp4" for c in captions)]))
-    shown = [run_demo("--captions", str(tmp_path / name)).stdout for name in ("a.txt", "b.csv")]
+    shown = [run_demo("--captions", tmp_path / name).stdout for name in ("a.txt", "b.csv")]
     assert shown[0] == shown[1]
     assert "dog 2" in shown[0] and "a dog chases a cow" in shown[0]
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content",
     [
-        ("missing.txt", None, "cannot be read"),
-        ("empty.txt", b"", "no captions"),
-        ("blank.txt", b" \n\n", "no captions"),
-        ("header.csv", b"video,caption\n", "no captions"),
-        ("column.csv", b"video,text\n1,a\n", "no column `caption`"),
-        ("binary.txt", b"\xff\xfe\x00\x80", "UTF-8"),
+        ("missing.txt", None),
+        ("blank.txt", b" \n\n"),
+        ("header.csv", b"video,caption\n"),
+        ("column.csv", b"video,text\n1,a\n"),
+        ("binary.txt", b"\xff\xfe\x00\x80"),
     ],
 )
-def test_a_bad_file_of_captions_is_one_line(name, content, message, tmp_path):
+def test_a_bad_file_of_captions_is_one_line(name, content, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=f"{name}: no captions found") as error:
         knowledge.read_captions(tmp_path / name)
-    assert name in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -86,12 +86,6 @@ def test_encoding_replays_the_merges(tokenizer):
         assert tokenizer.encode(caption, 200) == [tokenizer.sot, *expected, tokenizer.eot]
 
 
-def test_vocabulary_depends_on_the_captions_alone(tokenizer):
-    shuffled = random.Random(0).sample(CAPTIONS, len(CAPTIONS))
-    assert Tokenizer.train(shuffled, 330).tokens == tokenizer.tokens
-    assert Tokenizer.train(iter(CAPTIONS), 330).tokens == tokenizer.tokens
-
-
 def test_ids_and_sizes(tokenizer):
     assert tokenizer.vocab_size == 330 and tokenizer.eot == 329 and tokenizer.sot == 328
     small = Tokenizer.train(["ab"], 1000)  # no pair occurs twice
@@ -117,14 +111,6 @@ def test_truncation_keeps_eot(tokenizer):
     for length in range(2, len(whole) + 3):
         cut = tokenizer.encode("two dogs chase the ball", length)
         assert cut == whole[: length - 1][: len(whole) - 1] + [tokenizer.eot] and len(cut) <= length
-
-
-def test_long_captions(tokenizer):
-    words = ["dog", "chases", "ballroom"] * 3334
-    captions = [" ".join(words), "x" * 100_000]  # 10,002 words, and one
-    tokens, text_mask = tokenizer.encode_batch(captions, length=77)
-    assert tokens.shape == (2, 77) and text_mask.all()
-    assert tokens[0].tolist() == tokenizer.encode(" ".join(words[:200]), 77)
 
 
 def test_accents_without_end_are_cut():
@@ -168,11 +154,6 @@ def test_special_tokens_cannot_be_written(tokenizer):
     ids = tokenizer.encode("a dog <|endoftext|> <|startoftext|>", 100)
     assert ids.count(tokenizer.eot) == 1 and ids.count(tokenizer.sot) == 1
     assert tokenizer.decode(ids) == "a dog <| endoftext |> <| startoftext |>"
-
-
-def test_a_word_and_a_beginning_differ(tokenizer):
-    assert {b"dog", b"dogs "} <= set(tokenizer.tokens)  # "dogs " ends a word, "dog" begins one
-    assert not any(b" " in token[:-1] for token in tokenizer.tokens)  # no token crosses a word
 
 
 # ---- CLIP's own tokenizer ------------------------------------------------------------------------
@@ -271,78 +252,35 @@ def test_ids_of_any_text_are_clips_own(clip_pair, text):
         assert ours.encode(text, 20) == [ours.sot, *expected[:18], ours.eot]
 
 
-def test_ids_of_plain_captions_are_transformers_own(clip_pair, hugging_face):
-    odd = ["", "A  Man's dog, 12 cats & a café!", "it's 犬が café … ---", "x" * 200]
-    for caption in odd + CAPTIONS:
-        assert clip_pair[0].encode(caption, 1000) == hugging_face(caption)["input_ids"], caption
-    # a written special token is one to transformers; here it is spelled
-    assert 49406 in hugging_face("<|startoftext|>")["input_ids"][1:]
-    assert 49406 not in clip_pair[0].encode("<|startoftext|>", 100)[1:]
-
-
-def test_clips_vocabulary_lives_in_the_checkpoint(clip_pair):
-    saved = json.dumps(clip_pair[0].to_dict())
-    assert len(saved) < 1e6
-    assert Tokenizer.from_dict(json.loads(saved)).tokens == clip_pair[0].tokens
-
-
-LETTERS = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]] + [
-    chr(256 + i) for i in range(68)
-]
-MERGES = [("d", "o"), ("do", "g</w>"), ("Ã", "©</w>"), ("t", "h")]
-NAMES = [
-    *LETTERS,
-    *(letter + "</w>" for letter in LETTERS),
-    *map("".join, MERGES),
-    "<|startoftext|>",
-    "<|endoftext|>",
-]
-
-
-def write_merges(folder, lines=MERGES):
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in lines), encoding="utf-8"
-    )
+MERGES = "#version: 0.2\nd o\ndo g</w>\nÃ ©</w>\nt h\n"
 
 
 def test_each_file_of_merges_gives_the_same_tokens(tmp_path):
-    ids = {name: id for id, name in enumerate(NAMES)}
     with gzip.open(tmp_path / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in [*MERGES, ("x", "y")]))
-    found = [Tokenizer.from_clip(tmp_path, 518).tokens]
-    for merges in ([" ".join(pair) for pair in MERGES], MERGES):
-        (tmp_path / "tokenizer.json").write_text(
-            json.dumps(dict(model=dict(vocab=ids, merges=merges)))
-        )
-        found.append(Tokenizer.from_clip(tmp_path, 518).tokens)
-    write_merges(tmp_path)
-    (tmp_path / "vocab.json").write_text(json.dumps(ids))
-    found.append(Tokenizer.from_clip(tmp_path, 518).tokens)
-    assert all(tokens == found[0] for tokens in found)
-    assert (found[0][0], found[0][256]) == (b"!", b"! ")
-    assert found[0][512:] == [b"do", b"dog ", "é ".encode(), b"th"] and len(set(found[0])) == 516
-    assert Tokenizer.from_clip(tmp_path, 518).encode("the café dog", 99)[-2] == 513
+        file.write(MERGES + "x y\n")  # OpenAI's holds more merges than were used
+    packed = Tokenizer.from_clip(tmp_path, 518)
+    (tmp_path / "merges.txt").write_text(MERGES, encoding="utf-8")
+    found = Tokenizer.from_clip(tmp_path, 518)
+    assert found.tokens == packed.tokens and len(set(found.tokens)) == 516
+    assert (found.tokens[0], found.tokens[256]) == (b"!", b"! ")
+    assert found.tokens[512:] == [b"do", b"dog ", "é ".encode(), b"th"]
+    assert found.encode("the café dog", 99)[-2] == 513
 
 
-def test_unusable_vocabularies_are_one_line(tmp_path):
-    def refused(said, vocab_size=518):
-        with pytest.raises(UserError, match=said) as error:
-            Tokenizer.from_clip(tmp_path, vocab_size)
-        assert "\n" not in str(error.value)
-
-    refused("CLIP's vocabulary is not there; put its merges.txt")
-    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(b"hello")
-    refused("16e6.txt.gz: not a file of CLIP's merges")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    refused("tokenizer.json: not a file of CLIP's merges")
-    write_merges(tmp_path, [("a", "b c")])
-    refused("merges.txt: not a file of CLIP's merges")
-    write_merges(tmp_path)
-    refused("gives 518 tokens, the weights have 600", vocab_size=600)
-    (tmp_path / "vocab.json").write_text(
-        json.dumps({name: id + 1 for id, name in enumerate(NAMES)})
-    )
-    refused("not numbered as CLIP's are")
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("other.txt", b"", "CLIP's vocabulary is not there; put its merges.txt"),
+        ("bpe_simple_vocab_16e6.txt.gz", b"hello", "16e6.txt.gz: not a file of CLIP's merges"),
+        ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt: not a file of CLIP's merges"),
+        ("merges.txt", MERGES.encode(), "gives 518 tokens, the weights have 600"),
+    ],
+)
+def test_unusable_vocabularies_are_one_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        Tokenizer.from_clip(tmp_path, 600)
+    assert "\n" not in str(error.value)
 
 
 def test_saved_as_json(tokenizer):

@@ -18,9 +18,7 @@ from datasets.toyrender import (
     COLOURS,
     FRAMES,
     KINDS,
-    RELATIONS,
     SIDE,
-    SINGLE_ACTIONS,
     SIZES,
     Event,
     Thing,
@@ -124,11 +122,6 @@ BALL, FISHES = Thing(1, "big", "red", "ball"), Thing(2, None, "blue", "fish")
 )
 def test_captions_are_grammatical(scene, template, synonyms, expected):
     assert caption_of(scene, template, synonyms) == expected
-
-
-def test_every_action_has_words_and_motion():
-    assert tuple(SINGLE) == SINGLE_ACTIONS and tuple(RELATION) == RELATIONS
-    assert len(SINGLE) + len(RELATION) >= 12 and len(RELATION) >= 4 and len(COLOURS) >= 6
 
 
 def test_captions_of_training_are_distinct_paraphrases(plans):
@@ -364,15 +357,6 @@ def test_an_interrupted_world_is_completed(world, tmp_path, monkeypatch):
     )
 
 
-def test_a_lost_video_is_rendered_again(tmp_path):
-    folder = generate(tmp_path / "toy", workers=1, train=2, val=1, test=1, progress=False)
-    lost = folder / "videos" / "train_00001.mp4"
-    content = lost.read_bytes()
-    lost.unlink()
-    generate(folder, workers=1, train=2, val=1, test=1, progress=False)
-    assert lost.read_bytes() == content
-
-
 def test_mistakes_end_in_one_line(world, tmp_path):
     def message(folder, **changes):
         with pytest.raises(UserError) as error:
@@ -394,36 +378,9 @@ def test_mistakes_end_in_one_line(world, tmp_path):
     (tmp_path / "mine" / "train.csv").write_text("video,caption\n")
     assert "not a toy world" in message(tmp_path / "mine")
 
-    few = dict(train=1, val=1, test=1)
-    edited = generate(tmp_path / "edited", workers=1, **few, progress=False)
-    video = edited / "videos" / "test_00000.mp4"
-    whole = video.read_bytes()
-    video.write_bytes(whole[:-9] + b"?" + whole[-8:])  # a bit that the disk lost
-    assert "changed" in message(edited, **few)
-    video.write_bytes(whole)
-    generate(edited, workers=1, **few, progress=False)
-    with open(edited / "test.csv", "a") as file:
-        file.write("videos/test_00000.mp4,a lie\n")
-    assert "changed" in message(edited, **few)
-    (edited / "world.json").write_text("{")
-    assert "cannot hold" in message(edited, **few)
-
-
-def test_a_disk_that_swallows_writes_is_noticed(tmp_path, monkeypatch):
-    class Deaf:
-        def __init__(self, path, *_):
-            self.path = path
-
-        def write(self, frame):
-            Path(self.path).write_bytes(b"\0" * 100)
-
-        def release(self):
-            pass
-
-    monkeypatch.setattr(cv2, "VideoWriter", Deaf)
-    with pytest.raises(UserError, match="could not be written"):
-        generate(tmp_path / "toy", workers=1, train=1, val=0, test=0, progress=False)
-    assert list((tmp_path / "toy" / "videos").iterdir()) == []
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "world.json").write_text("{")
+    assert "cannot hold" in message(tmp_path / "torn")
 
 
 def test_command_line(tmp_path):

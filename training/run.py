@@ -154,10 +154,8 @@ def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:
 
 def restore_optimizer(optimizer, model, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse. A run whose steps were all skipped has no state yet."""
-    for name, parameter in model.named_parameters():
-        if f"step.{name}" in tensors:
-            moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
-            optimizer.state[parameter] = {"step": tensors[f"step.{name}"].cpu(), **moments}
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        moment, _, name = key.partition(".")
+        device = "cpu" if moment == "step" else parameters[name].device
+        optimizer.state[parameters[name]][moment] = value.to(device)
