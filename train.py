@@ -191,7 +191,14 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 3. the loop -----------------------------------------------------------------------------
     idf = torch.from_numpy(data.vocab.idf).to(ranks.device)
-    batches = data.batches(config, plan_batches(config, ranks, data.sampler, run.step))
+    batches = read_batches(
+        data.samples,
+        plan_batches(config, ranks, data.sampler, run.step),
+        seed=config.seed,
+        workers=config.workers,
+        max_broken=config.max_broken,
+        frames_at_most=config.batch_size * num_frames(config)[-1],
+    )
     with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
             batch = run.next_batch(batches)
@@ -257,13 +264,6 @@ class Data:
     trained_on: TrainedOn  # these videos, and those of --init
     val_note: str  # why validation would not be comparable
 
-    def batches(self, config: TrainConfig, jobs: Iterator[Job]) -> Iterator[dict]:
-        limits = dict(workers=config.workers, max_broken=config.max_broken)
-        frames_at_most = config.batch_size * num_frames(config)[-1]
-        return read_batches(
-            self.samples, jobs, seed=config.seed, frames_at_most=frames_at_most, **limits
-        )
-
     def decodable_val(self, config: TrainConfig) -> Split:
         """The validation split without what is broken: decoded now, where that is not known."""
         if not self.val_is_read:
@@ -306,10 +306,10 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     check_broken(train_split, config.max_broken)
     validation = Task("", val_split)
     if cache.share == 1:
-        row = {caption: i for i, caption in enumerate(train_split.captions)}
         decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
         decodable = keep_decodable(train_split, cache, **decoding)
         if len(decodable.captions) < len(train_split.captions):
+            row = {caption: i for i, caption in enumerate(train_split.captions)}
             kept = [row[caption] for caption in decodable.captions]
             knowledge = Knowledge(knowledge.names, knowledge.held[kept])
             vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)

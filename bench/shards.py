@@ -305,7 +305,7 @@ def main():
         print(record["index"], record["index of links"], flush=True)
 
         split = load_shards(pattern, index=index, workers=1, progress=False)
-        paths = list(split.video_paths[: min(4000, config.samples)])
+        paths = list(split.video_paths[: min(2000, config.samples)])
         for name, measure in (
             ("clips per second", partial(measure_rates, paths, config)),
             ("memory, MB", partial(measure_memory, paths, config)),

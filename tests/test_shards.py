@@ -205,7 +205,7 @@ def test_too_many_broken_videos_end_it(tmp_path, clip):
         if max_broken == 0.2:
             assert len(list(stream)) == 200 and len(stream.broken) == 20
             continue
-        with pytest.raises(UserError, match="1. of 1.. videos read so far.*5% of --max-broken"):
+        with pytest.raises(UserError, match="6 of .. videos read so far.*5% of --max-broken"):
             list(stream)
     with pytest.raises(UserError, match="1 of 1 videos read so far cannot be used"):
         list(make_stream(tmp_path, clip, [["gone0"]], ["gone0"] * 200))

@@ -33,7 +33,7 @@ from videos.workers import run_guarded
 SLOTS = 4  # batches in memory: one in use, the others ahead of it
 CHUNK = 8  # videos that a worker gets at a time
 TICK = 0.02  # seconds
-TRIED_AT_LEAST = 100  # videos, before too many broken ones stop the run
+AT_LEAST = 100  # videos of which --max-broken is a share, so that the first one stops no run
 ATTEMPTS = 100  # videos for one place in a batch
 
 
@@ -186,7 +186,7 @@ class Stream:
         if len(self.broken) <= 20:
             print(f"another video takes the place of {reason}", file=sys.stderr, flush=True)
         tried = self.decoded + len(self.broken)
-        if tried >= TRIED_AT_LEAST and len(self.broken) > self.max_broken * tried:
+        if len(self.broken) > self.max_broken * max(tried, AT_LEAST):
             self.give_up()
 
     def give_up(self) -> None:
