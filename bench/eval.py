@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch  # noqa: E402
 
 from cli import parse_config, run  # noqa: E402
-from eval import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
+from eval import retrieval_metrics, retrieval_ranks, summarize  # noqa: E402
 
 
 @dataclass
@@ -52,7 +52,7 @@ def measure(how: str, n: int, width: int, rounds: int) -> tuple[float, float, fl
     for _ in range(rounds):
         started, cpu = time.perf_counter(), time.process_time()
         if how == "tiles":
-            metrics = summarize_ranks(retrieval_ranks(text, video, torch.arange(n)))
+            metrics = summarize(retrieval_ranks(text, video, torch.arange(n)))
         else:
             metrics = retrieval_metrics(text @ video.T, torch.arange(n))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

@@ -28,7 +28,7 @@ from captions.tokenizer import Tokenizer
 from cli import parse_config, run
 from model import CLOP, build_config
 from search.index import File, Index, Record
-from search.query import Library, answer, print_answer
+from search.query import Library, answer, find_floor, print_answer
 from training.checkpoint import Checkpoint
 
 WORDS = """a the dog cat man woman child runs rides eats throws red blue ball horse bike beach
@@ -48,7 +48,7 @@ class BenchConfig:
 
 def fill(path: Path, config: BenchConfig, embed_dim: int) -> tuple[list[File], dict]:
     """Write the index; (its files, what opens it)."""
-    recipe = dict(checkpoint="random", window=8.0, embed_dim=embed_dim)
+    recipe = dict(checkpoint="random", window=8.0)
     files = [
         File(f"holidays/{i // 1000:03d}/clip {i:06d}.mp4", i, 10**6) for i in range(config.videos)
     ]
@@ -77,12 +77,13 @@ def measure(preset: str, config: BenchConfig, tokenizer: Tokenizer) -> None:
         started = time.perf_counter()
         library = Library(Index(path, **recipe).known(files))
         cold = time.perf_counter() - started
+    floor = find_floor(checkpoint, library)
     rng, rows = np.random.default_rng(1), []
     for _ in range(3 + config.queries):
         query = " ".join(rng.choice(WORDS, 8))
         started, cpu = time.perf_counter(), time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
-            given = answer(checkpoint, library, query, config.top)
+            given = answer(checkpoint, library, query, config.top, floor)
             print_answer(given)
         whole, cpu = time.perf_counter() - started, time.process_time() - cpu
         rows.append((whole, given.seconds[0], given.seconds[1], cpu))

@@ -191,6 +191,45 @@ def test_dual_softmax_only_under_its_own_name(world, tmp_path, capsys):
     assert "text to video, DSL" in page and "whole query set" in page
 
 
+def test_two_results_side_by_side(world, tmp_path, capsys):
+    """By hand: B finds one caption of six more, and another one that A finds it misses."""
+    folders = [str(tmp_path / name) for name in "ab"]
+    record = evaluate(config(world, folders[0]))
+    ranks = dict(a="1 2 1 1 3 1.5", b="1 1 1 2 1 1.5")
+    for folder, text in zip(folders, ranks.values()):
+        write = record | dict(outcomes=dict(t2v=text))
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "metrics.json").write_text(json.dumps(write), encoding="utf-8")
+    out = str(tmp_path / "both")
+    compared = evaluate(EvalConfig(compare=tuple(folders), out=out))
+    ours, theirs, gain, low, high, alone, other_alone = compared["t2v_R@1"]
+    assert (ours, theirs, alone, other_alone) == (50, pytest.approx(400 / 6), 1, 2)
+    assert low < gain == pytest.approx(100 / 6) < high and low < 0
+    assert compared["t2v_R@5"] == [100, 100, 0, 0, 0, 0, 0]
+    shown, page = capsys.readouterr().out, Path(out, "report.html").read_text(encoding="utf-8")
+    for words in ("t2v_R@1", "50.0", "66.7", "16.7"):
+        assert words in shown and words in page
+    # the same run with itself, and its own intervals
+    one = evaluate(EvalConfig(compare=(folders[0], folders[0] + "/metrics.json"), out=out))
+    assert one["t2v_R@1"][2:] == [0, 0, 0, 0, 0]
+    low, high = record["intervals"]["t2v_R@1"]
+    assert low <= record["t2v_R@1"] <= high and {"v2t_R@1", "v2t_grouped_R@1"} < set(
+        record["intervals"]
+    )
+
+    for name, text, message in (
+        ("c", json.dumps(record | dict(queries_sha256="other")), "did not answer the same queries"),
+        ("d", "{}", "d: holds no metrics.json with the outcome of each query .KeyError"),
+        ("e", "no JSON", "e: holds no metrics.json .*JSONDecodeError"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            evaluate(EvalConfig(compare=(folders[0], str(tmp_path / name)), out=out))
+    with pytest.raises(UserError, match="nowhere: holds no metrics.json .*FileNotFoundError"):
+        evaluate(EvalConfig(compare=(folders[0], "nowhere"), out=out))
+
+
 def test_saved_similarities_give_the_reported_numbers(world, tmp_path, monkeypatch, capsys):
     record = evaluate(config(world, tmp_path, sim_out=str(tmp_path / "saved")))
     saved = np.load(tmp_path / "saved", allow_pickle=False)
