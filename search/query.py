@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -272,15 +271,15 @@ def print_answer(given: Answer) -> None:
             place = rank if moment is match.moments[0] else ""
             mark = "?" if moment.score <= given.floor else " "
             when = clock(moment.start, moment.end)
-            print(f"{place:>4}  {moment.score:6.3f}{mark} {when:>16s}  {printable(match.path)}")
+            print(f"{place:>4}  {moment.score:6.3f}{mark} {when:>13s}  {printable(match.path)}")
     print_some("", given.notes)
 
 
 def clock(start: float, end: float) -> str:
-    """Seconds as 0:00:08–0:00:16; a second at least."""
+    """Seconds as minutes, 0:08–0:16 or 62:03–62:11; a second at least."""
     first = round(start)
     last = max(first + 1, round(end))
-    return f"{timedelta(seconds=first)}–{timedelta(seconds=last)}"
+    return f"{first // 60}:{first % 60:02d}–{last // 60}:{last % 60:02d}"
 
 
 def ask() -> Iterator[str]:

@@ -158,9 +158,9 @@ def test_a_long_video_shows_its_best_moments_none_beside_a_better_one():
 @pytest.mark.parametrize(
     "start, end, shown",
     [
-        (0, 0.24, "0:00:00–0:00:01"),
-        (59.6, 67.4, "0:01:00–0:01:07"),
-        (36e3, 36008, "10:00:00–10:00:08"),
+        (0, 0.24, "0:00–0:01"),
+        (59.6, 67.4, "1:00–1:07"),
+        (36e3, 36008, "600:00–600:08"),
     ],
 )
 def test_clock(start, end, shown):
@@ -453,10 +453,8 @@ def test_below_what_unrelated_sentences_reach_nothing_is_claimed(checkpoint, cli
     assert own.matches[0].moments[0].score <= own.floor and own.notes[-1].startswith("? claims")
     assert marked.count("? ") == sum(len(match.moments) for match in own.matches) + 1
     assert page_of(clips).count('class="card faint"') == 6
-    # the same library, whose videos a query really describes
-    emb = own.floor * np.ones((1, 1), np.float32)
-    library = Library({File("x", 0, 0): Record("", np.float32([[0, 1]]), emb)})
-    assert library.search(np.float32([2]), 1)[0].moments[0].score > own.floor
+    claimed = find(checkpoint, clips, "a red ball")["answers"][0]
+    assert claimed.matches[-1].moments[0].score > claimed.floor and claimed.notes == []
 
 
 def test_queries_from_a_pipe(checkpoint, clips, monkeypatch):
