@@ -172,15 +172,10 @@ def summarize(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
 
     outcomes: ranks by their way, points of multiple choice by their name.
     """
-    metrics = {}
-    for name, outcome in outcomes.items():
-        if name.startswith("mc_"):
-            metrics[name] = float(outcome.mean())
-            continue
-        for k in (1, 5, 10):
-            metrics[f"{name}_R@{k}"] = 100 * float(np.mean(outcome <= k))
-        metrics[f"{name}_MdR"] = float(np.median(outcome))
-        metrics[f"{name}_MnR"] = float(np.mean(outcome))
+    metrics = {name: float(v.mean()) for name, v in values_per_query(outcomes).items()}
+    for name, ranks in outcomes.items():
+        if not name.startswith("mc_"):
+            metrics |= {f"{name}_MdR": float(np.median(ranks)), f"{name}_MnR": float(ranks.mean())}
     return metrics
 
 
@@ -699,16 +694,16 @@ def compare_results(config: EvalConfig) -> dict:
             "queries; evaluate both on the same task and videos"
         )
 
-    ours, theirs = values_per_query(one["outcomes"]), values_per_query(two["outcomes"])
-    compared = {}
-    for name in ours.keys() & theirs.keys():  # one of them may lack the dual softmax
-        gain = theirs[name] - ours[name]
-        means = [float(values.mean()) for values in (ours[name], theirs[name], gain)]
-        alone = [int((gain < 0).sum()), int((gain > 0).sum())]
-        compared[name] = [*means, *bootstrap(gain), *alone]
+    theirs, compared = values_per_query(two["outcomes"]), {}
+    for name, values in values_per_query(one["outcomes"]).items():
+        if name in theirs:  # one of them may lack the dual softmax
+            gain = theirs[name] - values
+            means = (values.mean(), theirs[name].mean(), gain.mean())
+            alone = (int((gain < 0).sum()), int((gain > 0).sum()))
+            compared[name] = [*means, *bootstrap(gain), *alone]
 
     columns = ["percent", "A", "B", "B − A", "low", "high", "A alone", "B alone"]
-    rows = [[name, *compared[name]] for name in ours if name in compared]
+    rows = [[name, *row] for name, row in compared.items()]
     print("\n".join([f"A  {one['path']}", f"B  {two['path']}", *format_rows(columns, rows)]))
     page = Path(config.out or "runs/compare") / "report.html"
     render("compare.html", page, title="A and B", columns=columns, rows=rows, runs=[one, two])

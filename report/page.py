@@ -42,6 +42,7 @@ FRAME_SIZE = 104  # pixels of one moment; four make a picture
 TOP = 5  # answers shown for a query
 SAMPLE = 3000  # captions whose concepts are counted: some seconds of work, then cached
 WORST = 8  # concepts shown of a kind
+KS = np.unique(np.geomspace(1, 1000, 60).astype(int))  # of the figure
 PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, if the codec is one of these:
 CODECS = {"avc1", "h264", "vp08", "VP80", "vp09", "VP90", "av01", "AV01"}
 # low and high: where 95 % of resampled query sets lie (eval.bootstrap)
@@ -68,6 +69,10 @@ class Results:
     questions: list[Question]
     option_scores: np.ndarray  # [questions, options]
 
+    def video(self, j: int) -> tuple:
+        """(path, start, end) of the j-th video, for `picture`."""
+        return self.split.video_paths[j], *self.split.window
+
     def first_captions(self) -> np.ndarray:
         """[n_video]: the number of each video's first caption, −1 where it has none."""
         first = np.full(len(self.video_emb), -1)
@@ -92,7 +97,7 @@ def write_report(
     """
     picture.cache_clear()  # files may have changed since the last page
     rng = np.random.default_rng(seed)
-    split, ranks = results.split, results.outcomes.get("t2v", np.zeros(0))
+    ranks, points = (results.outcomes.get(name, np.zeros(0)) for name in ("t2v", "mc_accuracy"))
 
     def draw(condition, count: int) -> list[int]:
         return rng.permutation(np.flatnonzero(condition))[:count].tolist()
@@ -104,27 +109,20 @@ def write_report(
         missed=draw(~is_worst & (ranks > 1), queries),
         found=draw(ranks <= 1, queries),
     )
-    of_video = [split.captions[i] if i >= 0 else "" for i in results.first_captions()]
     examples = {}
     for name, chosen in sections.items():
-        examples[name] = [describe_query(i, results, of_video) for i in chosen]
-    points = results.outcomes.get("mc_accuracy", np.zeros(0))
+        examples[name] = [describe_query(query, results) for query in chosen]
     questions = draw(points < 100, queries - 1) + draw(points == 100, 2)
     scale = record["logit_scale"]
     examples["questions"] = [describe_question(i, results, scale) for i in questions]
+    if len(ranks):
+        examples |= dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
 
-    if split.captions:
-        examples |= dict(
-            concepts=count_concepts(results, cache),
-            curves=draw_curves(results),
-            guesses={way: percent[0] for way, percent in guesses(results).items()},
-        )
-    numbers = dict(rank_rows=rank_rows(record), kinds=kind_rows(record))
-    columns = dict(columns=COLUMNS, kind_columns=KIND_COLUMNS)
-    counts = dict(captions=len(split.captions), videos=len(results.video_emb))
     title = f"CLOP on {record['task']}, {record['split']} split"
-    about = dict(title=title, record=record, top=TOP, seed=seed)
-    render("page.html", path, **about, **counts, **columns, **numbers, **examples)
+    about = dict(title=title, record=record, results=results, top=TOP, seed=seed)
+    columns = dict(columns=COLUMNS, kind_columns=KIND_COLUMNS, xs=100 * np.log10(KS))
+    rows = dict(rank_rows=rank_rows(record), kinds=kind_rows(record))
+    render("page.html", path, **about, **columns, **rows, **examples)
 
 
 # ---- text and pictures ---------------------------------------------------------------------------
@@ -220,38 +218,27 @@ def kind_rows(record: dict) -> list[list]:
 
 
 def guess(candidates: int, right: np.ndarray) -> np.ndarray:
-    """R@K, K = 1 … 1,000, of one who ranks at random: percent [1000].
+    """R@K of one who ranks at random, percent, for each K of `KS`.
 
     right [queries]: how many of the n candidates are right answers. The best of them counts, and
     the others do not compete. So a query fails where the first K of all are wrong, which has the
     probability Π_{i<K} (n − right − i) / (n − i).
     """
-    i = np.arange(1000)[:, None]
+    i = np.arange(KS[-1])[:, None]
     wrong = np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
-    return 100 * (1 - wrong.cumprod(axis=0)).mean(axis=1)
+    return 100 * (1 - wrong.cumprod(axis=0)).mean(axis=1)[KS - 1]
 
 
-def draw_curves(results: Results) -> dict[str, str]:
-    """{line: its points}: R@K over K from 1 to 1,000, K on a log axis, in 300 × 100 units."""
-    ks = np.unique(np.geomspace(1, 1000, 60).astype(int))
-    percents = {f"guess {way}": percent[ks - 1] for way, percent in guesses(results).items()}
-    for way in ("t2v", "v2t"):
-        percents[way] = np.array([100 * np.mean(results.outcomes[way] <= k) for k in ks])
-
-    curves = {}
-    for name, percent in percents.items():
-        places = zip(100 * np.log10(ks), 100 - percent)
-        curves[name] = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return curves
-
-
-def guesses(results: Results) -> dict[str, np.ndarray]:
-    """{"t2v": `guess`, "v2t": `guess`}"""
+def recall_curves(results: Results) -> dict[str, np.ndarray]:
+    """{"t2v": R@K in percent for each K of `KS`, "guess t2v": that of a guess, the same for v2t}"""
     captions = np.bincount(results.split.video_of_caption)
-    return dict(
-        t2v=guess(len(results.video_emb), np.ones(1)),
-        v2t=guess(captions.sum(), captions[captions > 0]),
-    )
+    curves = {
+        "guess t2v": guess(len(results.video_emb), np.ones(1)),
+        "guess v2t": guess(captions.sum(), captions[captions > 0]),
+    }
+    for way in ("t2v", "v2t"):
+        curves[way] = 100 * np.mean(results.outcomes[way][:, None] <= KS, axis=0)
+    return curves
 
 
 def count_concepts(results: Results, cache: str | Path | None) -> dict[str, list]:
@@ -288,23 +275,14 @@ def count_concepts(results: Results, cache: str | Path | None) -> dict[str, list
 # ---- examples ------------------------------------------------------------------------------------
 
 
-def describe_query(query: int, results: Results, of_video: list[str]) -> dict:
-    """A caption, the videos that score highest, and the right one wherever it stands.
-
-    of_video: a caption of each video, which stands below it where it is wrong.
-    """
+def describe_query(query: int, results: Results) -> dict:
+    """The videos that score highest for a caption, and the right one wherever it stands."""
+    rank, right = results.outcomes["t2v"][query], results.split.video_of_caption[query]
     scores = results.video_emb @ results.text_emb[query]  # [n_video]
-    right = int(results.split.video_of_caption[query])
-    rank = results.outcomes["t2v"][query]
-    places = dict(zip(np.argsort(-scores, kind="stable")[:TOP].tolist(), range(1, TOP + 1)))
-    places.setdefault(right, rank)
-
-    asked, answers = results.split.captions[query], []
-    for j, place in places.items():
-        video = (results.split.video_paths[j], *results.split.window)
-        caption = asked if j == right else of_video[j]
-        answers.append((place, video, caption, scores[j], j == right))
-    return dict(caption=asked, rank=rank, answers=answers)
+    answers = list(enumerate(np.argsort(-scores, kind="stable")[:TOP], 1))
+    if right not in (video for _, video in answers):
+        answers.append((rank, right))
+    return dict(query=query, rank=rank, right=right, answers=answers, scores=scores)
 
 
 def describe_question(index: int, results: Results, scale: float) -> dict:

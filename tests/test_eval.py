@@ -204,7 +204,7 @@ def test_two_results_side_by_side(world, tmp_path, capsys):
     compared = evaluate(EvalConfig(compare=tuple(folders), out=out))
     ours, theirs, gain, low, high, alone, other_alone = compared["t2v_R@1"]
     assert (ours, theirs, alone, other_alone) == (50, pytest.approx(400 / 6), 1, 2)
-    assert low < gain == pytest.approx(100 / 6) < high and low < 0
+    assert gain == pytest.approx(100 / 6) and low < 0 < gain < high
     assert compared["t2v_R@5"] == [100, 100, 0, 0, 0, 0, 0]
     shown, page = capsys.readouterr().out, Path(out, "report.html").read_text(encoding="utf-8")
     for words in ("t2v_R@1", "50.0", "66.7", "16.7"):
