@@ -82,13 +82,12 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
 class Record(NamedTuple):
     """What is known of a video: its W windows, or the reason why there is none."""
 
-    reason: str
+    reason: str  # nothing in it but characters that can be seen
     spans: np.ndarray  # [W, 2] float32: seconds from, to
     emb: np.ndarray  # [W, E] float32, unit norm
 
     def checksum(self) -> int:
-        data = self.reason.encode("utf-8", "surrogateescape")
-        return zlib.crc32(data + self.spans.tobytes() + self.emb.tobytes())
+        return zlib.crc32(self.reason.encode() + self.spans.tobytes() + self.emb.tobytes())
 
 
 class Index:
@@ -97,7 +96,7 @@ class Index:
     TABLE = """
         CREATE TABLE IF NOT EXISTS video (
             checkpoint TEXT, window REAL, path BLOB, mtime_ns INTEGER, size INTEGER,
-            reason BLOB, spans BLOB, emb BLOB, checksum INTEGER,
+            reason TEXT, spans BLOB, emb BLOB, checksum INTEGER,
             PRIMARY KEY (checkpoint, window, path))
     """
 
@@ -123,9 +122,8 @@ class Index:
     def add(self, file: File, record: Record) -> None:
         """Put this video on disk, for good."""
         path, *version = file
-        reason = record.reason.encode("utf-8", "surrogateescape")
         vectors = (record.spans.tobytes(), record.emb.tobytes(), record.checksum())
-        row = (*self.recipe, os.fsencode(path), *version, reason, *vectors)
+        row = (*self.recipe, os.fsencode(path), *version, record.reason, *vectors)
         with self.explain(), self.database:
             self.database.execute("REPLACE INTO video VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
@@ -140,7 +138,7 @@ class Index:
             ):
                 spans = np.frombuffer(spans, np.float32).reshape(-1, 2)
                 emb = np.frombuffer(emb, np.float32).reshape(max(1, len(spans)), -1)
-                record = Record(reason.decode("utf-8", "surrogateescape"), spans, emb)
+                record = Record(reason, spans, emb)
                 file = File(os.fsdecode(path), mtime_ns, size)
                 if record.checksum() == checksum:
                     rows[file] = record

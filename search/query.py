@@ -23,7 +23,6 @@ import hashlib
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +79,7 @@ def decode_windows(path: str, *, num_frames: int, size: int, window: float, scra
                 scratch_file.write(frames.data)
                 spans.append((start, end))
         except VideoError as error:
-            reason = str(error).removeprefix(f"{path}: ")
+            reason = printable(str(error).removeprefix(f"{path}: "))
         except OSError as error:
             return f"cannot be read ({error.strerror})"
     return np.array(spans, np.float32), scratch_file.name, reason
@@ -109,7 +108,8 @@ def embed_new(
                 if not os.path.exists(paths[n]):
                     continue  # gone meanwhile: not broken, its disk may come back
                 if isinstance(found, str):  # unreadable or too slow: not remembered
-                    new[todo[n]] = Record(found.removeprefix(f"{paths[n]}: "), *nothing)
+                    reason = printable(found.removeprefix(f"{paths[n]}: "))
+                    new[todo[n]] = Record(reason, *nothing)
                     continue
 
                 spans, name, reason = found
@@ -174,7 +174,6 @@ class Answer:
     query: str
     matches: list[Match]
     floor: float  # scores up to it claim nothing
-    seconds: tuple[float, float]  # to embed the query, to search
     notes: list[str]  # what the reader must know
 
 
@@ -251,21 +250,16 @@ def find_floor(checkpoint: Checkpoint, library: Library) -> float:
 
 def answer(checkpoint: Checkpoint, library: Library, query: str, top: int, floor: float) -> Answer:
     """The videos that the query describes best. floor: of `find_floor`."""
-    started = time.perf_counter()
-    text_emb = embed_query(checkpoint, query)
-    embedded = time.perf_counter()
-    matches = library.search(text_emb, top)
-    seconds = (embedded - started, time.perf_counter() - embedded)
-
+    matches = library.search(embed_query(checkpoint, query), top)
     notes = note_limits(checkpoint, query)
     if matches[-1].moments[0].score <= floor:
         notes.append(f"? claims nothing: up to {floor:.3f}, as unrelated sentences score here too")
-    return Answer(query, matches, floor, seconds, notes)
+    return Answer(query, matches, floor, notes)
 
 
 def print_answer(given: Answer) -> None:
     """A line a moment: rank, score, time, path; nothing that could move the cursor."""
-    print(f"“{printable(given.query[:220])}” ({1000 * sum(given.seconds):.0f} ms)")
+    print(f"“{printable(given.query[:220])}”")
     for rank, match in enumerate(given.matches, 1):
         for moment in match.moments:
             place = rank if moment is match.moments[0] else ""
@@ -302,47 +296,45 @@ def search_folder(checkpoint: Checkpoint, config, out: Path) -> dict:
     without text, an index or page that cannot be written.
     """
     check_flags(config)
-    root, window = Path(config.videos).resolve(), config.window
+    root = Path(config.videos).resolve()
     files, troubles = find_videos(root)
     print(f"{printable(str(root))}: {len(files):,} videos")
     print_some("", troubles)
 
     place = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     place = Path(config.index or Path(config.cache) / "index" / place) / "index.sqlite"
-    index = Index(place, checkpoint=checkpoint.sha256, window=window)
+    index = Index(place, checkpoint=checkpoint.sha256, window=config.window)
     known = index.known(files)
     if config.retry:
         known = {file: record for file, record in known.items() if not record.reason}
     todo = [file for file in files if file not in known]
-    new = embed_new(checkpoint.model, index, root, todo, window=window)
+    known |= embed_new(checkpoint.model, index, root, todo, window=config.window)
 
-    known |= new
-    records = {file: known[file] for file in files if file in known}  # by path again
-    broken = {file.path: record.reason for file, record in records.items() if record.reason}
+    found, broken = {}, {}
+    for file in filter(known.get, files):  # by path; without those that are gone meanwhile
+        if known[file].reason:
+            broken[file.path] = known[file].reason
+        else:
+            found[file] = known[file]
     reasons = [f"{path}: {reason}" for path, reason in broken.items()]
     print_some("cannot be read: ", reasons)
-    if len(broken) == len(records):
+    if broken:
+        print(f"{len(broken):,} of them left out until they change; --retry tries them again")
+    if not found:
         raise UserError(
             f"--videos {printable(config.videos)}: nothing to search in; it holds {len(files):,} "
             f"video files, and {len(broken):,} of them cannot be read"
         )
-    if broken:
-        print(f"{len(broken):,} videos are left out until they change; --retry tries them again")
 
-    library = Library({file: record for file, record in records.items() if not record.reason})
+    library = Library(found)
     facts = dict(
-        videos=len(library.paths),
+        videos=len(found),
         windows=len(library.emb),
-        new=sum(not record.reason for record in new.values()),
-        seconds_a_window=window,
+        new=len(found.keys() & set(todo)),
         checkpoint=str(checkpoint.path),
-        step=checkpoint.step,
         index=str(place),
     )
-    print(
-        f"index {printable(str(place))}: {facts['videos']:,} videos ({facts['new']:,} new), "
-        f"{facts['windows']:,} windows, {library.emb.nbytes / 1e6:.1f} MB"
-    )
+    print(printable(", ".join(f"{name} {value}" for name, value in facts.items())))
 
     answers, floor = [], find_floor(checkpoint, library)
     picture.cache_clear()  # files may have changed since the last page

@@ -306,7 +306,7 @@ def test_broken_videos_are_listed_and_tried_again_when_they_change_or_on_demand(
     assert set(record["broken"]) == {"text.mp4", "cut.mp4"} and record["videos"] == 6
     shown = capsys.readouterr().out
     assert "cannot be read: text.mp4: not a video that OpenCV can open" in shown
-    assert "2 videos are left out until they change; --retry" in shown
+    assert "2 of them left out until they change; --retry" in shown
     assert "2 videos cannot be read" in page_of(clips)
 
     # other bytes, but the time and size are as they were: not tried again …
@@ -537,5 +537,5 @@ def test_command_line_gives_json_and_nothing_else(checkpoint, clips, tmp_path):
     assert (record["videos"], record["windows"]) == (6, 9)
     matches = record["answers"][0]["matches"]
     assert len(matches) == 3 and set(matches[0]["moments"][0]) == {"score", "start", "end"}
-    assert "6 videos (6 new), 9 windows" in done.stderr and "embed videos: 100%" in done.stderr
+    assert "videos 6, windows 9, new 6" in done.stderr and "embed videos: 100%" in done.stderr
     assert (checkpoint.path.parent / "search" / "report.html").exists()
