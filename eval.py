@@ -230,7 +230,7 @@ def multiple_choice_points(scores, answers, kinds: Sequence[str] = ()) -> dict[s
 
     best = scores == scores.amax(dim=1, keepdim=True)  # [n, options]
     is_right = best[torch.arange(len(scores)), answers]
-    points = {"mc_accuracy": (100 * is_right / best.sum(dim=1)).numpy()}  # [n]
+    points = {"mc_accuracy": (100 * is_right.double() / best.sum(dim=1)).numpy()}  # [n]
     for kind in sorted(set(kinds) - {""}):
         points[f"mc_accuracy_{kind}"] = points["mc_accuracy"][np.array(kinds) == kind]
     return points
