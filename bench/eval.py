@@ -3,7 +3,7 @@
     python -m bench.eval                                # n captions × n videos for several n, both
                                                         ways
     python -m bench.eval --sizes 100000 --matrix-up-to 0   # the real thing: about 95 CPU seconds
-    python -m bench.eval --toy                          # a whole evaluation beside its embedding
+    python -m bench.eval --toy cache/toy                # a whole evaluation beside its embedding
 
 Tiles: `retrieval_ranks` (exact, bounded memory). Matrix: sim in fp32 by one product, then
 `retrieval_metrics`, which is what one writes first. Every measurement has a process of its own, so
@@ -47,7 +47,7 @@ class BenchConfig:
     width: int = 256  # E
     matrix_up_to: int = 10000  # largest n at which the whole matrix is tried
     rounds: int = 3  # per size; the fastest counts
-    toy: bool = False  # instead: what a whole evaluation costs beside embedding, all cached
+    toy: str | None = None  # a toy world: what its evaluation costs beside embedding, all cached
 
 
 def peak_mib() -> float:
@@ -76,10 +76,10 @@ def measure(how: str, n: int, width: int, rounds: int) -> tuple[float, float, fl
     return *best, peak_mib() - before, metrics
 
 
-def measure_toy() -> None:
+def measure_toy(data: str) -> None:
     """Print CPU seconds of `eval.py --task toy`, and of nothing but its embeddings."""
     with tempfile.TemporaryDirectory() as out:
-        config = EvalConfig(out=out)
+        config = EvalConfig(data=data, out=out)
         evaluate(config)  # fills the caches
         started = time.process_time()
         evaluate(config)
@@ -101,7 +101,7 @@ def measure_toy() -> None:
 def main():
     config = parse_config(BenchConfig)
     if config.toy:
-        return measure_toy()
+        return measure_toy(config.toy)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, E = {config.width}, load {os.getloadavg()[0]:.1f}"

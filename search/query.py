@@ -7,12 +7,15 @@ and a query when it is asked. The best matches are the largest dot products:
 
     a file         -> read_windows -> windows of about 8 s -> model -> emb [W, E]
     "a dog runs …" -> tokenizer -> model -> text_emb [E]
-    emb @ text_emb -> scores [W] -> the best window of each video -> the first `top`
+    emb @ text_emb -> scores [W] -> the best windows of each video -> the first `top` videos
 
 A long video is cut into windows. One vector for an hour says nothing about a minute, and so the
-answer can say *when*. 8 seconds: usual training clips last 5 to 20, and are described as a whole.
-Nothing is approximate. Approximate indexes (HNSW, inverted files) pay from tens of millions of
-vectors on, and miss neighbours.
+answer can say *when*, and name several moments. 8 seconds: usual training clips last 5 to 20, and
+are described as a whole. Nothing is approximate. Approximate indexes (HNSW, inverted files) pay
+from tens of millions of vectors on, and miss neighbours.
+
+Something always scores highest. So an answer also says which words the model hardly knows, and
+which scores claim nothing (`UNRELATED`).
 
 Files are decoded in processes that may hang or die, as for training (videos/workers.py). What is
 embedded is kept on disk: search/index.py.
@@ -44,9 +47,9 @@ from videos.workers import run_guarded
 BATCH_PIXELS = 2**21  # per batch: 256 toy videos, or 5 of preset base
 ANSWERS_SHOWN = 20  # on the page, where many queries are asked
 MOMENTS = 3  # of one video, in an answer
-# What no camera shows. A match is claimed only if it scores higher than all of these do in the same
-# library: that needs no number which another model would turn wrong. On the toy world (1,000 test
-# videos, the shipped weights) FILL
+# What no camera shows. A match is claimed only where it scores higher than all of these do in the
+# same library: a number would be wrong for another model. On the toy world 93 % of the captions
+# claim a match, and none of 20 sentences of other scenes: python -m bench.search --toy cache/toy
 UNRELATED = """
     the stock market fell sharply on tuesday
     quarterly report of the finance committee
