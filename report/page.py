@@ -23,7 +23,7 @@ import base64
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def write_report(
     record: dict,
     results: Results,
     *,
-    cache: str | Path | None = None,
+    cache: Path | None = None,
     queries: int = 5,
     seed: int = 0,
 ) -> None:
@@ -104,17 +104,14 @@ def write_report(
 
     worst = np.argsort(-ranks, kind="stable")[:queries]
     is_worst = np.isin(np.arange(len(ranks)), worst)
-    sections = dict(
+    examples = dict(
         worst=worst[ranks[worst] > 1],
         missed=draw(~is_worst & (ranks > 1), queries),
         found=draw(ranks <= 1, queries),
+        questions=draw(points < 100, queries - 1) + draw(points == 100, 2),
+        describe_query=partial(describe_query, results),
+        describe_question=partial(describe_question, results, record["logit_scale"]),
     )
-    examples = {}
-    for name, chosen in sections.items():
-        examples[name] = [describe_query(query, results) for query in chosen]
-    questions = draw(points < 100, queries - 1) + draw(points == 100, 2)
-    scale = record["logit_scale"]
-    examples["questions"] = [describe_question(i, results, scale) for i in questions]
     if len(ranks):
         examples |= dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
 
@@ -241,7 +238,7 @@ def recall_curves(results: Results) -> dict[str, np.ndarray]:
     return curves
 
 
-def count_concepts(results: Results, cache: str | Path | None) -> dict[str, list]:
+def count_concepts(results: Results, cache: Path | None) -> dict[str, list]:
     """{granularity: [(concept, captions, percent found, [(taken for, times)])]}, most misses first.
 
     Of the first captions of `SAMPLE` videos. A concept is taken for another of its granularity
@@ -250,7 +247,8 @@ def count_concepts(results: Results, cache: str | Path | None) -> dict[str, list
     first = results.first_captions()
     chosen = first[first >= 0][:SAMPLE]
     winner = first[(results.text_emb[chosen] @ results.video_emb.T).argmax(axis=1)]
-    captions = [results.split.captions[i] for i in (*chosen, *winner)]
+    texts = [*results.split.captions, ""]  # number −1: a video without a caption came first
+    captions = [texts[i] for i in (*chosen, *winner)]
     knowledge = extract_many(captions, cache=cache, progress=False)
 
     asked, found, taken_for = Counter(), Counter(), defaultdict(Counter)
@@ -275,17 +273,17 @@ def count_concepts(results: Results, cache: str | Path | None) -> dict[str, list
 # ---- examples ------------------------------------------------------------------------------------
 
 
-def describe_query(query: int, results: Results) -> dict:
+def describe_query(results: Results, query: int) -> dict:
     """The videos that score highest for a caption, and the right one wherever it stands."""
     rank, right = results.outcomes["t2v"][query], results.split.video_of_caption[query]
     scores = results.video_emb @ results.text_emb[query]  # [n_video]
     answers = list(enumerate(np.argsort(-scores, kind="stable")[:TOP], 1))
     if right not in (video for _, video in answers):
         answers.append((rank, right))
-    return dict(query=query, rank=rank, right=right, answers=answers, scores=scores)
+    return dict(rank=rank, right=right, answers=answers, scores=scores)
 
 
-def describe_question(index: int, results: Results, scale: float) -> dict:
+def describe_question(results: Results, scale: float, index: int) -> dict:
     """A question with the probability of each option: the softmax of scale · score."""
     question = results.questions[index]
     logits = scale * results.option_scores[index]

@@ -184,9 +184,8 @@ class Library:
     """All windows of all videos in memory, ready for queries."""
 
     def __init__(self, records: dict[File, Record]):
-        """`records`: of videos with windows, at least one."""
+        """records: of videos, each with windows; at least one."""
         lengths = [len(record.emb) for record in records.values()]
-        assert lengths and min(lengths) > 0, "a video without windows cannot be found"
         self.paths = [file.path for file in records]
         self.first = np.cumsum([0, *lengths])  # [N + 1]: row of its first window
         self.spans = np.concatenate([record.spans for record in records.values()])  # [W, 2]
@@ -256,7 +255,7 @@ def answer(checkpoint: Checkpoint, library: Library, query: str, top: int, floor
     matches = library.search(embed_query(checkpoint, query), top)
     notes = note_limits(checkpoint, query)
     if matches[-1].moments[0].score <= floor:
-        notes.append(f"? claims nothing: up to {floor:.3f}, as unrelated sentences score here too")
+        notes.append(f"?: claims nothing, unrelated sentences score up to {floor:.3f} here")
     return Answer(query, matches, floor, notes)
 
 
@@ -322,7 +321,7 @@ def search_folder(checkpoint: Checkpoint, config, out: Path) -> dict:
     reasons = [f"{path}: {reason}" for path, reason in broken.items()]
     print_some("cannot be read: ", reasons)
     if broken:
-        print(f"{len(broken):,} of them left out until they change; --retry tries them again")
+        print(f"{len(broken):,} of them left out; --retry tries all of these again")
     if not found:
         raise UserError(
             f"--videos {printable(config.videos)}: nothing to search in; it holds {len(files):,} "
