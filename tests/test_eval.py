@@ -100,24 +100,11 @@ def test_csv_writes_all_that_one_needs_to_compare(world, tmp_path, capsys):
     record = evaluate(config(world, tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert written == record and KEYS <= set(written)
-    assert (written["videos"], written["captions"], written["missing"], written["broken"]) == (
-        5,
-        6,
-        0,
-        0,
-    )
     checkpoint = load_checkpoint(world)
-    assert (
-        written["checkpoint_sha256"] == checkpoint.sha256
-        and written["step"] == 7
-        and written["training_seed"] == 3
-    )
+    facts = dict(videos=5, captions=6, missing=0, broken=0, step=7, training_seed=3, note="")
+    facts |= dict(frames=4, image_size=32, checkpoint_sha256=checkpoint.sha256)
+    assert facts.items() <= written.items() and "mc_accuracy" not in written
     assert "v2t_grouped compares with CLIP4Clip" in written["protocol"]
-    assert (written["frames"], written["image_size"], written["note"]) == (
-        4,
-        32,
-        "",
-    ) and "mc_accuracy" not in written
     assert {"versions", "commit", "hardware", "date", "protocol", "split", "seed"} <= set(written)
     assert "<!DOCTYPE html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "text to video" in capsys.readouterr().out
@@ -166,15 +153,9 @@ def test_an_incomplete_set_says_so(world, tmp_path, capsys):
     pairs = [(f"{i}.mp4", caption) for i, caption in CAPTIONS]
     write_csv(world / "holes.csv", [*pairs, ("gone.mp4", "b"), ("text.mp4", "c")])
     record = evaluate(config(world, tmp_path, data=str(world / "holes.csv"), max_broken=0.5))
-    assert (record["videos"], record["captions"], record["missing"], record["broken"]) == (
-        5,
-        6,
-        1,
-        1,
-    )
-    assert record["note"] == "5 of 7 videos: not comparable (1 missing, 1 broken)" and set(
-        record["unusable"]
-    ) == {str(world / "gone.mp4"), str(world / "text.mp4")}
+    assert dict(videos=5, captions=6, missing=1, broken=1).items() <= record.items()
+    assert record["note"] == "5 of 7 videos: not comparable (1 missing, 1 broken)"
+    assert set(record["unusable"]) == {str(world / "gone.mp4"), str(world / "text.mp4")}
     assert "5 of 7 videos: not comparable" in capsys.readouterr().out
     assert "5 of 7 videos: not comparable" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="2 of 7 videos"):
@@ -330,26 +311,6 @@ def test_a_model_that_diverged_is_no_result(world, tmp_path):
     )
     with pytest.raises(UserError, match="video embeddings: NaN"):
         evaluate(config(world, tmp_path, checkpoint=str(tmp_path / "bad.safetensors")))
-
-
-def test_command_line(world, tmp_path):
-    command = [
-        sys.executable,
-        "eval.py",
-        "--checkpoint",
-        str(world),
-        "--task",
-        "csv",
-        "--data",
-        str(world / "data.csv"),
-        "--out",
-        str(tmp_path),
-        "--cache",
-        str(world / "cache"),
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "5 videos" in done.stdout and (tmp_path / "metrics.json").exists()
 
 
 def test_no_checkpoint_no_result(tmp_path):

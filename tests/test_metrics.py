@@ -114,11 +114,6 @@ def test_several_captions_by_hand():
     assert metrics["v2t_R@1"] == 50 and metrics["v2t_MnR"] == 1.5
 
 
-def test_perfect_scores_top_everything():
-    metrics = retrieval_metrics(np.eye(30), np.arange(30))
-    assert all(metrics[key] == (100 if "R@" in key else 1) for key in KEYS)
-
-
 def test_constant_scores_as_chance():
     metrics = retrieval_metrics(np.full((1000, 1000), 0.3, dtype=np.float32), np.arange(1000))
     for way in ("t2v", "v2t"):
@@ -127,27 +122,6 @@ def test_constant_scores_as_chance():
         )
     embedded = ranked(np.ones((50, 7)) / 3, np.ones((50, 7)) / 3, np.arange(50))
     assert embedded == retrieval_metrics(np.zeros((50, 50)), np.arange(50))
-
-
-def test_random_scores_as_chance():
-    n = 1500
-    metrics = retrieval_metrics(np.random.default_rng(0).standard_normal((n, n)), np.arange(n))
-    for way in ("t2v", "v2t"):
-        # mean of n uniform ranks: standard error n / √(12 n) = 11; hits within 10: Poisson of mean
-        # 10
-        assert abs(metrics[f"{way}_MnR"] - (n + 1) / 2) < 4 * np.sqrt(n / 12)
-        assert 0 <= metrics[f"{way}_R@10"] * n / 100 <= 10 + 4 * np.sqrt(10)
-
-
-def test_v2t_is_t2v_of_the_transpose():
-    n = 40
-    sim = np.random.default_rng(1).integers(0, 12, (n, n))
-    video_of_text = np.random.default_rng(2).permutation(n)
-    forward = retrieval_metrics(sim, video_of_text)
-    backward = retrieval_metrics(sim.T, np.argsort(video_of_text))
-    for key in KEYS:
-        other = ("v2t" if key[:3] == "t2v" else "t2v") + key[3:]
-        assert forward[key] == pytest.approx(backward[other])
 
 
 # ---- against the definition ----------------------------------------------------------------------
