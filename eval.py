@@ -340,16 +340,16 @@ class EvalConfig:
     dsl: bool = False  # also the dual softmax over the whole query set, under its own names
     out: str | None = None  # for the results; None: eval-TASK-SPLIT beside the checkpoint
     sim_out: str | None = None  # npz file for embeddings and similarities
-    cache: str = "cache"  # decoded frames, toy world
-    max_broken: float = 0.05  # share of unusable videos that stops the evaluation
     compare: tuple[str, str] | None = None  # two results (folders of metrics.json) side by side
     json: bool = False  # the result as JSON on stdout, all else on stderr
+    retry: bool = False  # search: try again what could not be read
+    cache: str = "cache"  # decoded frames, toy world
+    max_broken: float = 0.05  # share of unusable videos that stops the evaluation
     videos: str | None = None  # search: folder of your videos
     query: str | None = None  # search: what to look for; None: asked for, one per line
     top: int = 10  # search: how many videos to show
     window: float = 8.0  # search: seconds of a video that are embedded at once; inf: all
     index: str | None = None  # search: folder of the index; None: CACHE/index
-    retry: bool = False  # search: try again what could not be read
     seed: int = 0  # of the examples that the report draws
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
 

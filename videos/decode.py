@@ -175,6 +175,12 @@ def claims(capture: cv2.VideoCapture) -> tuple[int, float]:
     return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
 
 
+def codec_of(path: str) -> str:
+    """The four letters that name its codec: "avc1" is H.264, "av01" AV1. Raises VideoError."""
+    code = int(open_video(path).get(cv2.CAP_PROP_FOURCC))
+    return (code & 0xFFFFFFFF).to_bytes(4, "little").decode("latin-1").strip("\0 ")
+
+
 def check_count(path: str, seen: int, claimed: int) -> None:
     if not seen:  # perhaps it is whole: OpenCV's wheels lack some decoders, AV1's among them
         raise VideoError(
@@ -186,12 +192,6 @@ def check_count(path: str, seen: int, claimed: int) -> None:
             f"{path}: truncated or damaged: {seen} of {claimed} frames decode; fetch it "
             "again or remove it"
         )
-
-
-def codec_of(path: str) -> str:
-    """The four letters that name its codec: "avc1" is H.264, "av01" AV1. Raises VideoError."""
-    code = int(open_video(path).get(cv2.CAP_PROP_FOURCC))
-    return (code & 0xFFFFFFFF).to_bytes(4, "little").decode("latin-1").strip("\0 ")
 
 
 def grab_frames(capture, wanted: np.ndarray | None, size: int) -> tuple[dict, int]:
