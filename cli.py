@@ -74,7 +74,8 @@ def run(main: Callable[[], None]) -> None:
 
     A UserError ends the process with its line and its status, Ctrl-C with status 130.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # a terminal that cannot show "β" (LC_ALL=C) gets its code instead: no caption may end a run
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")

@@ -21,6 +21,7 @@ A *task* is a gallery with captions, or questions, and a protocol: datasets/task
     python eval.py --task csv --checkpoint runs/mine --data FILE.csv
     python eval.py --task msrvtt --checkpoint runs/9k --data-root FOLDER
     python eval.py --task search --checkpoint runs/mine --videos DIR     # find your own videos
+    python eval.py --compare runs/a runs/b                    # two results, and how sure
 
 writes metrics.json (metrics, counts, protocol, weights, versions) and report.html into --out. A
 result on an incomplete set says so itself: "N of M videos: not comparable".
@@ -28,12 +29,14 @@ result on an incomplete set says so itself: "N of M videos: not comparable".
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while importing: the end, without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while importing: no traceback
 
+import contextlib
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,9 +59,17 @@ from cli import (
 from data import keep_decodable, load_videos, open_cache, prefetch, prepare_video
 from datasets.split import Question, Split
 from datasets.tasks import PUBLISHED, TASKS, Task
-from report.page import DIRECTIONS, Results, write_report
-from search.query import search_folder
-from training.checkpoint import Checkpoint, load_checkpoint
+from report.page import (
+    COLUMNS,
+    KIND_COLUMNS,
+    Results,
+    kind_rows,
+    rank_rows,
+    render,
+    write_report,
+)
+from search.query import BATCH_PIXELS, check_finite, search_folder
+from training.checkpoint import Checkpoint, hash_text, load_checkpoint
 from training.clip import is_clip, zero_shot
 from videos.cache import FrameCache
 
@@ -87,13 +98,6 @@ def to_grid(emb) -> torch.Tensor:
 def similarity(text_emb, video_emb) -> torch.Tensor:
     """sim [n_text, n_video], float64: dot products of embeddings [n, E], exact on the grid."""
     return to_grid(text_emb) @ to_grid(video_emb).T
-
-
-def check_finite(scores: torch.Tensor, what: str) -> None:
-    if not torch.isfinite(scores).all():
-        raise UserError(
-            f"{what}: NaN or infinity inside; the model has diverged or its checkpoint is damaged"
-        )
 
 
 def check_pairs(video_of_text, n_text: int, n_video: int, device) -> torch.Tensor:
@@ -175,19 +179,20 @@ def retrieval_ranks(text_emb, video_emb, video_of_text) -> dict[str, np.ndarray]
     return count_ranks(scores, positive, video_of_text, len(video))
 
 
-def summarize_ranks(ranks: dict[str, np.ndarray]) -> dict[str, float]:
-    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, and the same for v2t and v2t_grouped}."""
-    metrics = {}
-    for way, rank in ranks.items():
-        for k in (1, 5, 10):
-            metrics[f"{way}_R@{k}"] = 100 * float(np.mean(rank <= k))
-        metrics[f"{way}_MdR"] = float(np.median(rank))
-        metrics[f"{way}_MnR"] = float(np.mean(rank))
+def summarize(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
+    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, the same for other ways, "mc_accuracy": …}.
+
+    outcomes: ranks by their way, points of multiple choice by their name.
+    """
+    metrics = {name: float(v.mean()) for name, v in values_per_query(outcomes).items()}
+    for name, ranks in outcomes.items():
+        if not name.startswith("mc_"):
+            metrics |= {f"{name}_MdR": float(np.median(ranks)), f"{name}_MnR": float(ranks.mean())}
     return metrics
 
 
-def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
-    """`summarize_ranks` of a similarity matrix.
+def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
+    """`count_ranks` of a similarity matrix.
 
     sim [n_text, n_video], array or tensor: row = caption, column = video. video_of_text [n_text]:
     the column of each caption's video. Raises UserError where sim is not finite.
@@ -201,11 +206,16 @@ def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
     def scores(rows, columns):
         return sim[rows, columns].double()
 
-    return summarize_ranks(count_ranks(scores, positive, video_of_text, sim.shape[1]))
+    return count_ranks(scores, positive, video_of_text, sim.shape[1])
 
 
-def dual_softmax_metrics(sim, video_of_text, scale: float) -> dict[str, float]:
-    """{"dsl_t2v_R@1": …}: the metrics of `retrieval_metrics` after the dual softmax.
+def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
+    """`summarize` of `matrix_ranks`."""
+    return summarize(matrix_ranks(sim, video_of_text))
+
+
+def dual_softmax_ranks(sim, video_of_text, scale: float) -> dict[str, np.ndarray]:
+    """{"dsl_t2v": …}: the ranks of a similarity matrix after the dual softmax.
 
     Each score is multiplied by the share that its query has among *all* queries that want the same
     candidate: sim_ij · softmax_i(scale · sim_ij) for t2v, over j for v2t. A candidate that
@@ -213,14 +223,15 @@ def dual_softmax_metrics(sim, video_of_text, scale: float) -> dict[str, float]:
     never sees. sim [n_text, n_video] float64; scale: exp(logit_scale).
     https://arxiv.org/abs/2109.04290
     """
-    t2v = retrieval_metrics(sim * torch.softmax(scale * sim, dim=0), video_of_text)
-    v2t = retrieval_metrics(sim * torch.softmax(scale * sim, dim=1), video_of_text)
-    metrics = {f"dsl_{name}": value for name, value in t2v.items() if name.startswith("t2v")}
-    return metrics | {f"dsl_{name}": value for name, value in v2t.items() if name.startswith("v2t")}
+    found = {}
+    for way, queries in (("t2v", 0), ("v2t", 1)):
+        ranks = matrix_ranks(sim * torch.softmax(scale * sim, dim=queries), video_of_text)
+        found |= {f"dsl_{name}": rank for name, rank in ranks.items() if name.startswith(way)}
+    return found
 
 
-def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] = ()) -> dict[str, float]:
-    """{"mc_accuracy": percent, "mc_accuracy_KIND": …}: how often the right option scores highest.
+def multiple_choice_points(scores, answers, kinds: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """{"mc_accuracy": [n], "mc_accuracy_KIND": …}: 100 where the right option scores highest.
 
     scores [n, options], answers [n]: the right option, kinds [n]. Options that tie for the best
     share the point, so a constant model gets chance. Raises UserError where a score is not finite.
@@ -231,17 +242,43 @@ def multiple_choice_accuracy(scores, answers, kinds: Sequence[str] = ()) -> dict
 
     best = scores == scores.amax(dim=1, keepdim=True)  # [n, options]
     is_right = best[torch.arange(len(scores)), answers]
-    points = (100 * is_right / best.sum(dim=1)).numpy()  # [n]
-
-    metrics = {"mc_accuracy": float(points.mean())}
+    points = {"mc_accuracy": (100 * is_right.double() / best.sum(dim=1)).numpy()}  # [n]
     for kind in sorted(set(kinds) - {""}):
-        metrics[f"mc_accuracy_{kind}"] = float(points[np.array(kinds) == kind].mean())
-    return metrics
+        points[f"mc_accuracy_{kind}"] = points["mc_accuracy"][np.array(kinds) == kind]
+    return points
+
+
+# ---- how sure a number is ------------------------------------------------------------------------
+
+
+def values_per_query(outcomes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{metric that is a mean over queries: its value for each query, percent}.
+
+    outcomes: ranks by their way (t2v, v2t, …), and points of multiple choice.
+    """
+    values = {}
+    for name, outcome in outcomes.items():
+        if name.startswith("mc_"):
+            values[name] = outcome
+        else:
+            values |= {f"{name}_R@{k}": 100.0 * (outcome <= k) for k in (1, 5, 10)}
+    return values
+
+
+def bootstrap(values: np.ndarray) -> list[float]:
+    """[low, high]: where 95 % of the means of resampled queries lie.
+
+    To draw n of n queries with replacement is to draw how often each *distinct* value comes: a
+    multinomial. So 10,000 resamples of any gallery take milliseconds.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(values), counts / len(values), 10_000)  # [resamples, distinct]
+    return np.percentile(drawn @ distinct / len(values), [2.5, 97.5]).tolist()
 
 
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -----------
 
-BATCH_PIXELS = 2**21  # per batch: 256 toy videos, or 5 of preset base
 BATCH_TEXTS = 256
 
 
@@ -292,7 +329,7 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
     The model has neither dropout nor batch statistics: it is the same in training and evaluation.
     """
     text_emb, video_emb = embed_split(model, tokenizer, split, cache)
-    return summarize_ranks(retrieval_ranks(text_emb, video_emb, split.video_of_caption))
+    return summarize(retrieval_ranks(text_emb, video_emb, split.video_of_caption))
 
 
 # ---- one evaluation ------------------------------------------------------------------------------
@@ -312,6 +349,8 @@ class EvalFlags:
     dsl: bool = False  # also the dual softmax over the whole query set, under its own names
     out: str | None = None  # for the results; None: eval-TASK-SPLIT beside the checkpoint
     sim_out: str | None = None  # npz file for embeddings and similarities
+    compare: tuple[str, str] | None = None  # two results (folders of metrics.json) side by side
+    json: bool = False  # the result as JSON on stdout, all else on stderr
     cache: str = "cache"  # decoded frames, toy world
     cache_gb: float = 64.0  # for decoded frames; what does not fit is decoded again when needed
     max_broken: float = 0.05  # share of unusable videos that stops the evaluation
@@ -326,6 +365,7 @@ class SearchFlags:
     top: int = 10  # how many videos to show
     window: float = 8.0  # seconds of a video that are embedded at once; inf: all
     index: str | None = None  # folder of the index; None: CACHE/index
+    retry: bool = False  # try again what could not be read
 
 
 @dataclass
@@ -352,16 +392,15 @@ def measure(
         raise UserError(f"no caption is left whose video decodes; the first: {first}")
 
     video_emb = embed_videos(model, cache, usable.video_paths, usable.window)
-    metrics, ranks = {}, dict(t2v=np.zeros(0), v2t=np.zeros(0))
-    text_emb, gallery_emb = video_emb[:0], video_emb[: len(split.video_paths)]
+    gallery_emb = video_emb[: len(split.video_paths)]
+    text_emb, ranks, points = video_emb[:0], {}, {}
     if split.captions:
         text_emb = embed_texts(model, tokenizer, split.captions)
         ranks = retrieval_ranks(text_emb, gallery_emb, split.video_of_caption)
-        metrics |= summarize_ranks(ranks)
     if dsl:
         check_matrix_size(len(text_emb), len(gallery_emb))
         sim, scale = similarity(text_emb, gallery_emb), model.logit_scale.exp().item()
-        metrics |= dual_softmax_metrics(sim, split.video_of_caption, scale)
+        ranks |= dual_softmax_ranks(sim, split.video_of_caption, scale)
 
     option_scores = np.zeros((0, 0))
     if questions:
@@ -370,10 +409,12 @@ def measure(
         option_scores = score_options(model, tokenizer, questions, asked_emb)
         answers = [question.answer for question in questions]
         kinds = [question.kind for question in questions]
-        metrics |= multiple_choice_accuracy(option_scores, answers, kinds)
+        points = multiple_choice_points(option_scores, answers, kinds)
+
+    outcomes = ranks | points
     embedded = (text_emb.numpy(), gallery_emb.numpy())
-    shown = (ranks["t2v"], ranks["v2t"])
-    return metrics, Results(split, *embedded, *shown, questions, option_scores)
+    results = Results(split, *embedded, outcomes, questions, option_scores)
+    return summarize(outcomes), results
 
 
 def score_options(model, tokenizer, questions: list[Question], asked_emb) -> np.ndarray:
@@ -469,6 +510,23 @@ def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics,
         training_seed=checkpoint.config.get("seed"),
         seed=config.seed,
         **machine_facts(device),
+        **outcome_facts(results),
+    )
+
+
+def outcome_facts(results: Results) -> dict:
+    """{intervals, queries_sha256, outcomes}: how sure, of which queries, and what each of them got.
+
+    An outcome is a line of numbers: a rank per caption or video, a point per question.
+    """
+    queries = [results.split.captions, results.split.video_of_caption.tolist()]
+    queries += [(question.options, question.answer) for question in results.questions]
+    outcomes = {name: " ".join(map("{:.9g}".format, o)) for name, o in results.outcomes.items()}
+    per_query = values_per_query(results.outcomes)
+    return dict(
+        intervals={name: bootstrap(values) for name, values in per_query.items()},
+        queries_sha256=hash_text(json.dumps(queries)),
+        outcomes=outcomes,
     )
 
 
@@ -536,6 +594,8 @@ def evaluate(config: EvalConfig) -> dict:
     Returns what metrics.json holds. Raises UserError: no such checkpoint or data, too many unusable
     videos, an unwritable --out, a model that yields NaN.
     """
+    if config.compare:
+        return compare_results(config)
     started = time.perf_counter()
     check_flags(config)
     device = choose_device(config)
@@ -549,16 +609,7 @@ def evaluate(config: EvalConfig) -> dict:
         checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
     beside = checkpoint.path.parent if config.checkpoint else Path("runs")
     if config.task == "search":
-        return search_folder(
-            checkpoint,
-            config.videos,
-            config.query,
-            top=config.top,
-            window=config.window,
-            index=config.index,
-            cache=config.cache,
-            out=Path(config.out or beside / "search"),
-        )
+        return search_folder(checkpoint, config, Path(config.out or beside / "search"))
 
     task = TASKS[config.task](config)
     sizes = checkpoint.model.config
@@ -580,7 +631,8 @@ def evaluate(config: EvalConfig) -> dict:
         unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if config.sim_out:
         save_similarities(config.sim_out, results)
-    write_report(out / "report.html", record, results, checkpoint.concept_vocab, seed=config.seed)
+    tagged = Path(config.cache) / "knowledge"
+    write_report(out / "report.html", record, results, cache=tagged, seed=config.seed)
 
     print(format_table(record))
     seconds = time.perf_counter() - started
@@ -590,30 +642,81 @@ def evaluate(config: EvalConfig) -> dict:
 
 def format_table(record: dict) -> str:
     """The record's metrics as lines of text."""
-    columns = ("R@1", "R@5", "R@10", "MdR", "MnR")
-    lines = [" " * 22 + "".join(f"{column:>8s}" for column in columns)]
-    for name, way in DIRECTIONS.items():
-        if f"{way}_R@1" in record:
-            values = [record[f"{way}_{column}"] for column in columns]
-            lines.append(f"{name:22s}" + "".join(f"{value:8.1f}" for value in values))
-
+    lines = []
+    if record["captions"]:
+        lines += format_rows(COLUMNS, rank_rows(record))
     if record["questions"]:
-        kinds = []
-        for name, value in record.items():
-            if name.startswith("mc_accuracy_"):
-                kinds.append(f"{name.removeprefix('mc_accuracy_')} {value:.1f}")
-        by_kind = f" ({', '.join(kinds)})" if kinds else ""
-        accuracy = f"multiple choice {record['mc_accuracy']:.1f} %{by_kind}"
-        lines.append(f"{accuracy} of {record['questions']} questions")
+        lines += format_rows(KIND_COLUMNS, kind_rows(record))
     note = f"; {record['note']}" if record["note"] else ""
-    lines.append(f"{record['captions']} captions, {record['videos']} videos{note}")
-    return "\n".join(lines if record["captions"] else lines[1:])
+    return "\n".join([*lines, f"{record['captions']} captions, {record['videos']} videos{note}"])
+
+
+def format_rows(columns: list[str], rows: list[list]) -> list[str]:
+    """A table as lines of text: the first column to the left, numbers to the right."""
+    lines = []
+    for first, *others in (columns, *rows):
+        cells = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in others]
+        lines.append(f"{first:24s}" + "".join(cell.rjust(10) for cell in cells))
+    return lines
+
+
+# ---- two results side by side --------------------------------------------------------------------
+
+
+def read_record(path: str) -> dict:
+    """metrics.json of a folder, or that file itself. Raises UserError where it cannot be used."""
+    file = Path(path, "metrics.json") if Path(path).is_dir() else Path(path)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        outcomes = {name: np.array(o.split(), float) for name, o in record["outcomes"].items()}
+        return record | dict(outcomes=outcomes, path=str(file))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--compare {path}: holds no metrics.json with the outcome of each query "
+            f"({type(error).__name__}); evaluate its checkpoint with eval.py, and name that --out"
+        ) from error
+
+
+def compare_results(config: EvalConfig) -> dict:
+    """`--compare A B`: print a table, write a page. Returns {metric: [A, B, B − A, low, high, …]}.
+
+    B − A is taken query by query; low … high is the 95 % interval of its mean (`bootstrap`). It
+    covers the choice of queries, not the seed of a training. Then come the queries that count more
+    in A, and in B. Raises UserError where A and B did not answer the same queries.
+    """
+    one, two = (read_record(path) for path in config.compare)
+    if one["queries_sha256"] != two["queries_sha256"]:
+        raise UserError(
+            f"--compare: {one['path']} ({one['captions']} captions, {one['questions']} questions) "
+            f"and {two['path']} ({two['captions']}, {two['questions']}) did not answer the same "
+            "queries; evaluate both on the same task and videos"
+        )
+
+    theirs, compared = values_per_query(two["outcomes"]), {}
+    for name, values in values_per_query(one["outcomes"]).items():
+        if name in theirs:  # one of them may lack the dual softmax
+            gain = theirs[name] - values
+            means = (values.mean(), theirs[name].mean(), gain.mean())
+            alone = (int((gain < 0).sum()), int((gain > 0).sum()))
+            compared[name] = [*means, *bootstrap(gain), *alone]
+
+    columns = ["percent", "A", "B", "B − A", "low", "high", "A alone", "B alone"]
+    rows = [[name, *row] for name, row in compared.items()]
+    print("\n".join([f"A  {one['path']}", f"B  {two['path']}", *format_rows(columns, rows)]))
+    page = Path(config.out or "runs/compare") / "report.html"
+    render("compare.html", page, title="A and B", columns=columns, rows=rows, runs=[one, two])
+    print(page)
+    return compared
 
 
 def main():
     config = parse_config(EvalConfig)
     keep_freed_memory()
-    evaluate(config)
+    # --json: what is printed on the way goes to stderr
+    with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):
+        record = evaluate(config)
+    if config.json:
+        print(json.dumps(record, default=vars))
 
 
 if __name__ == "__main__":

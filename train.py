@@ -22,8 +22,8 @@ Output in --out: log.jsonl, step-*.safetensors, best.safetensors (on validation)
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while importing: the end, without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while importing: no traceback
 
 import contextlib
 import hashlib

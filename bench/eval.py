@@ -3,6 +3,7 @@
     python -m bench.eval                                # n captions × n videos for several n, both
                                                         ways
     python -m bench.eval --sizes 100000 --matrix-up-to 0   # the real thing: about 95 CPU seconds
+    python -m bench.eval --toy cache/toy                # a whole evaluation beside its embedding
 
 Tiles: `retrieval_ranks` (exact, bounded memory). Matrix: sim in fp32 by one product, then
 `retrieval_metrics`, which is what one writes first. Every measurement has a process of its own, so
@@ -15,13 +16,27 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch  # noqa: E402
+import torch
 
-from cli import parse_config, run  # noqa: E402
-from eval import retrieval_metrics, retrieval_ranks, summarize_ranks  # noqa: E402
+from cli import parse_config, run
+from data import open_cache
+from datasets.tasks import TASKS
+from eval import (
+    SHIPPED,
+    EvalConfig,
+    embed_split,
+    embed_texts,
+    evaluate,
+    retrieval_metrics,
+    retrieval_ranks,
+    summarize,
+)
+from training.checkpoint import load_checkpoint
 
 
 @dataclass
@@ -32,6 +47,7 @@ class BenchConfig:
     width: int = 256  # E
     matrix_up_to: int = 10000  # largest n at which the whole matrix is tried
     rounds: int = 3  # per size; the fastest counts
+    toy: str | None = None  # a toy world: what its evaluation costs beside embedding, all cached
 
 
 def peak_mib() -> float:
@@ -52,7 +68,7 @@ def measure(how: str, n: int, width: int, rounds: int) -> tuple[float, float, fl
     for _ in range(rounds):
         started, cpu = time.perf_counter(), time.process_time()
         if how == "tiles":
-            metrics = summarize_ranks(retrieval_ranks(text, video, torch.arange(n)))
+            metrics = summarize(retrieval_ranks(text, video, torch.arange(n)))
         else:
             metrics = retrieval_metrics(text @ video.T, torch.arange(n))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -60,8 +76,32 @@ def measure(how: str, n: int, width: int, rounds: int) -> tuple[float, float, fl
     return *best, peak_mib() - before, metrics
 
 
+def measure_toy(data: str) -> None:
+    """Print CPU seconds of `eval.py --task toy`, and of nothing but its embeddings."""
+    with tempfile.TemporaryDirectory() as out:
+        config = EvalConfig(data=data, out=out)
+        evaluate(config)  # fills the caches
+        started = time.process_time()
+        evaluate(config)
+        whole = time.process_time() - started
+
+    checkpoint, task = load_checkpoint(SHIPPED), TASKS["toy"](config, None)
+    cache = open_cache(Path(config.cache) / "frames", checkpoint.model.config)
+    options = sum((question.options for question in task.questions), [])
+    started = time.process_time()
+    embed_split(checkpoint.model, checkpoint.tokenizer, task.split, cache)
+    embed_texts(checkpoint.model, checkpoint.tokenizer, options)
+    embedding = time.process_time() - started
+    print(
+        f"{whole:.1f} CPU s, of which embedding {embedding:.1f} and all else "
+        f"{whole - embedding:.1f} ({whole / embedding - 1:.0%} of embedding)"
+    )
+
+
 def main():
     config = parse_config(BenchConfig)
+    if config.toy:
+        return measure_toy(config.toy)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, E = {config.width}, load {os.getloadavg()[0]:.1f}"

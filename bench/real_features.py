@@ -58,9 +58,9 @@ from data import KnowledgeBatchSampler
 from datasets.published import load_split
 from eval import (
     machine_facts,
-    multiple_choice_accuracy,
+    multiple_choice_points,
     retrieval_ranks,
-    summarize_ranks,
+    summarize,
 )
 from knowledge import (
     ConceptVocab,
@@ -300,12 +300,12 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
 def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]:
     """Ranks and multiple choice on a gallery."""
     video_emb, text_emb = F.normalize(heads.video(side.video)), F.normalize(heads.text(side.text))
-    metrics = summarize_ranks(retrieval_ranks(text_emb, video_emb, side.video_of_text))
+    metrics = summarize(retrieval_ranks(text_emb, video_emb, side.video_of_text))
     if len(questions):
         video = video_emb[side.video_of_text[questions[:, 0]]].double()  # [n, E]
         options = text_emb[questions].double()  # [n, options, E]
         scores = torch.einsum("nke,ne->nk", options, video)
-        metrics |= multiple_choice_accuracy(scores, np.zeros(len(questions), np.int64))
+        metrics |= summarize(multiple_choice_points(scores, np.zeros(len(questions), np.int64)))
     return metrics
 
 

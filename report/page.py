@@ -1,17 +1,19 @@
-"""One page to look at: what a model finds, where it fails, and what it confuses.
+"""One page to look at: what a model misses, what it takes for what, and what it finds.
 
-Numbers say how often a model is right. Only looking says why it is wrong. `write_report` draws its
-examples at random from a seed; none is picked by hand. It shows
+Numbers say how often a model is right. Only looking says why it is wrong. `write_report` shows
 
-    Found, Missed     captions whose right video came first, and captions whose did not
-    Hard negatives    pairs, with the wrong captions and videos that score highest; as in KCL,
-                      pairs that mean the same are no negatives
-    Multiple choice   questions of every kind
+    Missed             first the captions whose right video stands last, then others
+    Taken for          of each noun, verb and relation: how often its captions find their video,
+                       and what the video that came first instead shows
+    Found              captions whose right video came first
+    Multiple choice    questions, most of them answered wrong
+
+All but the worst misses are drawn at random from a seed; none is picked by hand.
 
 This file chooses what is shown; the templates beside it (page.html, macros.html, base.html) say how
-it looks. A page is one HTML file without scripts. Styles and pictures are inside, and a
-Content-Security-Policy forbids it to load anything. A picture holds four moments of a video, so
-that motion can be read from a still page.
+it looks. A page is one HTML file without scripts. Styles and pictures are inside. A
+Content-Security-Policy forbids it to load anything but the videos themselves, when they are played.
+A picture holds four moments of a video, so that motion can be read from a still page.
 
 Captions and paths come from strangers. Jinja escapes every character that is markup, and `shown`
 replaces each that cannot be seen (control characters, marks that turn the writing direction).
@@ -19,8 +21,10 @@ replaces each that cannot be seen (control characters, marks that turn the writi
 
 import base64
 import os
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -30,14 +34,20 @@ from einops import rearrange
 
 from cli import write_whole
 from datasets.split import Question, Split
-from knowledge import ConceptVocab, extract_many, meaning_ids, unit_rows
-from videos.decode import VideoError, glimpse, read_frames
+from knowledge import GRANULARITIES, extract_many
+from videos.decode import VideoError, codec_of, glimpse, read_frames
 
 HERE = Path(__file__).parent
 FRAME_SIZE = 104  # pixels of one moment; four make a picture
-MAX_PICTURE_BYTES = 14_000  # of a JPEG: some hundred pictures stay below 3 MB
 TOP = 5  # answers shown for a query
-COLUMNS = ["R@1", "R@5", "R@10", "MdR", "MnR"]
+SAMPLE = 3000  # captions whose concepts are counted: some seconds of work, then cached
+WORST = 8  # concepts shown of a kind
+KS = np.unique(np.geomspace(1, 1000, 60).astype(int))  # of the figure
+PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, if the codec is one of these:
+CODECS = {"avc1", "h264", "vp08", "VP80", "vp09", "VP90", "av01", "AV01"}
+# low and high: where 95 % of resampled query sets lie (eval.bootstrap)
+COLUMNS = ["", "R@1", "low", "high", "R@5", "R@10", "MdR", "MnR"]
+KIND_COLUMNS = ["wrong options differ in", "right, %", "low", "high", "questions"]
 DIRECTIONS = {
     "text to video": "t2v",
     "video to text": "v2t",
@@ -54,8 +64,8 @@ class Results:
     split: Split  # the gallery and its captions; `broken` are the videos that had to be left out
     text_emb: np.ndarray  # [n_text, E]
     video_emb: np.ndarray  # [n_video, E]
-    t2v_ranks: np.ndarray  # [n_text]
-    v2t_ranks: np.ndarray  # [videos with captions]
+    # "t2v": ranks [n_text], "v2t": ranks [videos with captions], "mc_accuracy": points [questions]
+    outcomes: dict[str, np.ndarray]
     questions: list[Question]
     option_scores: np.ndarray  # [questions, options]
 
@@ -63,67 +73,53 @@ class Results:
         """(path, start, end) of the j-th video, for `picture`."""
         return self.split.video_paths[j], *self.split.window
 
-    def caption_of(self, j: int) -> int | None:
-        """The number of the j-th video's first caption, None where it has none."""
-        mine = np.flatnonzero(self.split.video_of_caption == j)
-        return int(mine[0]) if len(mine) else None
+    def first_captions(self) -> np.ndarray:
+        """[n_video]: the number of each video's first caption, −1 where it has none."""
+        first = np.full(len(self.video_emb), -1)
+        first[self.split.video_of_caption[::-1]] = np.arange(len(self.split.captions))[::-1]
+        return first
 
 
 def write_report(
     path: str | Path,
     record: dict,
     results: Results,
-    vocab: ConceptVocab,
     *,
+    cache: Path | None = None,
     queries: int = 5,
-    pairs: int = 4,
     seed: int = 0,
 ) -> None:
     """Write the page to `path`. record: what metrics.json holds (eval.make_record).
 
-    Drawn by `seed`: `queries` captions answered right and as many not, `pairs` with their hard
-    negatives, two questions a kind. Raises UserError where the file cannot be written.
+    Of captions answered wrong the `queries` worst and as many drawn by `seed`, of those answered
+    right as many, and questions. cache: a folder for the knowledge of the captions. Raises
+    UserError where the file cannot be written.
     """
     picture.cache_clear()  # files may have changed since the last page
     rng = np.random.default_rng(seed)
-    split, is_found = results.split, results.t2v_ranks <= 1
+    ranks, points = (results.outcomes.get(name, np.zeros(0)) for name in ("t2v", "mc_accuracy"))
 
     def draw(condition, count: int) -> list[int]:
         return rng.permutation(np.flatnonzero(condition))[:count].tolist()
 
-    questions = draw_questions(results, draw)
+    worst = np.argsort(-ranks, kind="stable")[:queries]
+    is_worst = np.isin(np.arange(len(ranks)), worst)
     examples = dict(
-        questions=[describe_question(i, results, record["logit_scale"]) for i in questions],
-        found=[describe_query(i, results) for i in draw(is_found, queries)],
-        missed=[describe_query(i, results) for i in draw(~is_found, queries)],
-        pairs=[],
+        worst=worst[ranks[worst] > 1],
+        missed=draw(~is_worst & (ranks > 1), queries),
+        found=draw(ranks <= 1, queries),
+        questions=draw(points < 100, queries - 1) + draw(points == 100, 2),
+        describe_query=partial(describe_query, results),
+        describe_question=partial(describe_question, results, record["logit_scale"]),
     )
-    if split.captions:
-        knowledge = extract_many(split.captions)
-        meaning = meaning_ids(split.captions, knowledge)
-        unit = unit_rows(vocab.encode(knowledge), vocab.idf)
-        chosen = draw(np.ones(len(split.captions)), pairs)
-        examples["pairs"] = [describe_pair(text, results, meaning, unit) for text in chosen]
+    if len(ranks):
+        examples |= dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
 
-    hidden = ("protocol", "note", "unusable")
-    metrics = ("t2v_", "v2t_", "dsl_", "mc_")
-    run_facts = {
-        name: value
-        for name, value in record.items()
-        if name not in hidden and not name.startswith(metrics)
-    }
-    numbers = dict(
-        captions=len(split.captions),
-        videos=len(results.video_emb),
-        columns=COLUMNS,
-        rank_rows=rank_rows(record),
-        kinds=kind_rows(record, results.questions),
-        options=results.option_scores.shape[1],
-        curve=draw_curve(results) if split.captions else None,
-    )
     title = f"CLOP on {record['task']}, {record['split']} split"
-    about = dict(title=title, record=record, run_facts=run_facts, top=TOP, seed=seed)
-    render("page.html", path, **about, **numbers, **examples)
+    about = dict(title=title, record=record, results=results, top=TOP, seed=seed)
+    columns = dict(columns=COLUMNS, kind_columns=KIND_COLUMNS, xs=100 * np.log10(KS))
+    rows = dict(rank_rows=rank_rows(record), kinds=kind_rows(record))
+    render("page.html", path, **about, **columns, **rows, **examples)
 
 
 # ---- text and pictures ---------------------------------------------------------------------------
@@ -145,15 +141,6 @@ def printable(text: str) -> str:
     )
 
 
-def readable(value) -> str:
-    """A value of the record as a person writes it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 @lru_cache(maxsize=512)
 def picture(path: str, start: float = 0.0, end: float | None = None) -> str | None:
     """Four moments of a video, 2 × 2 in reading order: a JPEG in base64.
@@ -168,12 +155,24 @@ def picture(path: str, start: float = 0.0, end: float | None = None) -> str | No
     except VideoError:
         return None
 
+    frames[:, :, -1] = frames[:, -1] = 255  # a line between them
     sheet = rearrange(frames, "(row column) h w c -> (row h) (column w) c", row=2)[..., ::-1]
-    for quality in (80, 60, 40, 20):
-        jpeg = cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-        if len(jpeg) <= MAX_PICTURE_BYTES:
-            break
+    jpeg = cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, 60])[1]
     return base64.b64encode(jpeg).decode()
+
+
+def browsers_play(path: str) -> bool:
+    """Whether they show this file themselves; others they hand to the system's player."""
+    try:
+        return Path(path).suffix.lower() in PLAYED and codec_of(path) in CODECS
+    except VideoError:
+        return False
+
+
+def link_to(path: str, start: float = 0.0, end: float | None = None) -> str:
+    """The file's address and what to play of it; percent-encoded: no markup is left in it."""
+    until = f",{end:.1f}" if end else ""
+    return f"{Path(path).absolute().as_uri()}#t={start:.1f}{until}"
 
 
 def render(template: str, path: str | Path, **values) -> None:
@@ -185,10 +184,8 @@ def render(template: str, path: str | Path, **values) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= dict(
-        shown=shown, readable=readable, file_name=lambda path: shown(os.path.basename(path))
-    )
-    environment.globals["picture"] = picture
+    environment.filters |= dict(shown=shown, file_name=os.path.basename)
+    environment.globals |= dict(picture=picture, browsers_play=browsers_play, link_to=link_to)
     page = environment.get_template(template).render(values)
     with write_whole(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
@@ -197,131 +194,96 @@ def render(template: str, path: str | Path, **values) -> None:
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def rank_rows(record: dict) -> list[list[str]]:
+def rank_rows(record: dict) -> list[list]:
     """Rows of the table of ranks: a name, then `COLUMNS`."""
     rows = []
     for name, way in DIRECTIONS.items():
         if f"{way}_R@1" in record:
-            rows.append([name, *(f"{record[f'{way}_{column}']:.1f}" for column in COLUMNS)])
+            others = [record[f"{way}_{column}"] for column in COLUMNS[4:]]
+            rows.append([name, record[f"{way}_R@1"], *record["intervals"][f"{way}_R@1"], *others])
     return rows
 
 
-def kind_rows(record: dict, questions: list[Question]) -> list[list[str]]:
-    """Rows of the table of multiple choice: a kind, its questions, percent right."""
+def kind_rows(record: dict) -> list[list]:
+    """Rows of the table of multiple choice, as `KIND_COLUMNS`: first of all questions."""
     rows = []
-    for kind in sorted({question.kind for question in questions if question.kind}):
-        count = sum(question.kind == kind for question in questions)
-        rows.append([shown(kind), count, f"{record[f'mc_accuracy_{kind}']:.1f}"])
-    if questions:
-        rows.append(["all questions", len(questions), f"{record['mc_accuracy']:.1f}"])
+    for name, points in record["outcomes"].items():
+        if name.startswith("mc_accuracy"):
+            kind = shown(name.removeprefix("mc_accuracy").removeprefix("_") or "all questions")
+            rows.append([kind, record[name], *record["intervals"][name], len(points.split())])
     return rows
 
 
-def draw_curve(results: Results) -> dict:
-    """Where the lines of the figure run: R@K over K, K on a log axis, 640 × 260 units."""
-    left, right, top, bottom = 40, 530, 12, 226
-    last = min(len(results.video_emb), 1000)
-    ks = np.unique(np.geomspace(1, last, 60).round())
+def guess(candidates: int, right: np.ndarray) -> np.ndarray:
+    """R@K of one who ranks at random, percent, for each K of `KS`.
 
-    def place_x(k):
-        return left + (right - left) * np.log(k) / max(np.log(last), 1e-9)
+    right [queries]: how many of the n candidates are right answers. The best of them counts, and
+    the others do not compete. So a query fails where the first K of all are wrong, which has the
+    probability Π_{i<K} (n − right − i) / (n − i).
+    """
+    i = np.arange(KS[-1])[:, None]
+    wrong = np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
+    return 100 * (1 - wrong.cumprod(axis=0)).mean(axis=1)[KS - 1]
 
-    def place_y(percent):
-        return bottom - (bottom - top) * np.asarray(percent) / 100
 
-    guess = 100 * ks / len(results.video_emb)
-    named = [("guess", "a guess", guess)]
-    for way, label, ranks in (
-        ("t2v", "text to video", results.t2v_ranks),
-        ("v2t", "video to text", results.v2t_ranks),
-    ):
-        named.append((way, label, np.array([100 * np.mean(ranks <= k) for k in ks])))
+def recall_curves(results: Results) -> dict[str, np.ndarray]:
+    """{"t2v": R@K in percent for each K of `KS`, "guess t2v": that of a guess, the same for v2t}"""
+    captions = np.bincount(results.split.video_of_caption)
+    curves = {
+        "guess t2v": guess(len(results.video_emb), np.ones(1)),
+        "guess v2t": guess(captions.sum(), captions[captions > 0]),
+    }
+    for way in ("t2v", "v2t"):
+        curves[way] = 100 * np.mean(results.outcomes[way][:, None] <= KS, axis=0)
+    return curves
 
-    lines, y = [], 0.0
-    named.sort(key=lambda line: (-line[2][-1], -line[2][0]))
-    for style, label, percent in named:
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(place_x(ks), place_y(percent)))
-        y = max(y + 16, float(place_y(percent[-1])) + 4)  # no label stands over another
-        lines.append(dict(style=style, label=label, points=points, y=round(y)))
 
-    return dict(
-        last=last,
-        lines=lines,
-        percents=[(p, round(float(place_y(p)))) for p in (0, 25, 50, 75, 100)],
-        ks=[(k, round(float(place_x(k)))) for k in (1, 10, 100, 1000) if k <= last],
-    )
+def count_concepts(results: Results, cache: Path | None) -> dict[str, list]:
+    """{granularity: [(concept, captions, percent found, [(taken for, times)])]}, most misses first.
+
+    Of the first captions of `SAMPLE` videos. A concept is taken for another of its granularity
+    where the caption of the video that comes first has the other and not the concept.
+    """
+    first = results.first_captions()
+    chosen = first[first >= 0][:SAMPLE]
+    winner = first[(results.text_emb[chosen] @ results.video_emb.T).argmax(axis=1)]
+    texts = [*results.split.captions, ""]  # number −1: a video without a caption came first
+    captions = [texts[i] for i in (*chosen, *winner)]
+    knowledge = extract_many(captions, cache=cache, progress=False)
+
+    asked, found, taken_for = Counter(), Counter(), defaultdict(Counter)
+    for i, rank in enumerate(results.outcomes["t2v"][chosen]):
+        ours, theirs = (set(knowledge.concepts_of(j)) for j in (i, len(chosen) + i))
+        asked.update(ours)
+        if rank <= 1:
+            found.update(ours)
+            continue
+        for lost, seen in product(ours - theirs, theirs - ours):
+            if lost.partition(":")[0] == seen.partition(":")[0]:
+                taken_for[lost][seen.partition(":")[2]] += 1
+
+    tables = {kind: [] for kind in GRANULARITIES}
+    for concept in sorted(asked, key=lambda concept: (found[concept] - asked[concept], concept)):
+        kind, _, name = concept.partition(":")
+        percent = 100 * found[concept] / asked[concept]
+        tables[kind].append((name, asked[concept], percent, taken_for[concept].most_common(3)))
+    return {kind: rows[:WORST] for kind, rows in tables.items()}
 
 
 # ---- examples ------------------------------------------------------------------------------------
 
 
-def draw_questions(results: Results, draw) -> list[int]:
-    """Of each kind, one question answered right and one answered wrong."""
-    kind = np.array([question.kind for question in results.questions], str)
-    answer = np.array([question.answer for question in results.questions], int)
-    if not len(answer):
-        return []
-    is_right = results.option_scores.argmax(axis=1) == answer
-    chosen = []
-    for name in np.unique(kind):
-        chosen += draw((kind == name) & is_right, 1) + draw((kind == name) & ~is_right, 1)
-    return chosen
-
-
-def describe_query(query: int, results: Results) -> dict:
-    """A caption, the videos that score highest, and the right one wherever it stands."""
-    split, rank = results.split, results.t2v_ranks[query]
+def describe_query(results: Results, query: int) -> dict:
+    """The videos that score highest for a caption, and the right one wherever it stands."""
+    rank, right = results.outcomes["t2v"][query], results.split.video_of_caption[query]
     scores = results.video_emb @ results.text_emb[query]  # [n_video]
-    right = int(split.video_of_caption[query])
-    places = dict(zip(np.argsort(-scores, kind="stable")[:TOP].tolist(), range(1, TOP + 1)))
-    places.setdefault(right, rank)
-
-    answers = []
-    for j, place in places.items():
-        text = query if j == right else results.caption_of(j)
-        caption = "" if text is None else split.captions[text]
-        score = dict(score=scores[j], place=place, is_right=j == right)
-        answers.append(dict(video=results.video(j), caption=caption, **score))
-    return dict(caption=split.captions[query], rank=rank, answers=answers)
+    answers = list(enumerate(np.argsort(-scores, kind="stable")[:TOP], 1))
+    if right not in (video for _, video in answers):
+        answers.append((rank, right))
+    return dict(rank=rank, right=right, answers=answers, scores=scores)
 
 
-def describe_pair(text: int, results: Results, meaning: np.ndarray, unit) -> dict:
-    """A caption and its video, with their hardest wrong captions and videos.
-
-    meaning [n_text]: equal for captions that mean the same. unit: sparse [n_text, K], rows whose
-    products are κ.
-    """
-    split, video_of_text = results.split, results.split.video_of_caption
-    video = int(video_of_text[text])
-    text_scores = results.text_emb @ results.video_emb[video]
-    video_scores = results.video_emb @ results.text_emb[text]
-    own = dict(video=results.video(video), caption=split.captions[text], place=None)
-    own |= dict(score=video_scores[video], is_right=True)
-
-    # a video with a caption that means what one of this video's does is no negative …
-    same = np.unique(video_of_text[np.isin(meaning, meaning[video_of_text == video])])
-    text_scores[np.isin(video_of_text, same)] = -np.inf
-    video_scores[same] = -np.inf
-    # … nor is one without a caption: nothing is known of it
-    video_scores[np.setdiff1d(np.arange(len(video_scores)), video_of_text)] = -np.inf
-
-    def describe(other: int, score: float, caption: int) -> dict:
-        kappa = (unit[[text]] @ unit[[caption]].T).toarray()[0, 0]
-        facts = dict(score=score, kappa=kappa, caption=split.captions[caption])
-        return facts | dict(video=results.video(other))
-
-    texts = [describe(video, text_scores[i], i) for i in hardest(text_scores)]
-    videos = [describe(j, video_scores[j], results.caption_of(j)) for j in hardest(video_scores)]
-    return dict(caption=split.captions[text], own=own, texts=texts, videos=videos)
-
-
-def hardest(scores: np.ndarray) -> list[int]:
-    """The `TOP` largest scores that are not −∞."""
-    order = np.argsort(-scores, kind="stable")[:TOP]
-    return order[np.isfinite(scores[order])].tolist()
-
-
-def describe_question(index: int, results: Results, scale: float) -> dict:
+def describe_question(results: Results, scale: float, index: int) -> dict:
     """A question with the probability of each option: the softmax of scale · score."""
     question = results.questions[index]
     logits = scale * results.option_scores[index]

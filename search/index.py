@@ -6,17 +6,18 @@ has none. The next search embeds only what is new.
 - Each video is one transaction. Whatever kills the process costs the video that was half done.
 - A file is known by path, time and size. If one of them differs, it is another video.
 - A row whose file is gone is left out of the answers. It stays, should its disk come back.
-- A broken file has a row too. It is tried again when it changes.
+- A file that does not decode has a row too. It is tried again when it changes. One that could not
+  be read, or took too long, has none: that may be otherwise the next time.
 - A checksum finds bits that a disk lost: such a video is embedded again.
 - Vectors of another checkpoint, or of windows of another length, have rows of their own.
 """
 
+import collections
 import contextlib
 import os
 import sqlite3
 import stat
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,62 +42,38 @@ class File(NamedTuple):
 
 
 def find_videos(folder: Path) -> tuple[list[File], list[str]]:
-    """(the video files below the folder, sorted by path; lines that say what was left out).
+    """(the video files below the folder, sorted by path; lines that say what cannot be read).
 
     Names that begin with a dot are left out. Links are followed, but no file comes twice and no
     loop is endless. Raises UserError where the folder itself cannot be read.
     """
-    files, troubles, skipped, seen = [], [], Counter(), set()
-
-    def complain(error: OSError) -> None:
-        place = os.path.relpath(error.filename, folder)
-        if place == ".":
-            raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
-        troubles.append(f"{place}: cannot be read ({error.strerror})")
-
-    def is_new(path: str) -> bool:
+    files, troubles, seen = [], [], set()
+    todo = collections.deque([str(folder)])
+    while todo:
+        path = todo.popleft()
         real = os.path.realpath(path)
-        skipped["links to what is there already"] += real in seen
-        is_first = real not in seen
+        if real in seen:
+            continue
         seen.add(real)
-        return is_first
 
-    def add(path: str) -> None:
         try:
-            status = os.stat(path)
+            if os.path.isdir(path):
+                for name in os.listdir(path):
+                    if not name.startswith("."):
+                        entry = os.path.join(path, name)
+                        # links come last, so that a video goes by its own name
+                        (todo.append if os.path.islink(entry) else todo.appendleft)(entry)
+            elif os.path.splitext(path)[1].lower() in SEARCHED:
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    place = Path(path).relative_to(folder).as_posix()
+                    files.append(File(place, status.st_mtime_ns, status.st_size))
         except OSError as error:
-            return complain(error)
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix in SEARCHED and stat.S_ISREG(status.st_mode):
-            place = Path(path).relative_to(folder).as_posix()
-            files.append(File(place, status.st_mtime_ns, status.st_size))
-        else:
-            skipped["other files"] += 1
-
-    links = [str(folder)]  # grows: links come last, so that a video goes by its own name
-    for link in links:
-        if not is_new(link):
-            continue
-        if not os.path.isdir(link):
-            add(link)
-            continue
-        for here, folders, names in os.walk(link, onerror=complain):
-            enter = []
-            for name in sorted(folders + names):
-                path = os.path.join(here, name)
-                if name.startswith("."):
-                    skipped["hidden names"] += 1
-                elif os.path.islink(path):
-                    links.append(path)
-                elif is_new(path):
-                    if name in folders:
-                        enter.append(name)
-                    else:
-                        add(path)
-            folders[:] = enter
-
-    notes = [f"skipped {count:,} {what}" for what, count in skipped.items() if count]
-    return sorted(files), notes + troubles
+            if path == str(folder):
+                raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
+            place = os.path.relpath(path, folder)
+            troubles.append(f"{place}: cannot be read ({error.strerror})")
+    return sorted(files), troubles
 
 
 # ---- the index -----------------------------------------------------------------------------------
@@ -105,13 +82,12 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
 class Record(NamedTuple):
     """What is known of a video: its W windows, or the reason why there is none."""
 
-    reason: str
+    reason: str  # nothing in it but characters that can be seen
     spans: np.ndarray  # [W, 2] float32: seconds from, to
     emb: np.ndarray  # [W, E] float32, unit norm
 
     def checksum(self) -> int:
-        data = self.reason.encode("utf-8", "surrogateescape")
-        return zlib.crc32(data + self.spans.tobytes() + self.emb.tobytes())
+        return zlib.crc32(self.reason.encode() + self.spans.tobytes() + self.emb.tobytes())
 
 
 class Index:
@@ -120,31 +96,17 @@ class Index:
     TABLE = """
         CREATE TABLE IF NOT EXISTS video (
             checkpoint TEXT, window REAL, path BLOB, mtime_ns INTEGER, size INTEGER,
-            reason BLOB, spans BLOB, emb BLOB, checksum INTEGER,
+            reason TEXT, spans BLOB, emb BLOB, checksum INTEGER,
             PRIMARY KEY (checkpoint, window, path))
     """
 
-    def __init__(self, path: Path, *, checkpoint: str, window: float, embed_dim: int):
+    def __init__(self, path: Path, *, checkpoint: str, window: float):
         """checkpoint: its hash. window: seconds."""
-        self.path, self.recipe, self.embed_dim = path, (checkpoint, window), embed_dim
+        self.path, self.recipe = path, (checkpoint, window)
         with self.explain():
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.open()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                print(f"{printable(str(path))}: damaged ({error}); its videos are embedded again")
-                path.unlink()
-                self.open()
-
-    def open(self) -> None:
-        self.database = sqlite3.connect(self.path, timeout=60)  # seconds, if another run writes
-        self.database.execute(self.TABLE)
-        (state,) = self.database.execute("PRAGMA quick_check(1)").fetchone()
-        if state != "ok":
-            self.database.close()
-            raise sqlite3.DatabaseError(state)
+            self.database = sqlite3.connect(path, timeout=60)  # seconds, if another run writes
+            self.database.execute(self.TABLE)
 
     @contextlib.contextmanager
     def explain(self):
@@ -153,15 +115,15 @@ class Index:
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{self.path}: cannot hold the index ({reason}); make room, or choose --index"
+                f"{self.path}: cannot hold the index ({reason}); make room, delete the file if it "
+                "is damaged, or choose --index"
             ) from error
 
     def add(self, file: File, record: Record) -> None:
         """Put this video on disk, for good."""
         path, *version = file
-        reason = record.reason.encode("utf-8", "surrogateescape")
         vectors = (record.spans.tobytes(), record.emb.tobytes(), record.checksum())
-        row = (*self.recipe, os.fsencode(path), *version, reason, *vectors)
+        row = (*self.recipe, os.fsencode(path), *version, record.reason, *vectors)
         with self.explain(), self.database:
             self.database.execute("REPLACE INTO video VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
@@ -174,11 +136,9 @@ class Index:
             for path, mtime_ns, size, reason, spans, emb, checksum in self.database.execute(
                 query, self.recipe
             ):
-                record = Record(
-                    reason.decode("utf-8", "surrogateescape"),
-                    np.frombuffer(spans, np.float32).reshape(-1, 2),
-                    np.frombuffer(emb, np.float32).reshape(-1, self.embed_dim),
-                )
+                spans = np.frombuffer(spans, np.float32).reshape(-1, 2)
+                emb = np.frombuffer(emb, np.float32).reshape(max(1, len(spans)), -1)
+                record = Record(reason, spans, emb)
                 file = File(os.fsdecode(path), mtime_ns, size)
                 if record.checksum() == checksum:
                     rows[file] = record

@@ -85,6 +85,7 @@ STORIES = {
         ("-m bench.data", "--captions 0.01 --repeats 1", "cache"),
     ],
     "more benches": [
+        ("-m bench.search --toy cache/toy", "--toy .", "20 other scenes claim a match"),
         (
             "-m bench.search --videos 20000 --presets toy --queries 10",
             "--videos 200 --queries 2 --presets toy",
@@ -95,6 +96,7 @@ STORIES = {
             "--batch 8 --chunks 0,4 --frames 4",
             "4",
         ),
+        ("-m bench.eval --toy cache/toy", "--toy .", "CPU s, of which embedding"),
         ("-m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1", "--sizes 300", "300"),
         ("-m bench.contrastive --device cpu", "--sizes 256 --dim 32", "256"),
         ("-m bench.scaling", "", "GFLOP"),
@@ -127,6 +129,10 @@ ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "-m bench.knowledge_width --captions train.csv": ("docs/kernel.md", "one run, seed 0"),
     "-m bench.gpu": ("tests/test_extras.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
+    "eval.py --compare runs/toy-0 runs/toy-1": (
+        "tests/test_eval.py",
+        "def test_two_results_side_by_side(",
+    ),
     "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 "
     "--gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6 "
     "--weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt": (

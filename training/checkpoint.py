@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from tyro.conf import Positional
 
 from captions.tokenizer import Tokenizer
@@ -233,11 +234,20 @@ def build_model(sizes: dict, weights: dict[str, torch.Tensor]) -> CLOP:
     layers = config.video_layers + config.text_layers
     if layers > len(weights):
         raise ValueError(f"{layers} layers in {len(weights)} tensors")
-    with torch.device("meta"):  # shapes only
+    with torch.device("meta"), NoDraws():  # shapes only
         model = CLOP(config)
     weights = {name: t.float() for name, t in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model
+
+
+class NoDraws(TorchFunctionMode):
+    """No random first weights: on "meta" they would import torch._dynamo, which takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 def hash_text(text: str) -> str:

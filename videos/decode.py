@@ -216,10 +216,21 @@ def claims(capture: cv2.VideoCapture) -> tuple[int, float]:
     return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
 
 
+def codec_of(path: str) -> str:
+    """The four letters that name its codec: "avc1" is H.264, "av01" AV1. Raises VideoError."""
+    code = int(open_video(path).get(cv2.CAP_PROP_FOURCC))
+    return (code & 0xFFFFFFFF).to_bytes(4, "little").decode("latin-1").strip("\0 ")
+
+
 def check_count(path: str, seen: int, claimed: int) -> None:
-    if seen < max(1, TRUNCATED_BELOW * claimed):
+    if not seen:  # perhaps it is whole: OpenCV's wheels lack some decoders, AV1's among them
         raise VideoError(
-            f"{path}: truncated or damaged: {seen} of {max(1, claimed)} frames decode; fetch it "
+            f"{path}: no frame decodes; OpenCV may lack its codec, {codec_of(path)}: encode it "
+            "again (ffmpeg -i OLD -c:v libx264 NEW.mp4), or fetch it again if it is damaged"
+        )
+    if seen < TRUNCATED_BELOW * claimed:
+        raise VideoError(
+            f"{path}: truncated or damaged: {seen} of {claimed} frames decode; fetch it "
             "again or remove it"
         )
 
