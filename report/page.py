@@ -115,11 +115,21 @@ def write_report(
     if len(ranks):
         examples |= dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
 
-    title = f"CLOP on {record['task']}, {record['split']} split"
-    about = dict(title=title, record=record, results=results, top=TOP, seed=seed)
-    columns = dict(columns=COLUMNS, kind_columns=KIND_COLUMNS, xs=100 * np.log10(KS))
-    rows = dict(rank_rows=rank_rows(record), kinds=kind_rows(record))
-    render("page.html", path, **about, **columns, **rows, **examples)
+    render(
+        "page.html",
+        path,
+        title=f"CLOP on {record['task']}, {record['split']} split",
+        record=record,
+        results=results,
+        top=TOP,
+        seed=seed,
+        columns=COLUMNS,
+        rank_rows=rank_rows(record),
+        kind_columns=KIND_COLUMNS,
+        kinds=kind_rows(record),
+        xs=100 * np.log10(KS),
+        **examples,
+    )
 
 
 # ---- text and pictures ---------------------------------------------------------------------------
