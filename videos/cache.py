@@ -66,10 +66,13 @@ class FrameCache:
     ):
         """gigabytes: what all entries in the folder may take. num_videos: that will be read."""
         self.folder, self.size, self.num_frames = Path(folder), size, num_frames
+        self.damaged = 0
+
+        # how many of the videos fit; without their number: all, but none into nothing
         self.capacity = gigabytes * 1e9
         needed = num_videos * self.size_of(num_frames)
         self.share = min(1.0, self.capacity / needed) if needed else float(gigabytes > 0)
-        self.damaged = 0
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

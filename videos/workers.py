@@ -174,6 +174,7 @@ def serve(work: Callable, pipe: Connection, others: list[Connection]) -> None:
     for inherited in others:  # kept open here, no pipe would end with the parent
         inherited.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's request to stop is not for them
 
     with contextlib.suppress(EOFError, ConnectionError):
         while (jobs := pipe.recv()) is not None:
