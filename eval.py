@@ -560,7 +560,7 @@ def save_similarities(path: str, results: Results) -> None:
 
 # who reads a flag: one of another task is a forgotten --task
 READERS = {
-    **dict.fromkeys(("query", "videos", "index"), ("search",)),
+    **dict.fromkeys(("query", "videos", "index", "retry"), ("search",)),
     "data": ("csv", "toy", "msrvtt-mc"),
     **dict.fromkeys(("data_root", "videos_root"), ("csv", *PUBLISHED)),
 }
@@ -568,7 +568,7 @@ READERS = {
 
 def check_flags(config: EvalConfig) -> None:
     """Raise UserError for a value out of its range, or a flag that the task would not read."""
-    check_ranges(config, dict(max_broken=0, seed=0), dict(max_broken=1))
+    check_ranges(config, dict(max_broken=0, seed=0, cache_gb=0), dict(max_broken=1))
     for name, tasks in READERS.items():
         flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
         if value and config.task not in tasks:
