@@ -236,7 +236,9 @@ def measure_run(pattern: str, folder: Path, config: BenchConfig) -> dict:
     process = start_run(pattern, folder, config)
     found = dict(first_step_s=wait_for(1, process, out))
     wait_for(steps // 4 + 1, process, out)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = []
+    for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        children += path.read_text().split()
     found["rank_mb"], found["workers_mb"] = rss(process.pid), [rss(int(pid)) for pid in children]
     status = Path(f"/proc/{process.pid}/status").read_text()
     found["rank_peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) // 1000
