@@ -102,9 +102,9 @@ def test_a_closed_pipe_after_the_last_line_ends_without_a_word():
     code = "import sys; from cli import run; run(lambda: (print('help'), sys.exit(0)))"
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE
-    )
+    streams = dict(stdout=writes, stderr=subprocess.PIPE)
+    environment = dict(os.environ, PYTHONUNBUFFERED="")  # empty: output is held back
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, **streams)
     os.close(writes)
     assert done.stderr == b"" and done.returncode == 1
 

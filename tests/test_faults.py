@@ -143,14 +143,6 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tiny_world, tmp_path, cache,
     assert not list(Path(config.out).glob(".*"))
 
 
-def test_the_loop_draws_nothing_from_a_global_generator(tiny_world, tmp_path, cache, monkeypatch):
-    """So no state of one is in the checkpoint."""
-    states = []
-    at_each_loss(monkeypatch, lambda n: states.append(torch.get_rng_state()))
-    train.train(settings(tiny_world, tmp_path, cache, steps=3))
-    assert len(states) == 3 and all(state.equal(states[0]) for state in states)
-
-
 # ---- signals -------------------------------------------------------------------------------------
 
 

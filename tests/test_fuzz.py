@@ -246,67 +246,25 @@ def checkpoint(tmp_path_factory):
     captions = ["a dog chases a cat", "two red balls bounce"]
     tokenizer = Tokenizer.train(captions, 280)
     vocab = ConceptVocab.build(extract_many(captions), min_count=1)
-    sizes = dict(
-        image_size=16,
-        video_width=16,
-        video_layers=1,
-        video_heads=1,
-        text_width=16,
-        text_layers=1,
-        text_heads=1,
-        text_length=8,
-        embed_dim=8,
-    )
-    model = CLOP(
-        build_config("toy", **sizes, vocab_size=tokenizer.vocab_size, num_concepts=len(vocab))
-    )
+    towers = dict(video_layers=1, text_layers=1, vocab_size=tokenizer.vocab_size)
+    model = CLOP(build_config("toy", **towers, num_concepts=len(vocab)))
     path = tmp_path_factory.mktemp("checkpoint") / "x.safetensors"
-    save_checkpoint(
-        path,
-        model,
-        tokenizer,
-        vocab,
-        config=dict(lr=0.1),
-        step=7,
-        training=dict(moment=torch.arange(3.0)),
-    )
+    contents = dict(config=dict(lr=0.1), step=7, training=dict(moment=torch.arange(3.0)))
+    save_checkpoint(path, model, tokenizer, vocab, **contents)
     return path, path.read_bytes()
 
 
-ODD_VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**31,
-    10**30,
-    1.5,
-    1e308,
-    "",
-    "x",
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": 1},
-]
+ODD_VALUES = [None, True, -1, 0, 3, 2**31, 10**30, 1.5, 1e308]
+ODD_VALUES += ["", "x", [], {}, [[]], [None], {"a": 1}]
 
 
-def places(value, path=()):
+def places(value, path=()) -> list[tuple]:
     """The paths of all values inside a JSON value."""
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    return (
-        [path] + [p for key, x in inner for p in places(x, (*path, key))]
-        if path
-        else [p for key, x in inner for p in places(x, (key,))]
-    )
+    found = [path] if path else []
+    keys = value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+    for key in keys:
+        found += places(value[key], (*path, key))
+    return found
 
 
 def with_value(document, path, value):
@@ -344,15 +302,9 @@ def test_a_checkpoint_made_to_harm_is_refused_or_loads(checkpoint):
 
 
 def test_damaged_logs_are_cut_back():
-    whole = "".join(
-        json.dumps(line) + "\n"
-        for line in (
-            dict(config={}),
-            dict(step=1, loss=2.5),
-            dict(step=2, loss=None),
-            dict(step=2, validation={}),
-        )
-    ).encode()
+    lines = [dict(config={}), dict(step=1, loss=2.5), dict(step=2, loss=None)]
+    lines.append(dict(step=2, validation={}))
+    whole = "".join(json.dumps(line) + "\n" for line in lines).encode()
 
     @quick
     @given(damaged(whole))

@@ -5,7 +5,6 @@ How the labels of tests/knowledge_labels.jsonl were made: bench/knowledge.py.
 
 import importlib.metadata
 import itertools
-import json
 import pickle
 import subprocess
 import sys
@@ -203,12 +202,10 @@ def test_cache_is_used_and_checked(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
     good = path.read_bytes()
-    flipped = good[:200] + bytes([good[200] ^ 1]) + good[201:]
-    for damaged in (good[: len(good) // 2], flipped, b"", b"not a zip file"):
-        path.write_bytes(damaged)
-        assert extract() == first
-        assert "damaged" in capsys.readouterr().err
-        assert path.read_bytes() == good  # made again
+    path.write_bytes(good[: len(good) // 2])
+    assert extract() == first
+    assert "damaged" in capsys.readouterr().err
+    assert path.read_bytes() == good  # made again
 
     assert extract(CAPTIONS[:5]) == first[:5]
     assert len(list(folder.iterdir())) == 2  # other captions: another file
@@ -237,13 +234,6 @@ def test_vocabulary_counts_and_weights():
     is_word = [not name.startswith("relation:") for name in whole.names]
     assert (whole.word_idf == whole.idf * is_word).all() and not all(is_word)
     assert len(ConceptVocab.build(extract_many([], progress=False))) == 0
-
-
-def test_vocabulary_round_trips_through_json():
-    vocab = ConceptVocab.build(extract_many(CAPTIONS, progress=False))
-    again = ConceptVocab.from_dict(json.loads(json.dumps(vocab.to_dict())))
-    assert again.names == vocab.names
-    assert (again.counts == vocab.counts).all() and (again.idf == vocab.idf).all()
 
 
 @pytest.mark.parametrize("min_count", [1, 20, 1000])
