@@ -298,6 +298,7 @@ def main():
         start = time.perf_counter()
         pattern = make_shards(folder, config)
         record = dict(config=asdict(config), **machine_facts("cpu"), load=os.getloadavg()[0])
+        del record["config"]["folder"], record["config"]["out"]
         record["written_s"] = round(time.perf_counter() - start, 1)
 
         index = folder / "cache" / "shards"

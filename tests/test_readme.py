@@ -103,7 +103,7 @@ STORIES = {
         ("-m bench.text", "--functions clean", "clean"),
         ("-m bench.open_clip", "", "50"),
         (
-            "-m bench.shards",
+            "-m bench.shards --batch 16 --run-steps 16",
             "--samples 200 --shards 2 --links 2 --steps 10 --run-steps 4 --clips 10 --batch 8 "
             "--rounds 1 --out shards.jsonl",
             "share_of_waiting",
