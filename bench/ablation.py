@@ -356,7 +356,7 @@ def describe_group(runs: list[dict]) -> str:
     first = runs[0]
     default = settings({})
     flags = []
-    for name, value in settings(first["config"]).items():
+    for name, value in sorted(settings(first["config"]).items()):
         if value != default[name]:
             flags.append(f"--{name.replace('_', '-')} {value}")
     seconds = [record["seconds"] for record in runs]
