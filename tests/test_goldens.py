@@ -1,7 +1,7 @@
 """What must not change while the code is rearranged: numbers, files and batches of a known good
 version.
 
-goldens.json was written by `python tests/test_goldens.py`. A value in it changes only with a reason
+goldens.json was written by `python -m tests.test_goldens`. A value in it changes only with a reason
 in docs/LOG.md.
 """
 
