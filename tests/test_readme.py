@@ -82,7 +82,7 @@ STORIES = {
     "benches": [
         ("-m bench.knowledge", "--million 0.001", "ms CPU"),
         ("-m bench.toyworld --train 1500", "--train 20", "videos/s"),
-        ("-m bench.data", "--captions 0.01 --repeats 1", "cache"),
+        ("-m bench.data --repeats 3", "--captions 0.01 --repeats 1", "cache"),
     ],
     "more benches": [
         ("-m bench.search --toy cache/toy", "--toy .", "20 other scenes claim a match"),
@@ -98,7 +98,7 @@ STORIES = {
         ),
         ("-m bench.eval --toy cache/toy", "--toy .", "CPU s, of which embedding"),
         ("-m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1", "--sizes 300", "300"),
-        ("-m bench.contrastive --device cpu", "--sizes 256 --dim 32", "256"),
+        ("-m bench.contrastive --device cpu --sizes 16384", "--sizes 256 --dim 32", "256"),
         ("-m bench.scaling", "", "GFLOP"),
         ("-m bench.text", "--functions clean", "clean"),
         ("-m bench.open_clip", "", "50"),
@@ -129,6 +129,7 @@ ELSEWHERE = {  # where it runs instead: a file, and what stands there
     "-m bench.knowledge_width --captions train.csv": ("docs/kernel.md", "one run, seed 0"),
     "-m bench.gpu": ("tests/test_extras.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
+    "eval.py --compare A B": ("tests/test_eval.py", "def test_two_results_side_by_side("),
     "eval.py --compare runs/toy-0 runs/toy-1": (
         "tests/test_eval.py",
         "def test_two_results_side_by_side(",
