@@ -85,7 +85,7 @@ def measure_toy(data: str) -> None:
         evaluate(config)
         whole = time.process_time() - started
 
-    checkpoint, task = load_checkpoint(SHIPPED), TASKS["toy"](config, None)
+    checkpoint, task = load_checkpoint(SHIPPED), TASKS["toy"](config)
     cache = open_cache(Path(config.cache) / "frames", checkpoint.model.config)
     options = sum((question.options for question in task.questions), [])
     started = time.process_time()

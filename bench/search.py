@@ -136,7 +136,7 @@ def measure_claims(data: str) -> None:
     """Print how many captions of a toy world's videos, and how many other scenes, claim a match."""
     checkpoint = load_checkpoint(SHIPPED)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    task = TASKS["toy"](EvalConfig(data=data), None)
+    task = TASKS["toy"](EvalConfig(data=data))
     cache = open_cache(Path("cache/frames"), model.config)
     split = keep_decodable(task.split, cache)
 
