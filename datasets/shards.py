@@ -28,6 +28,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from videos.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, locate
 from videos.workers import run_guarded
 
 MEDIA = [suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
-VERSION = 1  # of the index files
+VERSION = 2  # of the index files
 TEXT = np.dtypes.StringDType()  # half of the memory that Python's own texts take
 
 
@@ -63,7 +64,7 @@ def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = Tr
     for shard, weight in repeats.items():
         if shard in broken:
             continue
-        found = json.loads(index_file(shard, index).read_bytes())
+        found = read_index(index_file(shard, index))
         ids = np.arange(count, count + len(found["videos"]))
         videos.append(np.array([shard + video for video in found["videos"]], TEXT))
         captions += [np.array(found["captions"], TEXT)] * weight
@@ -157,10 +158,19 @@ def index_shard(shard: str, index: Path) -> str:
             else:
                 broken.append((key, "no video or image beside its caption"))
 
+    columns = dict(videos=videos, captions=captions, broken=broken)
+    text = json.dumps(columns, ensure_ascii=False).encode()
     with write_whole(index_file(shard, index)) as unfinished:
-        columns = dict(videos=videos, captions=captions, broken=broken)
-        unfinished.write_text(json.dumps(columns, ensure_ascii=False), encoding="utf-8")
+        unfinished.write_bytes(b"%08x\n" % zlib.crc32(text) + text)
     return ""
+
+
+def read_index(file: Path) -> dict[str, list]:
+    """{"videos", "captions", "broken"}. Raises UserError where a bit of it has changed."""
+    checksum, _, text = file.read_bytes().partition(b"\n")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise UserError(f"{file}: damaged; delete it, and its shard is walked again")
+    return json.loads(text)
 
 
 def read_shard(shard: str) -> tuple[dict[str, dict], list[tuple[str, str]]]:

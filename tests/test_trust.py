@@ -4,6 +4,9 @@ docs/trust.md is the table that these tests stand for. A log carries no checksum
 computed from it; that damaged ones end no run is tests/test_fuzz.py's.
 """
 
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from captions.tokenizer import Tokenizer
 from cli import UserError
 from datasets import toyworld
+from datasets.shards import load_shards
 from knowledge import ConceptVocab, extract_many, read_cache, write_cache
 from model import CLOP, build_config
 from search.index import File, Index, Record
@@ -77,7 +81,7 @@ def test_knowledge(tmp_path):
 
 def test_search_index(tmp_path):
     """A video's row is the one that was written, or is not there and is embedded again."""
-    path, recipe = tmp_path / "index.sqlite", dict(checkpoint="x", window=8.0, embed_dim=4)
+    path, recipe = tmp_path / "index.sqlite", dict(checkpoint="x", window=8.0)
     rng = np.random.default_rng(0)
     expected = {}
     for i in range(30):
@@ -101,6 +105,24 @@ def test_search_index(tmp_path):
             assert record.reason == expected[file].reason
     assert lost > 50
     assert len(Index(path, **recipe).known(list(expected))) == 30
+
+
+def test_index_of_a_shard(tmp_path):
+    """Refused, and says what to delete."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.mp4", "a.txt", "b.mp4", "b.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 30
+            tar.addfile(member, io.BytesIO(b"x" * 30))
+    how = dict(index=tmp_path / "index", workers=1, progress=False)
+    load_shards(str(tmp_path / "0.tar"), **how)
+    (file,) = (tmp_path / "index").iterdir()
+
+    for place in flips(file):
+        with pytest.raises(UserError, match="damaged; delete it"):
+            load_shards(str(tmp_path / "0.tar"), **how)
+            pytest.fail(f"byte {place}")
+    assert len(load_shards(str(tmp_path / "0.tar"), **how).captions) == 2
 
 
 def test_toy_world(tmp_path):
