@@ -54,6 +54,8 @@ class Task:
         )
         official = dict(videos=listed["videos"]) | self.split.official
         doubts = trained_on.doubts([path for path in self.videos if path not in usable.broken])
+
+        # what there are more or fewer of than there should be, and why
         short = {name: count for name, count in official.items() if counts[name] != count}
         if short:
             reasons = [f"{count} {kind}" for kind, count in usable.count_broken().items() if count]
@@ -64,6 +66,7 @@ class Task:
                 f"{counts[name]:,} of {count:,} {name}" for name, count in short.items()
             )
             doubts.insert(0, f"{what}: not comparable ({', '.join(reasons)})")
+
         return counts, "; ".join(doubts)
 
 
