@@ -1,10 +1,14 @@
-"""What several test files share: a tiny toy world, rendered once."""
+"""What several test files share: a tiny toy world, rendered once; and Ctrl-C as users have it."""
 
 import multiprocessing
+import signal
 
 import pytest
 
 from datasets import toyworld
+
+# `pytest … &` has Ctrl-C ignored, and so would every program that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
