@@ -8,13 +8,11 @@ in docs/LOG.md.
 import hashlib
 import html
 import json
-import platform
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data import KnowledgeBatchSampler
 from datasets import toyworld
@@ -27,14 +25,6 @@ GOLDENS = Path(__file__).with_name("goldens.json")
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return (
-        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    )
 
 
 def shipped_model(folder: Path) -> dict:
@@ -117,8 +107,6 @@ def goldens():
 
 def test_the_shipped_model_keeps_its_numbers_and_its_page(goldens, tmp_path):
     found = shipped_model(tmp_path)
-    if cpu_name() == goldens["cpu"]:
-        assert found["metrics"] == goldens["shipped"]["metrics"]
     # another processor may flip a near tie: one question of the 234 about direction
     assert found["metrics"] == pytest.approx(goldens["shipped"]["metrics"], abs=0.5)
     assert found["counts"] == goldens["shipped"]["counts"]
@@ -135,11 +123,8 @@ def test_toy_files_are_the_same(goldens, tiny_world):
 
 def test_twenty_losses_are_the_same(goldens, tiny_world, tmp_path):
     losses = training_losses(tiny_world, tmp_path)
-    if cpu_name() == goldens["cpu"]:
-        assert (
-            losses == goldens["losses"]
-        )  # to the last bit; another processor adds in another order
-    assert losses == pytest.approx(goldens["losses"], rel=1e-4)
+    # processors add in another order, and two of one name did, too: 2e-7 between three machines
+    assert losses == pytest.approx(goldens["losses"], rel=2e-6)
 
 
 if __name__ == "__main__":
@@ -151,7 +136,6 @@ if __name__ == "__main__":
             folder / "tiny", train=48, val=12, test=12, seed=0, workers=1, progress=False
         )
         found = dict(
-            cpu=cpu_name(),
             files=toy_files(world),
             losses=training_losses(world, folder / "losses"),
             plan=sampler_plan(),
