@@ -15,17 +15,23 @@ Who does it to whom is visible only in the motion.
 are dealt out to train, val and test once and for all. No test composition is ever seen in training,
 though every kind and every action is. The pair is unordered, so that training never shows "star
 chases fish" where the test asks for "fish chases star": that would teach a prior against the truth.
+For the same reason the wrong nouns of a question make compositions that training never shows, too.
 
 **Retrieval** on val and test is well posed. The caption of a video names every attribute, and it is
 true of no other video of its split. Training captions may drop sizes and colours.
 
-**Multiple choice,** one question for each val and test video: the true caption, and four in its
-template that differ by one edit each and are false of the video.
+**Multiple choice,** about 4.4 questions for each val and test video: the true caption, and four in
+its template that are false of the video. One question asks for each noun and for each verb, and one
+for each other sort that applies:
 
     noun        four other nouns in the place of one of the caption's nouns
     verb        four other verbs in the place of one of its verbs (none that might pass, see NEAR)
-    direction   the two parties with their roles changed, and three other nouns or verbs: a model
-                that is blind to word order gets at most half of these right
+    direction   the two parties of a relation with their roles exchanged, and three other nouns
+    binding     two things with their colours exchanged, and three other nouns
+    count       the two other numbers that such scenes have, and two other nouns
+
+A model that knows which words are true, but not how they belong together, gets at most half of the
+questions about direction and binding right.
 
 **Files:** videos/*.mp4; {train,val,test}.csv (video, caption); {val,test}_mc.jsonl (video, options,
 answer, kind); {train,val,test}_truth.jsonl (video, events); and world.json, which lists the splits
@@ -36,11 +42,10 @@ that are finished, with checksums. All is a pure function of (VERSION, counts, s
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +67,7 @@ from datasets.toyrender import (
 )
 from videos.workers import run_guarded
 
-VERSION = 6  # of the world: a change of any pixel or word that `generate` writes raises it
+VERSION = 7  # of the world: a change of any pixel or word that `generate` writes raises it
 FPS = 8
 SPLITS = ("train", "val", "test")
 
@@ -195,9 +200,9 @@ def paraphrase(scene: Scene, rng: np.random.Generator, *, full: bool = True) -> 
 def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
     """All that `split` shows: {action: [(kind,), …]}, of relations {action: [(kind, kind), …]}.
 
-    Fixed for ever, whatever the seed. Test has 4 of the 16 kinds of each single action and 24 of
-    the 120 pairs of each relation, val 2 and 12 others. The kinds are held out equally often (give
-    or take one) over the single actions.
+    Fixed for ever, whatever the seed. Of each single action test has 4 of the 16 kinds and val 2
+    others. The kinds of a relation stand on a circle. Test has the pairs at two distances along it,
+    val those at a third: 32 and 16 of the 120. So each kind is held out as often as any other one.
     """
     assert split in SPLITS, split
     rng, dealt = np.random.default_rng(0), {}
@@ -206,16 +211,35 @@ def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
         kinds = [(KINDS[j],) for j in np.roll(order, -5 * i)]
         dealt[action] = {"test": kinds[:4], "val": kinds[4:6], "train": kinds[6:]}[split]
 
-    pairs = list(itertools.combinations(KINDS, 2))
     for action in RELATION:
-        mixed = [pairs[j] for j in rng.permutation(len(pairs))]
-        dealt[action] = {"test": mixed[:24], "val": mixed[24:36], "train": mixed[36:]}[split]
+        circle, distances = rng.permutation(KINDS).tolist(), rng.permutation(range(1, 8)).tolist()
+        shares = {"test": distances[:2], "val": distances[2:3], "train": [*distances[3:], 8]}
+        pairs = []
+        for distance in shares[split]:
+            for i in range(8 if distance == 8 else 16):  # opposite ones would come twice
+                pairs.append((circle[i], circle[(i + distance) % 16]))
+        dealt[action] = pairs
     return dealt
+
+
+@functools.cache
+def taught() -> set[tuple[str, frozenset[str]]]:
+    """The compositions of training: (action, its kinds)."""
+    return {
+        (action, frozenset(kinds))
+        for action, dealt in compositions("train").items()
+        for kinds in dealt
+    }
 
 
 def pick(rng: np.random.Generator, options):
     options = list(options)
     return options[int(rng.integers(len(options)))]
+
+
+def possible_counts(action: str) -> list[tuple[int, int]]:
+    """How many subjects and objects a relation has."""
+    return [(1, 1)] if action == "orbit" else [(1, 1), (1, 2), (2, 1)]
 
 
 def draw_thing(kind: str, count: int, sized: bool, rng: np.random.Generator) -> Thing:
@@ -235,14 +259,11 @@ def draw_scene(split: str, rng: np.random.Generator) -> Scene:
     if roll < 0.5:
         action = pick(rng, RELATION)
         kinds = rng.permutation(pick(rng, allowed[action]))
-        counts = (1, 1)
-        if action != "orbit" and rng.random() >= 0.75:
-            counts = ((1, 2), (2, 1))[int(rng.integers(2))]
+        counts = pick(rng, possible_counts(action))
         things = [draw_thing(str(kind), count, True, rng) for kind, count in zip(kinds, counts)]
         return (Event(action, *things),)
     if roll < 0.85:
-        count = pick(rng, [1, 1, 2, 3])
-        return (draw_single(SINGLE, count),)
+        return (draw_single(SINGLE, pick(rng, (1, 2, 3))),)
     while True:
         left, right = draw_single(HALF_SCENE, 1), draw_single(HALF_SCENE, 1)
         if left.action != right.action and left.subject.kind != right.subject.kind:
@@ -278,53 +299,102 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
 
 
 # ---- multiple choice -----------------------------------------------------------------------------
+# Each function gives scenes that are false where `scene` is true.
 
 
-def edit(scene: Scene, sort: str, rng: np.random.Generator) -> Iterator[Scene]:
-    """Scenes that differ from `scene` in one noun, one verb, or its direction.
-
-    They are false where it is true. All edit the same place: without the video, the options of a
-    noun or verb question say nothing about the answer.
-    """
-    i = int(rng.integers(len(scene)))
+def change(scene: Scene, i: int, role: str | None = None, **fields) -> Scene:
+    """The scene with other fields of its event i, or of the thing that has the role there."""
     event = scene[i]
-    edits = []
-    if sort == "direction":
-        edits.append(Event(event.action, event.object, event.subject))
-    elif sort == "verb":
-        verbs = HALF_SCENE if len(scene) == 2 else RELATION if event.object else SINGLE
-        shown = {e.action for e in scene}
-        for verb in verbs:
-            if verb not in shown and not any({verb, action} in NEAR for action in shown):
-                edits.append(event._replace(action=verb))
-    else:
-        role = pick(rng, ["subject", "object"] if event.object else ["subject"])
-        things = [*(e.subject for e in scene), *(e.object for e in scene if e.object)]
-        shown = {thing.kind for thing in things}
-        for kind in KINDS:
-            if kind not in shown:
-                edits.append(event._replace(**{role: getattr(event, role)._replace(kind=kind)}))
-
-    for j in rng.permutation(len(edits)):
-        yield scene[:i] + (edits[j],) + scene[i + 1 :]
+    if role:
+        fields = {role: getattr(event, role)._replace(**fields)}
+    return scene[:i] + (event._replace(**fields),) + scene[i + 1 :]
 
 
-def ask(scene: Scene, rng: np.random.Generator) -> dict:
-    """A question: {"options": five captions, "answer": index of the true one, "kind": …}."""
-    shares = [0.3, 0.3, 0.4] if scene[0].object else [0.5, 0.5, 0]
-    sort = str(rng.choice(["noun", "verb", "direction"], p=shares))
-    if sort == "direction":
-        sources = [edit(scene, s, rng) for s in ("direction", *rng.choice(["noun", "verb"], 3))]
-    else:
-        sources = [edit(scene, sort, rng)] * 4
-    options = [scene]
-    for source in sources:
-        options.append(next(other for other in source if other not in options))
+def places_of(scene: Scene) -> list[tuple[int, str]]:
+    """Where things are: (number of the event, role)."""
+    if scene[0].object:
+        return [(0, "subject"), (0, "object")]
+    return [(i, "subject") for i in range(len(scene))]
 
-    template = int(rng.integers(len(TEMPLATES[sort_of(scene)])))
-    order = rng.permutation(5)
-    captions = [caption_of(options[j], template) for j in order]
-    return {"options": captions, "answer": int(np.argmin(order)), "kind": sort}
+
+def other_nouns(scene: Scene, i: int, role: str) -> list[Scene]:
+    """Another kind at one place: one that is not shown, in a composition that is not taught."""
+    shown = {getattr(scene[j], other).kind for j, other in places_of(scene)}
+    found = []
+    for kind in KINDS:
+        changed = change(scene, i, role, kind=kind)
+        action, *parties = changed[i]
+        kinds = frozenset(thing.kind for thing in parties if thing)
+        if kind not in shown and (action, kinds) not in taught():
+            found.append(changed)
+    return found
+
+
+def other_verbs(scene: Scene, i: int) -> list[Scene]:
+    """Another action of event i: none that is shown, or might pass for one that is."""
+    shown = {event.action for event in scene}
+    found = []
+    for verb in HALF_SCENE if len(scene) == 2 else RELATION if scene[i].object else SINGLE:
+        if verb not in shown and not any({verb, action} in NEAR for action in shown):
+            found.append(change(scene, i, action=verb))
+    return found
+
+
+def other_direction(scene: Scene) -> list[Scene]:
+    action, subject, other = scene[0]
+    return [(Event(action, other, subject),)] if other else []
+
+
+def other_binding(scene: Scene) -> list[Scene]:
+    """The colours of two things exchanged."""
+    places = places_of(scene)
+    colours = [getattr(scene[i], role).colour for i, role in places]
+    if len(set(colours)) < 2:
+        return []
+    for (i, role), colour in zip(places, colours[::-1]):
+        scene = change(scene, i, role, colour=colour)
+    return [scene]
+
+
+def other_counts(scene: Scene) -> list[Scene]:
+    """The other numbers that such a scene may have."""
+    (action, subject, other), *more = scene
+    if more:
+        return []
+    if other is None:
+        return [change(scene, 0, "subject", count=n) for n in (1, 2, 3) if n != subject.count]
+    found = []
+    for first, second in possible_counts(action):
+        if (first, second) != (subject.count, other.count):
+            changed = change(scene, 0, "subject", count=first)
+            found.append(change(changed, 0, "object", count=second))
+    return found
+
+
+def ask(scene: Scene, rng: np.random.Generator) -> list[dict]:
+    """Questions: {"options": five captions, "answer": index of the true one, "kind": its sort}."""
+    places = places_of(scene)
+    asked = [("noun", scene, other_nouns(scene, *place)) for place in places]
+    asked += [("verb", scene, other_verbs(scene, i)) for i in range(len(scene))]
+    asked.append(("direction", scene, other_direction(scene)))
+    asked.append(("binding", scene, other_binding(scene)))
+    sizeless = scene
+    for place in places:  # groups have no sizes, so a size would tell the number
+        sizeless = change(sizeless, *place, size=None)
+    asked.append(("count", sizeless, other_counts(sizeless)))
+
+    questions = []
+    for sort, true, false in asked:
+        if not false:
+            continue  # this sort does not apply
+        false = [false[j] for j in rng.permutation(len(false))]
+        fillers = other_nouns(true, *pick(rng, places))
+        false += [fillers[j] for j in rng.permutation(len(fillers))]
+        options, order = [true, *false[:4]], rng.permutation(5)
+        template = int(rng.integers(len(TEMPLATES[sort_of(scene)])))
+        captions = [caption_of(options[j], template) for j in order]
+        questions.append({"options": captions, "answer": int(np.argmin(order)), "kind": sort})
+    return questions
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -501,7 +571,7 @@ def plan(split: str, count: int, seed: int) -> tuple[list[Scene], dict[str, str]
             events.append(dict(action=action, **parties))
         truth.append(json.dumps(dict(video=video, events=events)) + "\n")
         if not is_train:
-            questions.append(json.dumps(dict(video=video, **ask(scene, rng))) + "\n")
+            questions += [json.dumps(dict(video=video, **one)) + "\n" for one in ask(scene, rng)]
 
     files = {f"{split}.csv": "".join(rows), f"{split}_truth.jsonl": "".join(truth)}
     if not is_train:
