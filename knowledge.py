@@ -69,9 +69,29 @@ def find_verbs(s: Sentence) -> list[str]:
     return [s.lemmas[i] for i in verbs if not is_auxiliary(s, i)]
 
 
+def find_attributes(s: Sentence) -> list[str]:
+    """The adjectives and numbers of each noun: "two big red balls" -> two, big and red ball."""
+    pairs, waiting = [], []
+    for i, (lemma, tag) in enumerate(zip(s.lemmas, s.tags)):
+        if tag[:2] == "JJ" or tag == "CD":
+            waiting.append(lemma)
+        elif tag[0] == "N" and s.tags[i + 1 : i + 2] != ["NN"] and s.tags[i + 1 : i + 2] != ["NNS"]:
+            if len(lemma) > 1 and lemma not in STOP_NOUNS:
+                pairs += [f"{word} {lemma}" for word in waiting]
+            waiting = []
+        elif tag[0] != "N" and tag not in ("CC", ","):
+            waiting = []  # "is red": of no noun behind it
+    return pairs
+
+
 # Paper: "explicit structural representations … of several granularities" is all that the abstract
-# says. Ours are these three. Another one, say adjectives, is one more entry.
-GRANULARITIES = {"noun": find_nouns, "verb": find_verbs, "relation": find_relations}
+# says. Ours are these four. Another one is one more entry.
+GRANULARITIES = {
+    "noun": find_nouns,
+    "verb": find_verbs,
+    "relation": find_relations,
+    "attribute": find_attributes,
+}
 
 
 def extract_knowledge(caption: str) -> dict[str, list[str]]:
@@ -225,8 +245,8 @@ class ConceptVocab:
         without = self.num_captions - self.counts
         self.log_odds = np.log((self.counts + 1) / (without + 1)).astype(np.float32)
         self.idf = (np.log((self.num_captions + 1) / (self.counts + 1)) + 1).astype(np.float32)
-        is_relation = [name.startswith("relation:") for name in names]
-        self.word_idf = np.where(is_relation, np.float32(0), self.idf)
+        is_word = [name.startswith(("noun:", "verb:")) for name in names]
+        self.word_idf = np.where(is_word, self.idf, np.float32(0))
 
     @classmethod
     def build(cls, knowledge: Knowledge, *, min_count=2, max_size=4096) -> "ConceptVocab":

@@ -105,7 +105,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "n s (qkv h d) -> qkv n h s d", qkv=3, h=self.heads)
+        qkv = self.qkv(x)
+        if x.shape[1] == 1:  # attention to itself alone: its own value
+            return self.out(qkv[..., -x.shape[2] :])
+        q, k, v = rearrange(qkv, "n s (qkv h d) -> qkv n h s d", qkv=3, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(rearrange(x, "n h s d -> n s (h d)"))
 

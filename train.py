@@ -118,7 +118,8 @@ class OptimizerFlags:
     steps: int = 1200  # optimizer steps
     batch_size: int = 128  # pairs in the global batch, over all processes
     chunk: int = 0  # pairs that a process encodes at a time, same negatives; 0 = all
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 3e-3  # peak learning rate of AdamW
+    muon_lr: float = 0.02  # that of Muon: the blocks' matrices; 0, and --init: all by AdamW
     encoder_lr: float | None = None  # --init: peak rate of its weights, --lr of what is new
     warmup: int = 60  # steps of linear warm-up; then cosine to zero
     weight_decay: float = 0.1  # of matrices only
@@ -181,8 +182,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 2. model and optimizer ------------------------------------------------------------------
     model = build_model(config, data).to(ranks.device)
-    optimizer = build_optimizer(model, config)
-    run = Run(config, ranks, model, optimizer, data)
+    optimizers = build_optimizers(model, config)
+    run = Run(config, ranks, model, optimizers, data)
     if resumed:
         run.resume(resumed)
     run.open_log(machine_facts(ranks.device.type))
@@ -205,18 +206,20 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
             batch["knowledge"] = concept_vectors(batch["concepts"], idf)  # κ = their dot products
 
             lr = learning_rate(run.step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["scale"]
             parts = backward(towers, model.logit_scale, batch, config)
             parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
             parts = ranks.mean_of(parts)  # the same numbers on all ranks: all decide alike
             if math.isfinite(parts["loss"] + parts["grad_norm"]):
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
                 run.progress["skipped_in_a_row"] = 0
             else:
                 run.skip_step(parts)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             run.count_step()
 
             stopped_by = ranks.agree(signals.received)
@@ -459,10 +462,19 @@ def build_model(config: TrainConfig, data: Data) -> CLOP:
     return model
 
 
-def build_optimizer(model: CLOP, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Each group has its weight decay, and `scale`: its share of --lr."""
+def build_optimizers(model: CLOP, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW; and Muon for the matrices of the blocks, where they are trained from scratch.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) makes all singular values of a matrix's step
+    equal, so that what is rare in the gradient is learned, too: half of the steps (docs/LOG.md).
+    Each group has its weight decay, and `scale`: its share of --lr.
+    """
     groups: dict[tuple, list] = {}
+    matrices = []
     for name, parameter in model.named_parameters():
+        if config.muon_lr and not config.init and ".blocks." in name and parameter.ndim == 2:
+            matrices.append(parameter)
+            continue
         # biases, norms, logit_scale: decay would only pull them off their scale
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         is_from_clip = config.init and config.encoder_lr and not is_new(name)
@@ -473,7 +485,11 @@ def build_optimizer(model: CLOP, config: TrainConfig) -> torch.optim.AdamW:
         dict(params=parameters, weight_decay=decay, scale=scale)
         for (decay, scale), parameters in groups.items()
     ]
-    return torch.optim.AdamW(options, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    optimizers = [torch.optim.AdamW(options, betas=(0.9, 0.98), eps=1e-6, fused=True)]
+    if matrices:
+        options = [dict(params=matrices, scale=config.muon_lr / config.lr)]
+        optimizers.append(torch.optim.Muon(options, weight_decay=config.weight_decay))
+    return optimizers
 
 
 # ---- 3. a step -----------------------------------------------------------------------------------
@@ -575,7 +591,7 @@ def check_config(config: TrainConfig) -> None:
         steps=1, batch_size=2, group_size=2, seed=0, chunk=0, gpus=0, procs=0, workers=1, warmup=0,
         log_every=1, eval_every=1, keep=0, hard_k=0, hard_weight=0, skp_weight=0, beta=0,
         weight_decay=0, guided_share=0, guided_from=0, max_broken=0, cache_gb=0, lr=1e-12,
-        encoder_lr=1e-12,
+        encoder_lr=1e-12, muon_lr=0,
     )  # fmt: skip
     check_ranges(config, at_least, dict(guided_share=1, guided_from=1, max_broken=1))
 

@@ -5,7 +5,7 @@
           -> drawn on a textured backdrop, seen by a shaky, noisy camera            3. pixels
 
 Training reads these videos at 32 × 32 pixels and 8 of the 16 frames. So that is the resolution at
-which kinds and actions have to be told apart. Outlines differ. A thing is a quarter to a third of
+which kinds and actions have to be told apart. Outlines differ. A thing is 0.27 to 0.41 of
 the frame's side. A spin turns by about 45° from one sampled frame to the next, which is no symmetry
 of any kind. Who does what to whom shows in the motion alone, never in the looks: the chaser is the
 one behind, the puller is ahead on its rope, the passer is the faster one.
@@ -28,7 +28,7 @@ COLOURS = {  # name: (body, mark), RGB
     "white": ((250, 250, 250), (40, 40, 45)),
     "black": ((12, 12, 12), (200, 200, 200)),
 }
-SIZES = {"small": 0.115, "big": 0.18}  # radius in frame sides: 15 and 23 of 64 pixels across
+SIZES = {"small": 0.135, "big": 0.205}  # radius in frame sides: 17 and 26 of 64 pixels across
 SINGLE_ACTIONS = tuple(
     "spin bounce grow shrink blink shake slide rise fall zigzag fade swing roll".split()
 )
@@ -327,7 +327,7 @@ def places(count: int, radius: float, spread_down: bool) -> np.ndarray:
 def radius_of(thing: Thing) -> float:
     if thing.size:
         return SIZES[thing.size]
-    return 0.15 if thing.count == 1 else 0.115
+    return 0.17 if thing.count == 1 else 0.13
 
 
 def make_backdrop(rng: np.random.Generator) -> tuple[np.ndarray, list, int]:

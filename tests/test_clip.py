@@ -524,7 +524,7 @@ def groups_of(model, config):
     """{name: (scale, weight decay)} of the optimizer's groups."""
     name_of = {id(p): name for name, p in model.named_parameters()}
     found = {}
-    for group in train.build_optimizer(model, config).param_groups:
+    for group in train.build_optimizers(model, config)[0].param_groups:
         for p in group["params"]:
             name = name_of.pop(id(p))  # each is in one group
             found[name] = (pytest.approx(group["scale"]), group["weight_decay"])

@@ -24,9 +24,9 @@ SKIP_AT_MOST = 3  # steps in a row that may be left out for a loss or gradient o
 class Run:
     """The state of a run, from its first step or from a checkpoint on."""
 
-    def __init__(self, config, ranks: Ranks, model, optimizer, data):
+    def __init__(self, config, ranks: Ranks, model, optimizers: list, data):
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizers = model, optimizers
         self.data = data  # its tokenizer, vocab, trained_on and fingerprint()
         self.step, self.saved = 0, None
         self.progress = dict(data=data.fingerprint(), best=None, skipped=0, skipped_in_a_row=0)
@@ -53,7 +53,7 @@ class Run:
             )
 
         self.model.load_state_dict(found.model.state_dict())
-        restore_optimizer(self.optimizer, self.model, found.training)
+        restore_optimizers(self.optimizers, self.model, found.training)
         self.step, self.saved, self.progress = found.step, found.path, found.progress
         self.say(f"{self.saved}: goes on from step {self.step} of {self.config.steps}")
 
@@ -123,7 +123,7 @@ class Run:
                     self.write_checkpoint("best")
 
             self.log.flush_to_disk()
-            training = optimizer_tensors(self.optimizer, self.model)
+            training = optimizer_tensors(self.optimizers, self.model)
             self.saved = self.write_checkpoint(f"step-{self.step:06d}", training)
             if not self.log.path.exists():
                 raise UserError(
@@ -143,19 +143,26 @@ class Run:
         return path
 
 
-def optimizer_tensors(optimizer, model) -> dict[str, torch.Tensor]:
-    """{"<moment>.<parameter>": tensor}: AdamW's state by name, so that order does not matter."""
+def optimizer_tensors(optimizers: list, model) -> dict[str, torch.Tensor]:
+    """{"<moment>.<parameter>": tensor}: the state by name, so that order does not matter."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        for moment, value in optimizer.state[parameter].items():
-            tensors[f"{moment}.{name}"] = value
+        for optimizer in optimizers:
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{moment}.{name}"] = value
     return tensors
 
 
-def restore_optimizer(optimizer, model, tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizers(optimizers: list, model, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse. A run whose steps were all skipped has no state yet."""
+    optimizer_of = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            optimizer_of |= dict.fromkeys(group["params"], optimizer)
+
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         moment, _, name = key.partition(".")
-        device = "cpu" if moment == "step" else parameters[name].device
-        optimizer.state[parameters[name]][moment] = value.to(device)
+        parameter = parameters[name]
+        device = "cpu" if moment == "step" else parameter.device
+        optimizer_of[parameter].state[parameter][moment] = value.to(device)
