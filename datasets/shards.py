@@ -136,19 +136,15 @@ def index_shard(shard: str, index: Path) -> None:
 
     videos, captions = [], []
     for key, files in samples.items():
-        media = next((kind for kind in MEDIA if kind in files), None)
-        try:
-            caption = read_caption(files)
-        except UnicodeError:
-            broken[key] = "its caption is not UTF-8 text; pack the shard again"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            broken[key] = f'no caption; expected {key}.txt, or "caption" in {key}.json'
+        media = [kind for kind in MEDIA if kind in files]
+        caption = read_caption(files)
+        if caption is None:
+            broken[key] = f'no caption; expected {key}.txt (UTF-8), or "caption" in {key}.json'
+        elif not media:
+            broken[key] = "no video or image beside its caption"
         else:
-            if media:
-                videos.append(files[media])
-                captions.append(caption)
-            else:
-                broken[key] = "no video or image beside its caption"
+            videos.append(files[media[0]])
+            captions.append(caption)
 
     columns = dict(videos=videos, captions=captions, broken=broken)
     text = json.dumps(columns, ensure_ascii=False).encode()
@@ -204,10 +200,13 @@ def read_shard(shard: str) -> tuple[dict[str, dict], dict[str, str]]:
     return whole, broken
 
 
-def read_caption(files: dict[str, bytes]) -> str:
-    """Raises UnicodeError, or another error where there is none."""
-    if "txt" in files:
-        return files["txt"].decode("utf-8-sig").strip()
-    caption = json.loads(files["json"])["caption"]
-    caption.encode()  # no half characters
-    return caption.strip()
+def read_caption(files: dict[str, bytes]) -> str | None:
+    """The caption of a sample; None where there is none."""
+    try:
+        if "txt" in files:
+            return files["txt"].decode("utf-8-sig").strip()
+        caption = json.loads(files["json"])["caption"]
+        caption.encode()  # no half characters
+        return caption.strip()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from test_faults import flags
 from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
 
 import train
@@ -95,9 +96,8 @@ def test_a_truncated_shard_costs_what_it_has_lost(tmp_path, clip):
 
 
 FAULTS = {
-    "no caption; expected 1.txt": {"1.mp4": b"x"},
     'or "caption" in 1.json': {"1.mp4": b"x", "1.json": b'{"text": "hi"}'},
-    "its caption is not UTF-8": {"1.mp4": b"x", "1.txt": "ein Mädchen".encode("latin-1")},
+    "no caption; expected 1.txt (UTF-8)": {"1.mp4": b"x", "1.txt": "ein Mädchen".encode("latin-1")},
     "no video or image": {"1.txt": b"alone"},
     "its key comes twice": [("1.mp4", b"x"), ("1.txt", b"a"), ("1.mp4", b"y")],
 }
@@ -226,19 +226,19 @@ def test_a_loop_that_ends_early_leaves_no_process(tmp_path, clip):
 # ---- decoded while training ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shards(tiny_world, tmp_path_factory):
+def pack_world(world, folder, is_broken=lambda shard, place: False):
     """The tiny world's 240 training samples in four shards, and 12 for validation in one."""
-    folder = tmp_path_factory.mktemp("shards")
     for role, count in (("train", 4), ("val", 1)):
-        with open(tiny_world / f"{role}.csv", encoding="utf-8") as file:
+        with open(world / f"{role}.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for i, part in enumerate(np.array_split(rows, count)):
+        for shard, part in enumerate(np.array_split(rows, count)):
             files = {}
-            for j, row in enumerate(part):
-                video = (tiny_world / row["video"]).read_bytes()
-                files |= sample(f"{j:03d}", video, row["caption"])
-            pack(folder / f"{role}-{i}.tar", files)
+            for place, row in enumerate(part):
+                video = (world / row["video"]).read_bytes()
+                if role == "train" and is_broken(shard, place):
+                    video = b"no video" * 99
+                files |= sample(f"{place:03d}", video, row["caption"])
+            pack(folder / f"{role}-{shard}.tar", files)
     return folder
 
 
@@ -249,46 +249,31 @@ def settings(shards, out, **other):
     return TrainConfig(**(files | run | dict(guided_from=0.0) | other))
 
 
-def lines_of(out) -> list[dict]:
-    return [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
-
-
 def numbers_of(out) -> list[tuple]:
     """The losses and the scores on validation of a run, by step."""
-    lines = lines_of(out)
+    lines = [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     return losses + [(line["step"], line["validation"]) for line in lines if "validation" in line]
 
 
-def test_a_streamed_run_is_the_cached_one_bit_by_bit(shards, tmp_path, capsys):
+def test_a_streamed_run_is_the_cached_one_bit_by_bit(tiny_world, tmp_path, capsys):
     """Half of the frames fit into the cache: validation and training read both kinds."""
+    shards = pack_world(tiny_world, tmp_path)
     train.train(settings(shards, tmp_path / "cached"))
     num_videos, entry = 240 + 12, 20 + 4 * 32 * 32 * 3
-    small = dict(cache=str(tmp_path / "cache"), cache_gb=0.5 * num_videos * entry / 1e9)
+    small = dict(cache=str(tmp_path / "small"), cache_gb=0.5 * num_videos * entry / 1e9)
     train.train(settings(shards, tmp_path / "streamed", **small))
     assert numbers_of(tmp_path / "streamed") == numbers_of(tmp_path / "cached")
     assert "50% of 252 videos fit into --cache-gb" in capsys.readouterr().out
-    assert 60 < len(list((tmp_path / "cache" / "frames").glob("*/*"))) < 160
+    assert 60 < len(list((tmp_path / "small" / "frames").glob("*/*"))) < 160
 
 
 @pytest.fixture(scope="module")
-def broken_shards(shards, tmp_path_factory):
-    """The same, but each 16th video of three training shards is no video."""
+def broken_run(tiny_world, tmp_path_factory):
+    """Each twentieth video of three shards is none."""
     folder = tmp_path_factory.mktemp("broken")
-    for path in shards.glob("*.tar"):
-        data = path.read_bytes()
-        with tarfile.open(path) as tar:
-            videos = [member for member in tar if member.name.endswith("0.mp4")]
-        for member in videos[::2] if path.name[:7] in ("train-1", "train-2", "train-3") else ():
-            start, end = member.offset_data, member.offset_data + member.size
-            data = data[:start] + b"n" * member.size + data[end:]
-        (folder / path.name).write_bytes(data)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def broken_run(broken_shards, tmp_path_factory):
-    config = settings(broken_shards, tmp_path_factory.mktemp("whole"), cache_gb=0, max_broken=0.2)
+    pack_world(tiny_world, folder, lambda shard, place: shard and place % 20 == 0)
+    config = settings(folder, folder / "run", cache_gb=0, max_broken=0.2)
     train.train(config)
     return config
 
@@ -307,14 +292,9 @@ def test_a_run_on_broken_videos_resumes_bit_by_bit(broken_run, tmp_path, capfd):
 def test_ranks_share_the_index_and_the_batches(broken_run, tmp_path):
     """The same run on two processes, by torchrun, with one index."""
     several = replace(broken_run, out=str(tmp_path / "run"), cache=str(tmp_path / "cache"))
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in vars(several).items()
-        if value != getattr(TrainConfig, name)
-    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", str(ROOT / "train.py"), *flags],
+        [*torchrun, "--nproc-per-node=2", str(ROOT / "train.py"), *flags(several)],
         capture_output=True,
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
