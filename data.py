@@ -382,7 +382,6 @@ class KnowledgeBatchSampler:
         has no hard negatives.
         """
         pool = pool[self.inverse_norm[pool] > 0]
-        is_free = np.ones(self.size, bool)
         found = [np.empty((0, self.group_size), np.int64)]
         missing = wanted
 
@@ -396,8 +395,7 @@ class KnowledgeBatchSampler:
             groups = rng.permutation(groups)[:missing]
             found.append(groups)
             missing -= len(groups)
-            is_free[groups] = False
-            pool = pool[is_free[pool]]
+            pool = pool[~np.isin(pool, groups)]
 
         return np.concatenate(found)
 
@@ -483,9 +481,7 @@ class KnowledgeBatchSampler:
 
     def deal(self, groups: np.ndarray, rest: np.ndarray, num_batches: int) -> np.ndarray:
         """All of `rest` in order: each batch begins with its share of the groups."""
-        is_free = np.ones(self.size, bool)
-        is_free[groups] = False
-        others = rest[is_free[rest]]
+        others = rest[~np.isin(rest, groups)]
 
         # batch i gets the groups from ends[i] to ends[i + 1]: as even as whole groups can be
         ends = (np.arange(num_batches + 1) * len(groups) + num_batches - 1) // num_batches
