@@ -18,8 +18,8 @@ thousands of captions chance almost never puts it there. `KnowledgeBatchSampler`
 batch are groups of samples that share much knowledge. The rest stays random.
 
 **Decoded once, or while training.** Where the frames of all videos fit into the cache,
-`keep_decodable` decodes them before the first step. Where they do not (2.5 million videos take
-6 TB), processes decode them while training, in `read_batches`. Both see the same pixels.
+`keep_decodable` decodes them before the first step, and `read_batches` finds them there. Where they
+do not (2.5 million videos take 6 TB), it lets processes decode them. Both see the same pixels.
 
 Everything random is a pure function of (seed, epoch, sample). A resumed run, or one on another
 number of processes, sees the same batches and the same frames. No picture is flipped or turned:
@@ -28,14 +28,14 @@ captions say "left" and "upside down".
     python data.py FILE.csv     a random and a guided batch (without a file: of made-up captions)
 """
 
-import collections
+import contextlib
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -47,12 +47,16 @@ from cli import UserError, run
 from datasets.published import load_split
 from datasets.split import Split
 from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids
-from videos.cache import FrameCache
-from videos.decode import frame_indices
-from videos.stream import Batch, Stream, Want
+from videos.cache import FrameCache, Want
+from videos.decode import VideoError, frame_indices
+from videos.workers import guard, prefetch
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# of videos that are found broken while training
+AT_LEAST = 100  # videos of which --max-broken is a share, so that the first one stops no run
+ATTEMPTS = 100  # videos for one place in a batch
 
 # ---- frames --------------------------------------------------------------------------------------
 
@@ -121,7 +125,6 @@ def prepare_video(video: torch.Tensor) -> torch.Tensor:
     To be called where the model is: bytes travel to the device, not floats.
     """
     assert video.dtype == torch.uint8, f"{video.dtype}: not uint8"
-    assert video.shape[-1] == 3, f"{tuple(video.shape)}: the last axis is not R, G, B"
     mean = torch.tensor(PIXEL_MEAN, device=video.device)[:, None, None]
     std = torch.tensor(PIXEL_STD, device=video.device)[:, None, None]
 
@@ -156,22 +159,11 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.split.captions)
 
-    def want(
-        self, sample: int, *, num_frames: int, seed: int | None = None, epoch: int = 0
-    ) -> Want:
-        """Which frames the sample shows: random by (seed, epoch, sample), or uniform."""
-        how = ("uniform",)
-        if seed is not None:
-            how = ("segment", np.random.default_rng((seed, epoch, int(sample))))
-        only = frame_indices(self.cache.num_frames, num_frames, *how)
+    def want(self, sample: int, num_frames: int, rng: np.random.Generator) -> Want:
+        """The frames that the sample shows: T random ones, of those that the cache keeps."""
         path = self.split.video_paths[self.video_id[sample]]
-        return Want(int(sample), path, self.split.window, only.tolist())
-
-    def batch(self, samples: np.ndarray, **how) -> dict[str, torch.Tensor]:
-        """The batch of these samples, as at the top of this file; `how`: see `want`."""
-        wants = [self.want(sample, **how) for sample in samples]
-        video = [self.cache.get(want.path, *want.window, only=want.only) for want in wants]
-        return self.collate(samples, np.stack(video))
+        only = frame_indices(self.cache.num_frames, num_frames, "segment", rng)
+        return Want(path, *self.split.window, only.tolist())
 
     def collate(self, samples: Sequence[int], video: np.ndarray) -> dict[str, torch.Tensor]:
         """The batch of these samples and their frames [B, T, H, W, 3]."""
@@ -197,63 +189,79 @@ class Job(NamedTuple):
 
 
 def read_batches(
-    dataset: PairDataset,
-    jobs: Iterable[Job],
-    *,
-    seed: int,
-    workers: int,
-    max_broken: float,
-    frames_at_most: int,
+    dataset: PairDataset, jobs: Iterable[Job], *, seed: int, workers: int, max_broken: float
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of the jobs, in order, read ahead.
+    """The batches of the jobs, in order, read ahead by `workers` threads.
 
-    Threads read them where the cache keeps all videos. Else processes decode them, and broken
-    videos are replaced (see videos/stream.py). frames_at_most: B · T of the largest batch.
+    Where the cache does not keep all videos, each thread has a process that decodes for it. Raises
+    UserError where more than about the share `max_broken` of the videos are broken.
     """
-
-    def plan(job: Job) -> Batch:
-        how = dict(num_frames=job.num_frames, seed=seed, epoch=job.epoch)
-
-        def replace(row: int, attempt: int) -> Want:
-            rng = np.random.default_rng((seed, job.epoch, job.first + row, attempt))
-            return dataset.want(rng.integers(len(dataset)), **how)
-
-        return Batch([dataset.want(sample, **how) for sample in job.samples], replace)
-
-    def load(job: Job) -> dict[str, torch.Tensor]:
-        return dataset.batch(job.samples, num_frames=job.num_frames, seed=seed, epoch=job.epoch)
-
-    if dataset.cache.share == 1:
-        yield from prefetch(load, jobs)
-        return
-
-    limits = dict(workers=workers, max_broken=max_broken, frames_at_most=frames_at_most)
-    stream = Stream(dataset.cache, map(plan, jobs), **limits)
-    try:
-        for samples, frames in stream:
-            yield dataset.collate(samples, frames)
-    finally:
-        dataset.split.broken |= stream.broken
-
-
-def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:
-    """load(job) for each job, in order, read ahead by `workers` threads.
-
-    Threads are enough: reading, checksums and copies release Python's lock. An error is raised
-    where its result is awaited.
-    """
-    ahead = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
+    cache = dataset.cache
+    is_cached = cache.share == 1
+    guarded = contextlib.nullcontext(cache.read) if is_cached else guard(cache.read, workers)
+    with guarded as read:
+        reader = BatchReader(dataset, read, seed, max_broken)
         try:
-            for job in jobs:
-                ahead.append(pool.submit(load, job))
-                if len(ahead) > workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:  # the consumer stopped early: what has not begun need not
-            for future in ahead:
-                future.cancel()
+            yield from prefetch(reader.load, jobs, workers)
+        finally:
+            dataset.split.broken |= reader.broken
+
+
+@dataclass
+class BatchReader:
+    """Loads batches, for several threads at once. Another video takes the place of a broken one.
+
+    Which one follows from the place in the epoch and the number of the attempt. So a run that is
+    resumed, or runs on another number of processes, sees the same batches.
+    """
+
+    dataset: PairDataset
+    read: Callable[[Want], np.ndarray]
+    seed: int
+    max_broken: float
+    broken: dict[str, str] = field(default_factory=dict)  # {path: reason}, so far
+    num_read: int = 0
+
+    def load(self, job: Job) -> dict[str, torch.Tensor]:
+        samples, video = [], []
+        for place, sample in enumerate(job.samples, job.first):
+            sample, frames = self.read_sample(job, place, int(sample))
+            samples.append(sample)
+            video.append(frames)
+        return self.dataset.collate(samples, np.stack(video))
+
+    def read_sample(self, job: Job, place: int, sample: int) -> tuple[int, np.ndarray]:
+        """(sample, its frames) for this place in the epoch: of another one if it is broken."""
+        for attempt in range(1, ATTEMPTS + 1):
+            rng = np.random.default_rng((self.seed, job.epoch, sample))
+            want = self.dataset.want(sample, job.num_frames, rng)
+            if want.path not in self.broken:
+                try:
+                    frames = self.read(want)
+                    self.num_read += 1
+                    return sample, frames
+                except VideoError as error:
+                    self.note_broken(want.path, str(error))
+
+            rng = np.random.default_rng((self.seed, job.epoch, place, attempt))
+            sample = int(rng.integers(len(self.dataset)))
+        self.give_up()
+
+    def note_broken(self, path: str, reason: str) -> None:
+        if self.broken.setdefault(path, reason) is not reason:
+            return  # another thread was faster
+        if len(self.broken) <= 20:
+            print(f"another video takes the place of {reason}", file=sys.stderr, flush=True)
+        num_tried = self.num_read + len(self.broken)
+        if len(self.broken) > self.max_broken * max(num_tried, AT_LEAST):
+            self.give_up()
+
+    def give_up(self) -> NoReturn:
+        count = f"{len(self.broken)} of {self.num_read + len(self.broken)} videos read so far"
+        raise UserError(
+            f"{count} cannot be used, more than the {self.max_broken:.0%} of --max-broken; the "
+            f"first: {next(iter(self.broken.values()))}"
+        )
 
 
 # ---- batches: which pairs meet -------------------------------------------------------------------
@@ -302,8 +310,6 @@ class KnowledgeBatchSampler:
         """
         size = held.shape[0]
         assert size == len(video_id) == len(meaning_id), (size, len(video_id), len(meaning_id))
-        assert 0 <= guided_share <= 1, f"{guided_share=}: a share is 0 … 1"
-        assert group_size >= 2, f"{group_size=}: a group is an anchor and at least one more"
         if not 0 < batch_size <= size:
             raise UserError(
                 f"--batch-size {batch_size}: must be from 1 to {size}, the samples of the data set"
@@ -376,7 +382,6 @@ class KnowledgeBatchSampler:
         has no hard negatives.
         """
         pool = pool[self.inverse_norm[pool] > 0]
-        is_free = np.ones(self.size, bool)
         found = [np.empty((0, self.group_size), np.int64)]
         missing = wanted
 
@@ -390,8 +395,7 @@ class KnowledgeBatchSampler:
             groups = rng.permutation(groups)[:missing]
             found.append(groups)
             missing -= len(groups)
-            is_free[groups] = False
-            pool = pool[is_free[pool]]
+            pool = pool[~np.isin(pool, groups)]
 
         return np.concatenate(found)
 
@@ -477,9 +481,7 @@ class KnowledgeBatchSampler:
 
     def deal(self, groups: np.ndarray, rest: np.ndarray, num_batches: int) -> np.ndarray:
         """All of `rest` in order: each batch begins with its share of the groups."""
-        is_free = np.ones(self.size, bool)
-        is_free[groups] = False
-        others = rest[is_free[rest]]
+        others = rest[~np.isin(rest, groups)]
 
         # batch i gets the groups from ends[i] to ends[i + 1]: as even as whole groups can be
         ends = (np.arange(num_batches + 1) * len(groups) + num_batches - 1) // num_batches

@@ -56,7 +56,7 @@ from cli import (
     run,
     write_whole,
 )
-from data import keep_decodable, load_videos, open_cache, prefetch, prepare_video
+from data import keep_decodable, load_videos, open_cache, prepare_video
 from datasets.split import Question, Split
 from datasets.tasks import PUBLISHED, TASKS, Task
 from report.page import (
@@ -72,6 +72,7 @@ from search.query import BATCH_PIXELS, check_finite, search_folder
 from training.checkpoint import Checkpoint, hash_text, load_checkpoint
 from training.clip import is_clip, zero_shot
 from videos.cache import FrameCache
+from videos.workers import prefetch
 
 # by the README's first command; fp16, weights only
 SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"

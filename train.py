@@ -198,7 +198,6 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
         seed=config.seed,
         workers=config.workers,
         max_broken=config.max_broken,
-        frames_at_most=config.batch_size * num_frames(config)[-1],
     )
     with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
@@ -229,8 +228,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
             if run.step % config.eval_every == 0 or is_last:
                 metrics = None
                 if ranks.is_first and data.val_split and not stopped_by:
-                    val_split, cache = data.decodable_val(config), data.samples.cache
-                    metrics = evaluate_retrieval(model, data.tokenizer, val_split, cache)
+                    cache = data.samples.cache
+                    metrics = evaluate_retrieval(model, data.tokenizer, data.val_split, cache)
                 run.save(metrics)
             if stopped_by:
                 how = f"stopped by {signal.Signals(stopped_by).name} after step {run.step}"
@@ -257,7 +256,6 @@ class Data:
 
     train_split: Split
     val_split: Split | None
-    val_is_read: bool  # its broken videos are known
     tokenizer: Tokenizer
     vocab: ConceptVocab
     samples: PairDataset
@@ -266,14 +264,6 @@ class Data:
     init: Pretrained | None  # the weights of --init, on the first start
     trained_on: TrainedOn  # these videos, and those of --init
     val_note: str  # why validation would not be comparable
-
-    def decodable_val(self, config: TrainConfig) -> Split:
-        """The validation split without what is broken: decoded now, where that is not known."""
-        if not self.val_is_read:
-            limits = dict(max_broken=config.max_broken, workers=config.workers)
-            self.val_split = keep_decodable(self.val_split, self.samples.cache, **limits)
-            self.val_is_read = True
-        return self.val_split
 
     def fingerprint(self) -> str:
         """Of the captions, and of which are of one video: other ones would give other batches."""
@@ -308,8 +298,8 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     cache = open_cache(folder / "frames", sizes, **room)
     check_broken(train_split, config.max_broken)
     validation = Task("", val_split)
+    decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
     if cache.share == 1:
-        decoding = dict(max_broken=config.max_broken, workers=config.workers, progress=show)
         decodable = keep_decodable(train_split, cache, **decoding)
         if len(decodable.captions) < len(train_split.captions):
             row = {caption: i for i, caption in enumerate(train_split.captions)}
@@ -317,12 +307,13 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
             knowledge = Knowledge(knowledge.names, knowledge.held[kept])
             vocab = resumed.concept_vocab if resumed else ConceptVocab.build(knowledge)
         train_split = decodable
-        val_split = keep_decodable(val_split, cache, **decoding) if val_split else None
     elif show:
         print(
             f"frame cache {cache.folder}: {cache.share:.0%} of {num_videos} videos fit into "
             f"--cache-gb {config.cache_gb:g}; the others are decoded while training"
         )
+    if val_split and ranks.is_first:  # which validates
+        val_split = keep_decodable(val_split, cache, **decoding)
 
     trained_on = TrainedOn.of(config.dataset, train_split)
     if source := resumed or init:
@@ -349,7 +340,7 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         seconds = time.perf_counter() - started
         print(f"{counts}, {len(vocab)} concepts; ready after {seconds:.0f} s", flush=True)
     read_by = (tokenizer, vocab, samples, sampler, sizes, init)
-    return Data(train_split, val_split, cache.share == 1, *read_by, trained_on, val_note)
+    return Data(train_split, val_split, *read_by, trained_on, val_note)
 
 
 def check_captions(split: Split, knowledge: Knowledge, vocab, config, show: bool) -> None:

@@ -6,11 +6,11 @@
 Clips of the toy world are packed into shards, each many times, with other captions. Then:
 
     index     seconds and bytes of the index
-    rate      clips per second: of `Stream`, of the same decoding by as many processes that do
-              nothing else ("bare"), and of PyAV in a torch DataLoader, where it is installed
+    rate      clips per second: as training reads them ("stream"), of the same decoding by as many
+              processes that do nothing else ("bare"), and of PyAV in a DataLoader, if installed
               (`pip install av`); beside it their processor time per clip. They take turns. Where
               other work is on the machine, only the second is comparable: PyAV has more threads.
-    memory    of each process while `Stream` reads --steps batches
+    memory    of each process while --steps batches are read
     run       train.py on all shards under --links names each (hard links, with the same index: 2.5
               million samples in no more space): seconds to the first step, memory, share of
               waiting; killed with -9, and started again
@@ -32,6 +32,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -49,9 +50,9 @@ from cli import give_back_memory, parse_config, run
 from datasets import toyworld
 from datasets.shards import index_file, load_shards
 from eval import machine_facts
-from videos.cache import FrameCache
+from videos.cache import FrameCache, Want
 from videos.decode import PART, frame_indices, read_frames, square
-from videos.stream import Batch, Stream, Want
+from videos.workers import guard, prefetch
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMES, SIZE = 8, 32  # of the toy preset
@@ -110,15 +111,16 @@ def rss(pid: int) -> int:
 def wanted(path: str, number: int) -> Want:
     """T of the 2T frames, drawn as in training."""
     only = frame_indices(2 * FRAMES, FRAMES, "segment", np.random.default_rng(number))
-    return Want(number, path, (0.0, None), only.tolist())
+    return Want(path, only=only.tolist())
 
 
-def stream(paths: list[str], config: BenchConfig) -> Stream:
+def stream(paths: list[str], config: BenchConfig) -> Iterator[np.ndarray]:
+    """The frames of each batch, as data.read_batches reads them where the cache is too small."""
     wants = [wanted(path, number) for number, path in enumerate(paths)]
     batches = [wants[i : i + config.batch] for i in range(0, len(wants), config.batch)]
     cache = FrameCache(tempfile.gettempdir(), size=SIZE, num_frames=2 * FRAMES, gigabytes=0)
-    limits = dict(workers=config.workers, max_broken=0, frames_at_most=config.batch * FRAMES)
-    return Stream(cache, [Batch(batch, None) for batch in batches], **limits)
+    with guard(cache.read, config.workers) as read:
+        yield from prefetch(lambda batch: np.stack(list(map(read, batch))), batches, config.workers)
 
 
 def decode(want: Want) -> np.ndarray:

@@ -41,7 +41,7 @@ from videos.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, locate
 from videos.workers import run_guarded
 
 MEDIA = [suffix[1:] for suffix in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
-VERSION = 2  # of the index files
+VERSION = 3  # of the index files
 TEXT = np.dtypes.StringDType()  # half of the memory that Python's own texts take
 
 
@@ -69,7 +69,7 @@ def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = Tr
         videos.append(np.array([shard + video for video in found["videos"]], TEXT))
         captions += [np.array(found["captions"], TEXT)] * weight
         video_ids += [ids] * weight
-        for key, why in found["broken"]:
+        for key, why in found["broken"].items():
             name = f"{shard}/{key}" if key else shard
             broken[name] = f"{name}: {why}"
         count += len(ids)
@@ -77,11 +77,7 @@ def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = Tr
     if not count:
         first = next(iter(broken.values()), f"{next(iter(repeats))}: nothing in it")
         raise UserError(f"--data {patterns}: not one video with a caption; the first: {first}")
-    columns = []
-    for parts in (videos, captions, video_ids):
-        columns.append(np.concatenate(parts))
-        parts.clear()  # before the next column is joined: millions take their place
-    return Split(*columns, broken=broken)
+    return Split(*map(np.concatenate, (videos, captions, video_ids)), broken=broken)
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -89,13 +85,13 @@ def find_shards(pattern: str) -> list[str]:
 
     Raises UserError where it matches no file.
     """
-    pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
-    choices = [[pieces[0]]]
-    for first, last, text in zip(*[iter(pieces[1:])] * 3):
-        numbers = range(int(first), int(last) + 1)
-        choices += [[str(number).zfill(len(first)) for number in numbers], [text]]
+    names = [pattern]
+    while names and (match := re.search(r"\{(\d+)\.\.(\d+)\}", names[0])):
+        first, last = match.groups()
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        pairs = itertools.product(names, numbers)
+        names = [name.replace(match[0], number, 1) for name, number in pairs]
 
-    names = map("".join, itertools.product(*choices))
     shards = []
     for name in names:
         shards += sorted(glob.glob(name)) if "*" in name else [name]
@@ -111,19 +107,9 @@ def find_shards(pattern: str) -> list[str]:
 
 def index_shards(shards: list[str], index: Path, workers: int, progress: bool) -> dict[str, str]:
     """Index what is new. Returns {shard: reason} of those that cannot be read."""
-    broken, todo = {}, []
-    for shard in shards:
-        try:
-            if not index_file(shard, index).exists():
-                todo.append(shard)
-        except VideoError as error:
-            broken[shard] = str(error)
-
-    done = run_guarded(partial(index_shard, index=index), todo, workers=min(workers, len(todo)))
-    for n, failure in tqdm(done, "index shards", len(todo), disable=not (progress and todo)):
-        if failure:
-            broken[todo[n]] = failure
-    return broken
+    done = run_guarded(partial(index_shard, index=index), shards, workers=workers)
+    failures = dict(tqdm(done, "index shards", len(shards), leave=False, disable=not progress))
+    return {shard: failures[n] for n, shard in enumerate(shards) if failures[n]}
 
 
 def index_file(shard: str, index: Path) -> Path:
@@ -133,50 +119,52 @@ def index_file(shard: str, index: Path) -> Path:
     return index / f"{hashlib.sha256(recipe.encode()).hexdigest()[:40]}.json"
 
 
-def index_shard(shard: str, index: Path) -> str:
-    """In a worker: write the index of a shard. Returns "", or why the shard cannot be read."""
+def index_shard(shard: str, index: Path) -> None:
+    """In a worker: write the index of a shard, unless it is there.
+
+    Raises VideoError where the shard cannot be read.
+    """
+    file = index_file(shard, index)
+    if file.exists():
+        return
     try:
         samples, broken = read_shard(shard)
     except (OSError, tarfile.TarError) as error:
-        return (
+        raise VideoError(
             f"{shard}: not a tar file that can be read in place ({error}); fetch or pack it again"
-        )
+        ) from error
 
     videos, captions = [], []
     for key, files in samples.items():
-        media = next((kind for kind in MEDIA if kind in files), None)
-        try:
-            caption = read_caption(files)
-        except UnicodeError:
-            broken.append((key, "its caption is not UTF-8 text; pack the shard again"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            broken.append((key, f'no caption; expected {key}.txt, or "caption" in {key}.json'))
+        media = [kind for kind in MEDIA if kind in files]
+        caption = read_caption(files)
+        if caption is None:
+            broken[key] = f'no caption; expected {key}.txt (UTF-8), or "caption" in {key}.json'
+        elif not media:
+            broken[key] = "no video or image beside its caption"
         else:
-            if media:
-                videos.append(files[media])
-                captions.append(caption)
-            else:
-                broken.append((key, "no video or image beside its caption"))
+            videos.append(files[media[0]])
+            captions.append(caption)
 
     columns = dict(videos=videos, captions=captions, broken=broken)
     text = json.dumps(columns, ensure_ascii=False).encode()
-    with write_whole(index_file(shard, index)) as unfinished:
+    with write_whole(file) as unfinished:
         unfinished.write_bytes(b"%08x\n" % zlib.crc32(text) + text)
-    return ""
 
 
-def read_index(file: Path) -> dict[str, list]:
-    """{"videos", "captions", "broken"}. Raises UserError where a bit of it has changed."""
+def read_index(file: Path) -> dict:
+    """{"videos", "captions", "broken": {key: why}}. Raises UserError where a bit has changed."""
     checksum, _, text = file.read_bytes().partition(b"\n")
     if checksum != b"%08x" % zlib.crc32(text):
         raise UserError(f"{file}: damaged; delete it, and its shard is walked again")
     return json.loads(text)
 
 
-def read_shard(shard: str) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    """({key: {kind: bytes of a text, or "@FIRST+BYTES/NAME" of a video}}, (key, what is wrong)).
+def read_shard(shard: str) -> tuple[dict[str, dict], dict[str, str]]:
+    """({key: {kind: bytes of a text, or "@FIRST+BYTES/NAME" of a video}}, {key: what is wrong}).
 
-    Raises OSError or TarError where the file is no tar.
+    What is wrong with the shard itself has the key "". Raises OSError or TarError where the file is
+    no tar.
     """
     samples: dict[str, dict] = {}
     broken, size = {}, os.path.getsize(shard)
@@ -186,14 +174,14 @@ def read_shard(shard: str) -> tuple[dict[str, dict], list[tuple[str, str]]]:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
                 folder, slash, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                kind = kind.lower()
+                stem, _, kind = name.partition(".")
+                key, kind = folder + slash + stem, kind.lower()
                 if not member.isfile() or kind not in ("txt", "json", *MEDIA):
                     continue
 
-                files = samples.setdefault(folder + slash + key, {})
+                files = samples.setdefault(key, {})
                 if kind in files:
-                    broken[folder + slash + key] = "its key comes twice in the shard; pack it again"
+                    broken[key] = "its key comes twice in the shard; pack it again"
                 if kind in MEDIA:
                     files[kind] = f"@{member.offset_data}+{member.size}/{name}"
                 else:
@@ -209,13 +197,16 @@ def read_shard(shard: str) -> tuple[dict[str, dict], list[tuple[str, str]]]:
             )
 
     whole = {key: files for key, files in samples.items() if key not in broken}
-    return whole, list(broken.items())
+    return whole, broken
 
 
-def read_caption(files: dict[str, bytes]) -> str:
-    """Raises UnicodeError, or another error where there is none."""
-    if "txt" in files:
-        return files["txt"].decode("utf-8-sig").strip()
-    caption = json.loads(files["json"])["caption"]
-    caption.encode()  # no half characters
-    return caption.strip()
+def read_caption(files: dict[str, bytes]) -> str | None:
+    """The caption of a sample; None where there is none."""
+    try:
+        if "txt" in files:
+            return files["txt"].decode("utf-8-sig").strip()
+        caption = json.loads(files["json"])["caption"]
+        caption.encode()  # no half characters
+        return caption.strip()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import torch
 import knowledge
 import train
 from cli import UserError
-from datasets import toyworld
 from train import TrainConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.log import Log
@@ -96,13 +94,12 @@ def wait_for_step(process, out, step, seconds=300):
 
 
 def at_each_loss(monkeypatch, act):
-    """Call act(n) before the n-th loss of a run, which is multiplied by what it returns, or 1."""
+    """Call act(n) before the n-th loss of a run."""
     real, calls = train.clop_loss, itertools.count(1)
 
     def clop_loss(*args, **kwargs):
-        factor = act(next(calls)) or 1
-        loss, parts = real(*args, **kwargs)
-        return loss * factor, parts
+        act(next(calls))
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(train, "clop_loss", clop_loss)
 
@@ -131,13 +128,12 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tiny_world, tmp_path, cache,
     assert load_checkpoint(config.out).step == 4
     assert list(Path(config.out).glob(".*.unfinished.safetensors"))
 
-    random.seed(int.from_bytes(os.urandom(4)))  # 2., 3. at a random moment
-    for _ in range(2):
-        process = start(config)
-        wait_for_step(process, config.out, random.randint(5, 10))
-        time.sleep(random.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = start(config)  # 2. at any moment
+    wait_for_step(process, config.out, random.randint(5, 10))
+    time.sleep(random.random() * 0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
     train.train(config)
     assert losses_of(config.out) == whole  # every step once, to the last bit
     assert not list(Path(config.out).glob(".*"))
@@ -146,18 +142,15 @@ def test_killed_at_any_moment_it_goes_on_bit_by_bit(tiny_world, tmp_path, cache,
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_means_checkpoint_then_end(
-    number, tiny_world, tmp_path, cache, whole, monkeypatch, capfd
-):
-    config, before = settings(tiny_world, tmp_path, cache), signal.getsignal(number)
+def test_a_signal_means_checkpoint_then_end(tiny_world, tmp_path, cache, whole, monkeypatch, capfd):
+    config, before = settings(tiny_world, tmp_path, cache), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(config)])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        at_each_loss(patch, lambda n: os.kill(os.getpid(), number) if n == 3 else None)
+        at_each_loss(patch, lambda n: os.kill(os.getpid(), signal.SIGINT) if n == 3 else None)
         train.main()
-    assert stop.value.code == (130 if number == signal.SIGINT else 0)
+    assert stop.value.code == 130
     assert load_checkpoint(tmp_path).step == 3 and list(losses_of(tmp_path)) == [1, 2, 3]
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signal.SIGINT) is before
     said = capfd.readouterr()
     assert said.err.count("stops after this step\n") == 1
     assert "the same command goes on from" in said.out
@@ -249,37 +242,6 @@ def test_a_killed_tagging_worker_is_one_line(monkeypatch):
         knowledge.extract_many(captions, workers=2, progress=False)
 
 
-def test_killed_rendering_workers_are_replaced(tmp_path):
-    """Three workers are killed while they render; the world is whole all the same."""
-
-    def kill_three():
-        for _ in range(3):
-            while not (workers := set(children.read_text().split()) - before):
-                if done.wait(0.01):
-                    return
-            os.kill(int(min(workers)), signal.SIGKILL)
-            # twice at the same video would be the video's fault: wait until its second try is over
-            enough = len(list(videos.glob("*"))) + 16
-            while len(list(videos.glob("*"))) < enough:
-                if done.wait(0.01):
-                    return
-
-    videos = tmp_path / "world" / "videos"
-    done, main = threading.Event(), threading.get_native_id()
-    children = Path(f"/proc/{os.getpid()}/task/{main}/children")
-    before = set(children.read_text().split())
-    killer = threading.Thread(target=kill_three)
-    killer.start()
-    try:
-        world = toyworld.generate(
-            tmp_path / "world", train=200, val=8, test=8, workers=2, progress=False
-        )
-    finally:
-        done.set()
-        killer.join()
-    assert len(list((world / "videos").glob("*.mp4"))) == 216 and (world / "world.json").exists()
-
-
 # ---- disks ---------------------------------------------------------------------------------------
 
 
@@ -318,16 +280,15 @@ def test_a_full_disk_while_logging_is_one_line(tmp_path):
         on_a_full_disk(log.write, dict(text="x" * 100), room=10)
 
 
-@pytest.mark.parametrize("then", [shutil.rmtree, lambda out: out.rename(f"{out}-moved")])
 def test_a_folder_that_vanishes_ends_the_run_in_one_line(
-    then, tiny_world, tmp_path, cache, whole, monkeypatch
+    tiny_world, tmp_path, cache, whole, monkeypatch
 ):
-    """Deleted or moved in step 6: the next checkpoint is saved there all the same."""
+    """In step 6: the next checkpoint is saved there all the same."""
     out = tmp_path / "out"
     config = settings(tiny_world, out, cache)
     said = "was deleted or moved while.*its newest state is .*step-000008.safetensors"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=said) as error:
-        at_each_loss(patch, lambda n: then(out) and None if n == 6 else None)
+        at_each_loss(patch, lambda n: shutil.rmtree(out) if n == 6 else None)
         train.train(config)
     assert "\n" not in str(error.value)
     train.train(config)
@@ -357,32 +318,18 @@ def test_best_and_last_checkpoints_are_kept(tiny_world, tmp_path, cache, monkeyp
     assert load_checkpoint(tmp_path).step == 12
 
 
-# ---- numbers, clock and locale -------------------------------------------------------------------
+# ---- locale --------------------------------------------------------------------------------------
 
 
-def test_a_clock_that_runs_backwards(tiny_world, tmp_path, cache, whole, monkeypatch):
-    ticks = iter(range(10**9, 0, -3600))
-    monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
-    train.train(settings(tiny_world, tmp_path, cache))
-    assert losses_of(tmp_path) == whole
-    lines = [line for line in log_of(tmp_path) if "step_s" in line]
-    assert all(0 <= line["data_s"] <= line["step_s"] for line in lines)
-
-
-ODD = [
-    dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TZ="Antarctica/Troll"),
-    dict(LC_ALL="tr_TR.UTF-8", LANGUAGE="tr", TZ="XXX-99:59"),
-]
-
-
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd["LC_ALL"])
-def test_odd_locales_change_nothing(odd, tiny_world, tmp_path, cache, whole):
+def test_an_odd_locale_changes_nothing(tiny_world, tmp_path, cache, whole):
+    odd = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TZ="Antarctica/Troll")
     process = start(settings(tiny_world, tmp_path, cache), env=odd)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in error, error
     assert losses_of(tmp_path) == whole
-    if odd is ODD[0]:  # the message of the refusal has an arrow
-        refused = start(settings(tiny_world, tmp_path, cache, lr=0.5), env=odd)
-        _, error = refused.communicate(timeout=300)
-        assert refused.returncode == 2 and "--lr 0.001" in error, error
-        assert "Traceback" not in error, error
+
+    # the message of the refusal has an arrow
+    refused = start(settings(tiny_world, tmp_path, cache, lr=0.5), env=odd)
+    _, error = refused.communicate(timeout=300)
+    assert refused.returncode == 2 and "--lr 0.001" in error, error
+    assert "Traceback" not in error, error

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import struct
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,17 +48,33 @@ def damaged(draw, whole: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(whole)))
         end = min(len(whole), start + draw(st.integers(0, 1) | st.integers(0, 40)))
-        middle = draw(
-            st.sampled_from(STUMBLES) | st.binary(max_size=8) | st.just(whole[start:end] * 2)
-        )
+        twice = st.just(whole[start:end] * 2)
+        middle = draw(st.sampled_from(STUMBLES) | st.binary(max_size=8) | twice)
         whole = whole[:start] + middle + whole[end:]
     return whole
 
 
-def one_line(error: UserError) -> str:
+def fuzz(files: dict[Path, bytes], read):
+    """Call read() again and again, each time with damage in one of the files."""
+
+    @quick
+    @given(st.data())
+    def check(data):
+        path = data.draw(st.sampled_from(list(files)))
+        path.write_bytes(data.draw(damaged(files[path])))
+        try:
+            read()
+        except UserError as error:
+            one_line(error)
+        finally:
+            path.write_bytes(files[path])
+
+    check()
+
+
+def one_line(error: UserError):
     text = str(error)
     assert text and "\n" not in text and "\r" not in text and len(text) < 2000, text
-    return text
 
 
 def assert_whole(split: Split, root: Path):
@@ -109,22 +124,9 @@ def test_damaged_annotations_of_a_data_set(name, published):
     endings = (".csv", ".json", ".txt", ".tsv", ".pkl")
     files = sorted(path for path in root.rglob("*") if path.suffix in endings)
     assert files
-
-    @quick
-    @given(st.data())
-    def check(data):
-        path = data.draw(st.sampled_from(files))
-        role = data.draw(st.sampled_from(sorted(DATASETS[dataset].videos)))
-        whole = path.read_bytes()
-        try:
-            path.write_bytes(data.draw(damaged(whole)))
-            assert_whole(load_split(dataset, root, role), root)
-        except UserError as error:
-            one_line(error)
-        finally:
-            path.write_bytes(whole)
-
-    check()
+    for role in DATASETS[dataset].videos:
+        whole = {path: path.read_bytes() for path in files}
+        fuzz(whole, lambda role=role: assert_whole(load_split(dataset, root, role), root))
 
 
 OWN = {
@@ -140,21 +142,9 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_damaged_lists_of_ones_own_videos(name, tmp_path):
     path, root = tmp_path / name, tmp_path / "root"
-
-    @quick
-    @given(damaged(OWN[name]))
-    def check(content):
-        path.write_bytes(content)
-        try:
-            assert_whole(load_split("csv", path, videos_root=root), root)
-        except UserError as error:
-            one_line(error)
-        try:
-            assert all(caption.strip() for caption in read_captions(path))
-        except UserError as error:
-            one_line(error)
-
-    check()
+    whole = {path: OWN[name]}
+    fuzz(whole, lambda: assert_whole(load_split("csv", path, videos_root=root), root))
+    fuzz(whole, lambda: [caption.encode("utf-8") for caption in read_captions(path)])
 
 
 QUESTIONS = {
@@ -169,25 +159,16 @@ QUESTIONS = {
 def test_damaged_questions(name, tmp_path):
     path = tmp_path / name
 
-    @quick
-    @given(damaged(QUESTIONS[name]))
-    def check(content):
-        path.write_bytes(content)
-        try:
-            if name == "q.jsonl":
-                questions = load_questions(path)
-            else:
-                questions = load_msrvtt_mc(Folder(tmp_path), path)
-        except UserError as error:
-            one_line(error)
-            return
+    def read():
+        is_own = name == "q.jsonl"
+        questions = load_questions(path) if is_own else load_msrvtt_mc(Folder(tmp_path), path)
         pairs = []
         for question in questions:
             assert 0 <= question.answer < len(question.options)
             pairs += [(question.video, option) for option in question.options]
         assert_whole(Split.from_pairs(pairs), tmp_path)
 
-    check()
+    fuzz({path: QUESTIONS[name]}, read)
 
 
 class Trap:
@@ -214,26 +195,12 @@ def plain(value):
     assert isinstance(value, (*texts, *numbers, *boxes, type(None), type)), value
 
 
-OWN_MEMBER: list = []
-OWN_MEMBER.append(OWN_MEMBER)
-
-
-@pytest.mark.parametrize(
-    "data", [{("a", "b"): ["x"]}, {"v": OWN_MEMBER}, [1], {"v": [[["deep"]]]}], ids=str
-)
+@pytest.mark.parametrize("data", [{("a", "b"): ["x"]}, [1], {"v": [[["deep"]]]}], ids=str)
 def test_pickles_of_plain_data_in_odd_shapes(data, tmp_path):
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(data))
     (tmp_path / "test_list.txt").write_text("v\n")
     with pytest.raises(UserError) as error:
         load_split("msvd", tmp_path, "test")
-    one_line(error.value)
-
-
-def test_a_number_of_five_thousand_digits(tmp_path):
-    path = tmp_path / "mc.tsv"
-    path.write_bytes(QUESTIONS["mc.tsv"].replace(b"\t3\n", b"\t" + b"9" * 5000 + b"\n"))
-    with pytest.raises(UserError, match="answer is '999") as error:
-        load_msrvtt_mc(Folder(tmp_path), path)
     one_line(error.value)
 
 
@@ -301,26 +268,20 @@ def test_a_checkpoint_made_to_harm_is_refused_or_loads(checkpoint):
     check()
 
 
-def test_damaged_logs_are_cut_back():
+def test_damaged_logs_are_cut_back(tmp_path):
     lines = [dict(config={}), dict(step=1, loss=2.5), dict(step=2, loss=None)]
     lines.append(dict(step=2, validation={}))
-    whole = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path = tmp_path / "log.jsonl"
 
-    @quick
-    @given(damaged(whole))
-    def check(content):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "log.jsonl")
-            path.write_bytes(content)
-            log = Log(path, step=1)
-            log.write(dict(step=2, loss=1.0))
-            log.file.close()
-            *before, last = read_log(path)
-            assert last == dict(step=2, loss=1.0) and all(
-                line.get("step", 0) <= 1 for line in before
-            )
+    def read():
+        log = Log(path, step=1)
+        log.write(dict(step=2, loss=1.0))
+        log.file.close()
+        *before, last = read_log(path)
+        assert last == dict(step=2, loss=1.0)
+        assert all(line.get("step", 0) <= 1 for line in before)
 
-    check()
+    fuzz({path: "".join(json.dumps(line) + "\n" for line in lines).encode()}, read)
 
 
 # ---- pages ---------------------------------------------------------------------------------------

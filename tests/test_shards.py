@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,16 +18,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from test_faults import flags
 from test_video import clip, numbered_frames, numbers  # noqa: F401 (clip: a fixture)
 
 import train
 from cli import UserError
+from data import Job, read_batches
 from datasets.shards import load_shards
+from datasets.split import Split
 from train import TrainConfig
 from videos import workers as guarded
-from videos.cache import FrameCache
+from videos.cache import FrameCache, Want
 from videos.decode import frame_indices, read_frames
-from videos.stream import Batch, Stream, Want
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,23 +96,21 @@ def test_a_truncated_shard_costs_what_it_has_lost(tmp_path, clip):
 
 
 FAULTS = {
-    "no caption; expected 1.txt": {"1.mp4": b"x"},
     'or "caption" in 1.json': {"1.mp4": b"x", "1.json": b'{"text": "hi"}'},
-    "its caption is not UTF-8": {"1.mp4": b"x", "1.txt": "ein Mädchen".encode("latin-1")},
+    "no caption; expected 1.txt (UTF-8)": {"1.mp4": b"x", "1.txt": "ein Mädchen".encode("latin-1")},
     "no video or image": {"1.txt": b"alone"},
     "its key comes twice": [("1.mp4", b"x"), ("1.txt", b"a"), ("1.mp4", b"y")],
 }
 
 
-@pytest.mark.parametrize("says", FAULTS)
-def test_a_sample_that_cannot_be_used_is_listed(tmp_path, says):
-    faulty = FAULTS[says]
-    pairs = list(faulty.items()) if isinstance(faulty, dict) else faulty
-    pack(tmp_path / "0.tar", [*sample("0", b"x", "good").items(), *pairs])
-    split = load(tmp_path / "0.tar", tmp_path)
-    assert list(split.captions) == ["good"]
-    assert list(split.broken) == [f"{tmp_path}/0.tar/1"]
-    assert says in split.broken[f"{tmp_path}/0.tar/1"]
+def test_a_sample_that_cannot_be_used_is_listed(tmp_path):
+    for says, faulty in FAULTS.items():
+        pairs = list(faulty.items()) if isinstance(faulty, dict) else faulty
+        shard = pack(tmp_path / f"{len(says)}.tar", [*sample("0", b"x", "good").items(), *pairs])
+        split = load(shard, tmp_path)
+        assert list(split.captions) == ["good"]
+        assert list(split.broken) == [f"{shard}/1"]
+        assert says in split.broken[f"{shard}/1"]
 
 
 def test_what_cannot_be_read_at_all_is_one_line(tmp_path):
@@ -148,93 +149,96 @@ def test_only_shards_that_are_new_or_have_changed_are_walked(tmp_path):
 class Troubled(FrameCache):
     """A cache some of whose videos hang or kill the process that reads them."""
 
-    def get(self, path, *window, only):
+    def get(self, path, *window):
         if "hangs" in path:
             time.sleep(3600)
         if "kills" in path:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().get(path, *window, only=only)
+        return super().get(path, *window)
 
 
-def make_stream(folder, clip, rows, spare=(), max_broken=1.0):
-    """A stream of batches of these names; (row, attempt) is replaced by that name of `spare`."""
-    cache = Troubled(folder / "cache", size=64, num_frames=20, gigabytes=0)
+class Names:
+    """A data set of names: sample n shows frame n of the clip, if its name begins with "good"."""
 
-    def want(name):
-        path = clip if name.startswith("good") else folder / name
-        return Want(name, str(path), (0.0, None), [int(name[-1])])
+    def __init__(self, folder, clip, names):
+        self.folder, self.clip, self.names = folder, clip, names
+        self.cache = Troubled(folder / "cache", size=64, num_frames=20, gigabytes=0)
+        self.split = Split([], [], np.zeros(0, np.int64))
 
-    batches = [
-        Batch([want(name) for name in names], lambda row, attempt: want(spare[attempt - 1]))
-        for names in rows
-    ]
-    return Stream(cache, batches, workers=2, max_broken=max_broken, frames_at_most=3)
+    def __len__(self):
+        return len(self.names)
 
+    def want(self, sample, num_frames, rng):
+        name = self.names[sample]
+        path = self.clip if name.startswith("good") else self.folder / name
+        return Want(str(path), only=[sample % 20] * num_frames)
 
-def test_batches_come_in_order_with_the_frames_that_were_wanted(tmp_path, clip):
-    rows = [[f"good{i % 10}", f"good{i * 3 % 10}"] for i in range(12)]
-    shown = frame_indices(100, 20)
-    for (samples, frames), names in zip(make_stream(tmp_path, clip, rows), rows, strict=True):
-        assert samples == names and frames.shape == (2, 1, 64, 64, 3)
-        assert numbers(frames[:, 0]) == [shown[int(name[-1])] for name in names]
+    def collate(self, samples, video):
+        assert numbers(video[:, 0]) == [frame_indices(100, 20)[n % 20] for n in samples]
+        return samples
+
+    def batches(self, size=4, start=0, workers=2, max_broken=1.0):
+        places = np.arange(len(self))
+        jobs = [Job(places[i : i + size], i, 0, 1) for i in range(start, len(self), size)]
+        return read_batches(self, jobs, seed=0, workers=workers, max_broken=max_broken)
 
 
 def test_another_video_takes_the_place_of_a_broken_one(tmp_path, clip, monkeypatch, capfd):
+    """Which one depends on the place alone: not on what was read before, or by how many."""
     monkeypatch.setattr(guarded, "PATIENCE", 2.0)
-    rows = [["good1", "hangs2", "kills3"], ["gone4", "good5", "hangs2"], ["good6"]]
-    stream = make_stream(tmp_path, clip, rows, spare=["gone4", "good7"])
-    found = list(stream)
-    assert [samples for samples, _ in found[:2]] == [
-        ["good1", "good7", "good7"],
-        ["good7", "good5", "good7"],
-    ]
-    assert {
-        Path(path).name: reason.split(": ")[1][:24] for path, reason in stream.broken.items()
-    } == {
-        "gone4": "no such video file",
-        "hangs2": "the decoder gave no fram",
-        "kills3": "the decoder died twice (",
-    }
+    names = ["good"] * 20
+    names[3], names[6], names[7], names[16] = "hangs", "kills", "gone", "gone"
+    dataset = Names(tmp_path, clip, names)
+    found = list(dataset.batches())
     assert capfd.readouterr().err.count("another video takes the place of") == 3
+
+    in_order = list(itertools.chain(*found))
+    assert [n for n in range(20) if in_order[n] != n] == [3, 6, 7, 16]
+    assert {names[n] for n in in_order} == {"good"}
+    reasons = {Path(path).name: why.split(": ")[1] for path, why in dataset.split.broken.items()}
+    assert reasons["gone"] == "no such video file"
+    assert reasons["hangs"].startswith("the decoder gave no frames within 2 s")
+    assert reasons["kills"].startswith("the decoder died twice (exit code -9")
+
+    assert list(dataset.batches(start=4, workers=1)) == found[1:]
 
 
 def test_too_many_broken_videos_end_it(tmp_path, clip):
-    rows = [[f"{'good' if i % 10 else 'gone'}-{i}.0"] for i in range(200)]
-    for max_broken in (0.2, 0.05):
-        stream = make_stream(tmp_path, clip, rows, ["good0"], max_broken)
-        if max_broken == 0.2:
-            assert len(list(stream)) == 200 and len(stream.broken) == 20
-            continue
-        with pytest.raises(UserError, match="6 of .. videos read so far.*5% of --max-broken"):
-            list(stream)
+    dataset = Names(tmp_path, clip, ["good" if i % 10 else f"gone{i}" for i in range(200)])
+    assert len(list(dataset.batches(max_broken=0.2))) == 50 and len(dataset.split.broken) == 20
+    with pytest.raises(UserError, match="6 of .. videos read so far.*5% of --max-broken"):
+        list(dataset.batches(max_broken=0.05))
     with pytest.raises(UserError, match="1 of 1 videos read so far cannot be used"):
-        list(make_stream(tmp_path, clip, [["gone0"]], ["gone0"] * 200))
+        list(Names(tmp_path, clip, ["gone"]).batches())
 
 
 def test_a_loop_that_ends_early_leaves_no_process(tmp_path, clip):
-    batches = iter(make_stream(tmp_path, clip, [["good1"]] * 1000))
+    others = set(multiprocessing.active_children())
+    batches = Names(tmp_path, clip, ["good"] * 8 + ["hangs"] * 1000).batches()
     next(batches)
-    workers = multiprocessing.active_children()
+    started = time.monotonic()
+    assert len(set(multiprocessing.active_children()) - others) == 2
     batches.close()
-    assert workers and not any(process.is_alive() for process in workers)
+    assert set(multiprocessing.active_children()) <= others
+    assert time.monotonic() < started + 30
 
 
 # ---- decoded while training ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shards(tiny_world, tmp_path_factory):
+def pack_world(world, folder, is_broken=lambda shard, place: False):
     """The tiny world's 240 training samples in four shards, and 12 for validation in one."""
-    folder = tmp_path_factory.mktemp("shards")
     for role, count in (("train", 4), ("val", 1)):
-        with open(tiny_world / f"{role}.csv", encoding="utf-8") as file:
+        with open(world / f"{role}.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for i, part in enumerate(np.array_split(rows, count)):
+        for shard, part in enumerate(np.array_split(rows, count)):
             files = {}
-            for j, row in enumerate(part):
-                video = (tiny_world / row["video"]).read_bytes()
-                files |= sample(f"{j:03d}", video, row["caption"])
-            pack(folder / f"{role}-{i}.tar", files)
+            for place, row in enumerate(part):
+                video = (world / row["video"]).read_bytes()
+                if role == "train" and is_broken(shard, place):
+                    video = b"no video" * 99
+                files |= sample(f"{place:03d}", video, row["caption"])
+            pack(folder / f"{role}-{shard}.tar", files)
     return folder
 
 
@@ -245,46 +249,31 @@ def settings(shards, out, **other):
     return TrainConfig(**(files | run | dict(guided_from=0.0) | other))
 
 
-def lines_of(out) -> list[dict]:
-    return [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
-
-
 def numbers_of(out) -> list[tuple]:
     """The losses and the scores on validation of a run, by step."""
-    lines = lines_of(out)
+    lines = [json.loads(line) for line in open(Path(out) / "log.jsonl", encoding="utf-8")]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     return losses + [(line["step"], line["validation"]) for line in lines if "validation" in line]
 
 
-def test_a_streamed_run_is_the_cached_one_bit_by_bit(shards, tmp_path, capsys):
+def test_a_streamed_run_is_the_cached_one_bit_by_bit(tiny_world, tmp_path, capsys):
     """Half of the frames fit into the cache: validation and training read both kinds."""
+    shards = pack_world(tiny_world, tmp_path)
     train.train(settings(shards, tmp_path / "cached"))
     num_videos, entry = 240 + 12, 20 + 4 * 32 * 32 * 3
-    small = dict(cache=str(tmp_path / "cache"), cache_gb=0.5 * num_videos * entry / 1e9)
+    small = dict(cache=str(tmp_path / "small"), cache_gb=0.5 * num_videos * entry / 1e9)
     train.train(settings(shards, tmp_path / "streamed", **small))
     assert numbers_of(tmp_path / "streamed") == numbers_of(tmp_path / "cached")
     assert "50% of 252 videos fit into --cache-gb" in capsys.readouterr().out
-    assert 60 < len(list((tmp_path / "cache" / "frames").glob("*/*"))) < 160
+    assert 60 < len(list((tmp_path / "small" / "frames").glob("*/*"))) < 160
 
 
 @pytest.fixture(scope="module")
-def broken_shards(shards, tmp_path_factory):
-    """The same, but each 16th video of three training shards is no video."""
+def broken_run(tiny_world, tmp_path_factory):
+    """Each twentieth video of three shards is none."""
     folder = tmp_path_factory.mktemp("broken")
-    for path in shards.glob("*.tar"):
-        data = path.read_bytes()
-        with tarfile.open(path) as tar:
-            videos = [member for member in tar if member.name.endswith("0.mp4")]
-        for member in videos[::2] if path.name[:7] in ("train-1", "train-2", "train-3") else ():
-            start, end = member.offset_data, member.offset_data + member.size
-            data = data[:start] + b"n" * member.size + data[end:]
-        (folder / path.name).write_bytes(data)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def broken_run(broken_shards, tmp_path_factory):
-    config = settings(broken_shards, tmp_path_factory.mktemp("whole"), cache_gb=0, max_broken=0.2)
+    pack_world(tiny_world, folder, lambda shard, place: shard and place % 20 == 0)
+    config = settings(folder, folder / "run", cache_gb=0, max_broken=0.2)
     train.train(config)
     return config
 
@@ -300,18 +289,12 @@ def test_a_run_on_broken_videos_resumes_bit_by_bit(broken_run, tmp_path, capfd):
     assert f"{count} videos cannot be used" in said.out
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_index_and_the_batches(broken_run, tmp_path, ranks):
-    """The same run on several processes, by torchrun, with one index."""
+def test_ranks_share_the_index_and_the_batches(broken_run, tmp_path):
+    """The same run on two processes, by torchrun, with one index."""
     several = replace(broken_run, out=str(tmp_path / "run"), cache=str(tmp_path / "cache"))
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in vars(several).items()
-        if value != getattr(TrainConfig, name)
-    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, f"--nproc-per-node={ranks}", str(ROOT / "train.py"), *flags],
+        [*torchrun, "--nproc-per-node=2", str(ROOT / "train.py"), *flags(several)],
         capture_output=True,
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),

@@ -32,8 +32,8 @@ import struct
 import sys
 import zlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -43,6 +43,15 @@ from videos.decode import VIDEO_SUFFIXES, VideoError, is_there, locate, read_fra
 from videos.workers import run_guarded
 
 EVICT_EVERY = 1000  # new entries, on average
+
+
+class Want(NamedTuple):
+    """Some frames of a video."""
+
+    path: str
+    start: float = 0.0  # the seconds of the video that count
+    end: float | None = None
+    only: list[int] | slice = slice(None)  # of the frames that the cache keeps, by number
 
 
 class FrameCache:
@@ -97,17 +106,15 @@ class FrameCache:
         todo = [path for path in paths if not self.has(path, start, end)]
         self.check_room(todo, progress)
 
-        workers = min(workers or os.cpu_count(), len(todo))
-        work = partial(self.try_store, start=start, end=end)
-        stored = run_guarded(work, todo, workers=workers)
+        # one frame of each comes back, and nobody looks at it
+        wants = [Want(path, start, end, [0]) for path in todo]
+        stored = run_guarded(self.read, wants, workers=workers or os.cpu_count())
         is_silent = not progress or not todo
-
-        reasons = [""] * len(todo)
-        for n, reason in tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent):
-            reasons[n] = reason
+        bar = tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent)
+        reasons = {todo[n]: found for n, found in bar if isinstance(found, str)}
         self.evict()
 
-        broken = {path: reason for path, reason in zip(todo, reasons) if reason}
+        broken = {path: reasons[path] for path in todo if path in reasons}
         if progress:
             what = f"{len(paths) - len(broken)} videos × {self.num_frames} frames"
             counts = f"{len(todo) - len(broken)} new, {len(broken)} broken"
@@ -117,7 +124,8 @@ class FrameCache:
     def check_room(self, todo: list[str], progress: bool) -> None:
         """Say what these videos will take. Raise UserError where the disk has less."""
         is_video = [path.lower().endswith(VIDEO_SUFFIXES) for path in todo if is_there(path)]
-        needed = sum(self.size_of(self.num_frames if video else 1) for video in is_video) / 1e6
+        needed = sum(self.size_of(self.num_frames if video else 1) for video in is_video)
+        needed = min(needed, self.capacity) / 1e6
         free = shutil.disk_usage(self.folder).free / 1e6
         line = (
             f"frame cache {self.folder}: {len(is_video)} new videos × {self.num_frames} frames of "
@@ -127,6 +135,9 @@ class FrameCache:
             raise UserError(f"{line}; take a larger disk (--cache), or keep fewer (--cache-gb)")
         if progress and is_video:
             print(line, flush=True)
+
+    def read(self, want: Want) -> np.ndarray:
+        return self.get(*want)
 
     def get(
         self,
@@ -140,17 +151,14 @@ class FrameCache:
         An entry that is missing or damaged is made here, in this process: `fill` first, which is
         safe from files that hang.
         """
-        if self.share:
-            entry = self.entry(path, start, end)
-            frames = self.load(entry, path)
-            if frames is None and self.keeps(entry):
-                frames = self.store(path, entry, start, end)
-                if random.random() < 1 / EVICT_EVERY:
-                    self.evict()
-            if frames is not None:
-                return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
-        window = dict(start=start, end=end)
-        return read_frames(path, self.num_frames, size=self.size, **window, only=only)
+        entry = self.entry(path, start, end)
+        frames = self.load(entry, path)
+        if frames is None:
+            how = dict(size=self.size, start=start, end=end)
+            if not self.keeps(entry):
+                return read_frames(path, self.num_frames, **how, only=only)
+            frames = self.store(entry, read_frames(path, self.num_frames, **how))
+        return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
 
     def evict(self) -> None:
         """Where the folder holds more than it may, delete the entries that were written first."""
@@ -210,21 +218,13 @@ class FrameCache:
         self.damaged += 1
         return None
 
-    def store(self, path, entry: Path, start: float, end: float | None) -> np.ndarray:
-        """Decode a video and write its entry. Returns what was written, [N or 1, H, W, 3]."""
-        frames = read_frames(path, self.num_frames, size=self.size, start=start, end=end)
+    def store(self, entry: Path, frames: np.ndarray) -> np.ndarray:
+        """Write an entry. Returns what was written, [N or 1, H, W, 3]."""
         if (frames == frames[0]).all():
             frames = frames[:1]
-        if self.keeps(entry):
-            header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
-            with write_whole(entry) as unfinished:
-                unfinished.write_bytes(header + frames.data)
+        header = self.HEADER.pack(self.MAGIC, *frames.shape[:3], zlib.crc32(frames.data))
+        with write_whole(entry) as unfinished:
+            unfinished.write_bytes(header + frames.data)
+        if random.random() < 1 / EVICT_EVERY:
+            self.evict()
         return frames
-
-    def try_store(self, path: str, start: float, end: float | None) -> str:
-        """In a worker: `store`. Returns "", or the reason if the video is broken."""
-        try:
-            self.store(path, self.entry(path, start, end), start, end)
-        except VideoError as error:
-            return str(error)
-        return ""

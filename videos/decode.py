@@ -29,10 +29,11 @@ Some files are worse than broken: workers.py.
 """
 
 import contextlib
+import math
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,19 +128,15 @@ def read_frames(
     missing, empty, truncated, not a video, or ends before `start`.
     """
     path, source = str(path), locate(path)
-
-    def pick(count: int) -> np.ndarray:
-        return frame_indices(count, num_frames)
-
     with explain(path):
         if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-            frames, wanted = decode_video(path, pick, size, start, end, only)
+            frames, wanted = decode_video(path, num_frames, size, start, end, only)
         else:
             data = np.fromfile(source.file, np.uint8, source.size, offset=source.first)
             image = cv2.imdecode(data, cv2.IMREAD_COLOR)
             if image is None:
                 raise VideoError(f"{path}: not an image that OpenCV can decode; fetch it again")
-            frames, wanted = {0: square(image, size)}, pick(1)
+            frames, wanted = {0: square(image, size)}, frame_indices(1, num_frames)
 
     return np.stack([frames[index] for index in wanted[only]])  # [T, H, W, 3]
 
@@ -157,14 +154,13 @@ def explain(path: str) -> Iterator[None]:
         ) from error
 
 
-def decode_video(path: str, pick: Callable, size: int, start: float, end, only) -> tuple:
-    """({frame number: pixels}, T frame numbers). pick(count) chooses T of `count`.
+def decode_video(path: str, num_frames: int, size: int, start: float, end, only) -> tuple:
+    """({frame number: pixels}, T frame numbers).
 
     The pixels are of `only` some of the T. But all of them are looked for: what is drawn does not
     decide whether the file is too short.
     """
-    capture = open_video(path)
-    claimed, rate = claims(capture)
+    capture, count, rate = open_counted(path)
     if not rate > 0 and (start > 0 or end is not None):
         raise VideoError(
             f"{path}: its header has no frame rate, so seconds {start} to {end} cannot be found"
@@ -172,24 +168,21 @@ def decode_video(path: str, pick: Callable, size: int, start: float, end, only) 
 
     def choose(count: int) -> np.ndarray:
         """The T wanted frame numbers, if there are `count` in all."""
-        if start == 0 and end is None:
-            return pick(count)
-        first = int(start * rate)
-        last = count if end is None else min(count, max(first + 1, round(end * rate)))
+        first, last = 0, count
+        if start > 0 or end is not None:
+            first = int(start * rate)
+            last = count if end is None else min(count, max(first + 1, round(end * rate)))
         if first >= last:
             lasts = f"lasts {count / rate:.1f} s"
             raise VideoError(f"{path}: {lasts}, so nothing is left from second {start} on")
-        return first + pick(last - first)
+        return first + frame_indices(last - first, num_frames)
 
-    if claimed > 0:
-        wanted = choose(claimed)
-        frames, seen = grab_frames(capture, size, wanted[only], last=wanted[-1])
-    else:
-        wanted, (frames, seen) = None, grab_frames(capture, size)
-    if wanted is None or seen <= wanted[-1]:  # no claim, or a false one: `seen` is the true count
-        check_count(path, seen, claimed)
+    wanted = choose(count)
+    frames, seen, _ = grab_frames(capture, size, wanted[only], last=wanted[-1] + 1)
+    if seen <= wanted[-1]:  # the header's count was false: `seen` is the true one
+        check_count(path, seen, count)
         wanted = choose(seen)
-        frames, _ = grab_frames(open_video(path), size, wanted[only], last=wanted[-1])
+        frames, _, _ = grab_frames(open_video(path), size, wanted[only], last=wanted[-1] + 1)
     return frames, wanted
 
 
@@ -211,9 +204,15 @@ def open_video(path: str) -> cv2.VideoCapture:
     return capture
 
 
-def claims(capture: cv2.VideoCapture) -> tuple[int, float]:
-    """(frames, frames a second), as the header says; 0 where it does not."""
-    return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+def open_counted(path: str) -> tuple[cv2.VideoCapture, int, float]:
+    """(the video, its frames, frames a second), as the header says; no rate is 0."""
+    capture = open_video(path)
+    count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+    if count <= 0:  # it does not say: count, then begin again
+        _, count, _ = grab_frames(capture)
+        check_count(path, count, count)
+        capture = open_video(path)
+    return capture, count, rate
 
 
 def codec_of(path: str) -> str:
@@ -236,19 +235,25 @@ def check_count(path: str, seen: int, claimed: int) -> None:
 
 
 def grab_frames(
-    capture, size: int, wanted: Collection[int] = (), last: int | None = None
-) -> tuple[dict, int]:
-    """({n: frame n [H, W, 3]} for n wanted, frames seen), up to frame `last`; None: to the end."""
+    capture, size: int = 0, wanted: Collection[int] = (), first: int = 0, last: float = math.inf
+) -> tuple[dict, int, tuple[float, float]]:
+    """({n: frame n [H, W, 3]} for n wanted, frames seen, seconds of the first and last of them).
+
+    The capture stands at frame `first`, and is read up to `last`, exclusive, or its end.
+    """
     keep = set(map(int, wanted))
-    frames, seen = {}, 0
-    while (last is None or seen <= last) and capture.grab():
+    frames, seen, start, end = {}, first, 0.0, 0.0
+    while seen < last and capture.grab():
+        end = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        if seen == first:
+            start = end
         if seen in keep:
             decoded, image = capture.retrieve()
             if not decoded:
                 break
             frames[seen] = square(image, size)
         seen += 1
-    return frames, seen
+    return frames, seen, (start, end)
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
@@ -280,47 +285,24 @@ def read_windows(
     assert window > 0, f"{window=}: must be positive"
     path = str(path)
     with explain(path):
-        capture = open_video(path)
-        count, rate = claims(capture)
+        capture, count, rate = open_counted(path)
         if not rate > 0:
             raise VideoError(f"{path}: its header has no frame rate, so no second can be found")
-        if count <= 0:  # no claim: count first
-            count = max(1, grab_frames(capture, size)[1])
-            capture = open_video(path)
 
         number = min(count, max(1, round(count / rate / window)))
         edges = np.linspace(0, count, number + 1).astype(int).tolist()
         for first, last in zip(edges, edges[1:]):
-            part, position, start, end = read_window(capture, first, last, num_frames, size)
-            if position < last:
-                check_count(path, position, count)
-            if len(part):
+            wanted = (first + frame_indices(last - first, num_frames)).tolist()
+            frames, seen, (start, end) = grab_frames(capture, size, wanted, first, last)
+            if seen < last:
+                check_count(path, seen, count)
+            if frames:
                 # where the frames end early, those that are there fill the window
+                part = np.array([frames[index] for index in wanted if index in frames])
                 part = part[frame_indices(len(part), num_frames)]
                 yield start, end + 1 / rate, part
-            if position < last:
+            if seen < last:
                 return
-
-
-def read_window(capture, first: int, last: int, num_frames: int, size: int) -> tuple:
-    """(frames [up to T, H, W, 3], frames seen, start, end in seconds) of frames `first` … `last`.
-
-    The capture stands at `first`.
-    """
-    wanted = (first + frame_indices(last - first, num_frames)).tolist()
-    frames, position, start, end = {}, first, 0.0, 0.0
-    while position < last and capture.grab():
-        end = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        if position == first:
-            start = end
-        if position in wanted:
-            decoded, image = capture.retrieve()
-            if not decoded:
-                break
-            frames[position] = square(image, size)
-        position += 1
-    part = np.array([frames[index] for index in wanted if index in frames])
-    return part, position, start, end
 
 
 def glimpse(
@@ -335,7 +317,7 @@ def glimpse(
     capture = open_video(path)
     # a second early: at a variable rate it lands late
     capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * max(0, start - 1))
-    half = 0.5 / max(claims(capture)[1], 1.0)  # of a frame: time stamps are rounded
+    half = 0.5 / max(capture.get(cv2.CAP_PROP_FPS), 1.0)  # of a frame: stamps are rounded
     for moment in start + (np.arange(num_frames) + 0.5) / num_frames * (end - start):
         while seen_at < moment - half and capture.grab():
             seen_at = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000

@@ -1,30 +1,33 @@
 """Work on files that may hang or kill the process that reads them.
 
 A damaged or hostile file can do worse than fail: it can hang the decoder for ever, or crash the
-process that it runs in. So files are read in processes that can be spared. A file may take
-`PATIENCE` seconds, and one more for each megabyte. When they are over, its process is killed and
-the file is given up, with that reason. Another process goes on with the next.
+process that it runs in. So files are read in processes that can be spared. A thread waits for each:
+
+    thread  ── job ──>  process: work(job)
+            <── result, or the end of the pipe, or nothing in time
+
+A file may take `PATIENCE` seconds, and one more for each megabyte. When they are over, its process
+is killed and the file is given up. Another process goes on with the next.
 
 A process may also die by no fault of its file, say where memory runs out. So the file is tried once
 more. If its process dies again, it was the file.
 
-A job is the path of a file, or has a `path`. Small jobs may be handed out in chunks, since a
-message costs a tenth of a small video. Of a process that was lost, each is tried again alone.
-
-`concurrent.futures` waits for ever for a worker that hangs. `pebble` kills it, as this file does,
-but hands out small jobs six times slower (docs/LOG.md).
+A job is the path of a file, or has a `path`. `concurrent.futures` waits for ever for a process that
+hangs. `pebble` kills it, as this file does, but is six times slower on small jobs (docs/LOG.md).
 """
 
+import collections
 import contextlib
 import itertools
-import math
 import multiprocessing
+import queue
 import signal
 import sys
-import time
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
+from multiprocessing.connection import Connection
 
 from cli import UserError
 from videos.decode import VideoError, locate
@@ -32,163 +35,164 @@ from videos.decode import VideoError, locate
 # seconds that a video may take to decode, and one more for each megabyte (10 to 100 are usual)
 PATIENCE = 60.0
 
+# fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
-@dataclass
+STARTING = threading.Lock()
+OUR_ENDS = weakref.WeakSet()  # of the pipes to all processes
+
+
 class Worker:
-    """A process and its jobs, (n, job)."""
+    """A process that works for one thread at a time, and is replaced where it hangs or dies."""
 
-    process: multiprocessing.Process
-    jobs: list[tuple] = field(default_factory=list)
-    is_over: float = math.inf  # when their time is, on the monotonic clock
+    def __init__(self, work: Callable):
+        self.work, self.is_closed = work, False
+        self.start()
 
-    def paths(self) -> list[str]:
-        return [getattr(job, "path", job) for _, job in self.jobs]
+    def start(self) -> None:
+        # one at a time: no process may inherit the other end of a pipe, or its death would not show
+        with STARTING:
+            if self.is_closed:
+                raise CancelledError
+            self.pipe, theirs = CONTEXT.Pipe()
+            OUR_ENDS.add(self.pipe)
+            args = (self.work, theirs, list(OUR_ENDS))
+            self.process = CONTEXT.Process(target=serve, args=args, daemon=True)
+            self.process.start()
+            theirs.close()
 
-    def was_too_slow(self) -> str:
-        (path,) = self.paths()
-        return (
-            f"{path}: the decoder gave no frames within {seconds_allowed(path):.0f} s and was "
-            "stopped; encode the file again or remove it"
-        )
+    def call(self, job):
+        """work(job), or what it raises. Raises VideoError where the file hangs or kills it."""
+        path = getattr(job, "path", job)
+        seconds = seconds_allowed(path)
+        for _ in range(2):
+            is_late = False
+            try:
+                self.pipe.send(job)
+                is_late = not self.pipe.poll(seconds)
+                if not is_late:
+                    result, error = self.pipe.recv()
+                    break
+            except (EOFError, ConnectionError):  # it has died
+                pass
 
-    def died_twice(self) -> str:
-        (path,) = self.paths()
-        return (
-            f"{path}: the decoder died twice (exit code {self.process.exitcode}; -9: killed, "
-            "perhaps out of memory); encode the file again or remove it"
-        )
+            self.process.kill()
+            self.process.join()
+            exit_code = self.process.exitcode
+            self.start()
+            if is_late:
+                raise VideoError(
+                    f"{path}: the decoder gave no frames within {seconds:.0f} s and was stopped; "
+                    "encode the file again or remove it"
+                )
+        else:
+            raise VideoError(
+                f"{path}: the decoder died twice (exit code {exit_code}; -9: killed, perhaps out "
+                "of memory); encode the file again or remove it"
+            )
 
+        if error:
+            raise error
+        return result
 
-def run_guarded(
-    work: Callable, jobs: Iterable, *, workers: int, chunk: int = 1, tick: float = math.inf
-) -> Iterator[tuple]:
-    """(n, work(n-th job)) as they are done, by `workers` processes, up to `chunk` a message.
-
-    For a job that hangs or kills them, the second is why (str). `jobs` is read one at a time. With
-    a `tick` (seconds) it may yield None: no job yet. Then (None, None) comes back after each tick
-    without a result. A UserError in a worker is raised here. Ctrl-C ends the workers too.
-    """
-    # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    jobs, numbers, end = iter(jobs), itertools.count(), object()
-    again, died = [], set()
-    pool: dict[Connection, Worker] = {}  # by our end of the worker's pipe
-
-    def start() -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(work, theirs, [ours, *pool]), daemon=True)
-        process.start()
-        theirs.close()
-        pool[ours] = Worker(process)
-
-    def take() -> list[tuple] | None:
-        """Some (n, job); [] if there is none yet, None if there will be none."""
-        if again:
-            return [again.pop()]
-        taken = []
-        while len(taken) < chunk:
-            job = next(jobs, end)
-            if job is end:
-                return taken or None
-            if job is None:
-                return taken
-            taken.append((next(numbers), job))
-        return taken
-
-    def give(pipe: Connection) -> None:
-        """The next jobs to this worker; where there will be none, it is dismissed."""
-        worker, taken = pool[pipe], take()
-        if taken:
-            worker.jobs = taken
-            worker.is_over = time.monotonic() + seconds_allowed(*worker.paths())
-        if taken != []:
-            with contextlib.suppress(BrokenPipeError):  # it has just died: the next look shows it
-                pipe.send(taken and [job for _, job in taken])
-        if taken is None:
-            del pool[pipe]
-            pipe.close()
-            worker.process.join()
-
-    try:
-        for _ in range(workers):
-            start()
-        while pool:
-            for pipe in [pipe for pipe, worker in pool.items() if not worker.jobs]:
-                give(pipe)
-            soonest = min((worker.is_over for worker in pool.values()), default=0)
-            patience = min(tick, max(0, soonest - time.monotonic()))
-            done = wait(pool, None if patience == math.inf else patience)
-            now = time.monotonic()
-            late = [p for p, worker in pool.items() if worker.is_over <= now and p not in done]
-
-            for pipe in [*done, *late]:
-                worker = pool[pipe]
-                results = None if pipe in late else receive(pipe)
-                if isinstance(results, UserError):
-                    del pool[pipe]
-                    pipe.close()
-                    raise results
-                if results is not None:
-                    finished = [n for n, _ in worker.jobs]
-                    worker.jobs, worker.is_over = [], math.inf
-                    yield from zip(finished, results)
-                    continue
-
-                # it hangs or has died: another one takes its place
-                del pool[pipe]
-                worker.process.kill()
-                worker.process.join()
-                pipe.close()
-                start()
-                is_alone = len(worker.jobs) == 1
-                if is_alone and pipe in late:
-                    yield worker.jobs[0][0], worker.was_too_slow()
-                elif is_alone and worker.jobs[0][0] in died:
-                    yield worker.jobs[0][0], worker.died_twice()
-                else:
-                    again.extend(worker.jobs)
-                    died.update(n for n, _ in worker.jobs if pipe in done)
-            if not done and tick < math.inf:
-                yield None, None
-    finally:
-        # busy only where something was raised: what is almost done may still be stored
-        grace = time.monotonic() + 2
-        for pipe, worker in pool.items():
-            if worker.jobs:
-                wait([pipe], max(0, grace - time.monotonic()))
-            pipe.close()
-            worker.process.kill()
-            worker.process.join()
+    def close(self) -> None:
+        """End the process, and the call that a thread may be waiting for."""
+        with STARTING:
+            self.is_closed = True
+            self.process.kill()
+        self.process.join()
 
 
-def receive(pipe: Connection) -> list | UserError | None:
-    """The worker's results, None where it has died."""
-    try:
-        return pipe.recv()
-    except (EOFError, ConnectionResetError):
-        return None
-
-
-def serve(work: Callable, pipe: Connection, others: list[Connection]) -> None:
-    """A worker: do the jobs that come through the pipe, until None does, or the parent dies."""
-    for inherited in others:  # kept open here, no pipe would end with the parent
-        inherited.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's request to stop is not for them
+def serve(work: Callable, pipe: Connection, inherited: list[Connection]) -> None:
+    """In the process: do the jobs that come through the pipe, until the parent is gone."""
+    for end in inherited:  # kept open here, no pipe would end with the parent
+        end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's request to stop is not for it
 
     with contextlib.suppress(EOFError, ConnectionError):
-        while (jobs := pipe.recv()) is not None:
+        while True:
+            job = pipe.recv()
             try:
-                results = [work(job) for job in jobs]
+                answer = work(job), None
             except UserError as error:
-                results = error
-            pipe.send(results)
+                answer = None, error
+            pipe.send(answer)
 
 
-def seconds_allowed(*paths: str) -> float:
-    """For these files, one after the other."""
-    seconds = PATIENCE
-    for path in paths:
-        with contextlib.suppress(VideoError):  # missing files fail fast
-            seconds += locate(path).size / 1e6
-    return seconds
+def seconds_allowed(path: str) -> float:
+    with contextlib.suppress(VideoError):  # missing files fail fast
+        return PATIENCE + locate(path).size / 1e6
+    return PATIENCE
+
+
+# ---- many at a time ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def guard(work: Callable, workers: int) -> Iterator[Callable]:
+    """`work` as a function that `workers` threads may call at once, each in a process of its own.
+
+    It raises what `work` does, if that is a UserError, and VideoError where the file hangs or kills
+    its process. At the end all processes are ended, and calls that are not over raise an error.
+    """
+    pool = [Worker(work) for _ in range(workers)]
+    idle = queue.SimpleQueue()
+    for worker in pool:
+        idle.put(worker)
+
+    def call(job):
+        worker = idle.get()
+        try:
+            return worker.call(job)
+        finally:
+            idle.put(worker)
+
+    try:
+        yield call
+    finally:
+        for worker in pool:
+            worker.close()
+
+
+def run_guarded(work: Callable, jobs: Iterable, *, workers: int) -> Iterator[tuple]:
+    """(n, work(n-th job)) as they are done, by up to `workers` processes.
+
+    For a job whose file is broken, hangs or kills them, the second is why (str). Any other
+    UserError is raised. Ctrl-C ends the processes too.
+    """
+    jobs = list(jobs)
+    workers = min(workers, len(jobs))
+    if not jobs:
+        return
+
+    todo, running = enumerate(jobs), {}
+    with ThreadPoolExecutor(workers) as threads, guard(work, workers) as guarded:
+        while True:
+            # two jobs a thread, so that none waits for the consumer
+            for n, job in itertools.islice(todo, 2 * workers - len(running)):
+                running[threads.submit(guarded, job)] = n
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                error, n = future.exception(), running.pop(future)
+                yield n, str(error) if isinstance(error, VideoError) else future.result()
+
+
+def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:
+    """load(job) for each job, in order, read ahead by `workers` threads.
+
+    Threads are enough: reading, checksums and copies release Python's lock. An error is raised
+    where its result is awaited.
+    """
+    ahead = collections.deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for job in jobs:
+            ahead.append(threads.submit(load, job))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:  # the consumer stopped early: what has not begun need not
+        threads.shutdown(wait=False, cancel_futures=True)
