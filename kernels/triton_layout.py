@@ -14,6 +14,8 @@ ids       [1 + S, rows] int32: the pair's number (−1: padding), then the signa
 marks     which cells of the matrix hold a masked pair or padding. Only there does a kernel compare
           ids. A batch of different videos has such cells near the diagonal only.
 
+`make_tile` computes a tile of the matrix from them, for the forward and for the backward.
+
 Nothing here waits for the GPU. One thing differs in Triton's interpreter: its bfloat16 arithmetic
 is silently wrong, so there the packed rows are float32.
 """

@@ -318,8 +318,7 @@ def test_in_a_compiled_step(impl):
 
 
 @impls
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products_in_half_precision_gradients_in_full(impl, dtype):
+def test_products_in_half_precision_gradients_in_full(impl, dtype=torch.float16):
     """dtype= rounds the embeddings for the products only: a gradient of 1 / 2B stays what it is."""
     video, text, concepts, ids = problem(40)
     options = dict(concepts=concepts, beta=1.0, signature=ids, k=3, impl=impl)
@@ -572,14 +571,16 @@ def test_demo():
     assert said.count("contrastive op: tiled on cpu") == 1, said
 
 
+HALF = "error_at_most or duplicates or shipped_tiles"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-@pytest.mark.parametrize("chosen", ["shipped_tiles", "not shipped_tiles"])
+@pytest.mark.parametrize("chosen", [HALF, f"not ({HALF})"])
 def test_in_the_interpreter(chosen):
     """In two halves, so that no test takes a minute."""
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command += ["-k", chosen]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
