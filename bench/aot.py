@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,7 +24,6 @@ from kernels.triton_backward import slab_kernel
 from kernels.triton_forward import LANES, forward_kernel
 from kernels.triton_layout import TILES, Tile, mark_cells
 from kernels.triton_mining import LAUNCH, mining_kernel
-from kernels.triton_warmup import COLS, DEPTH, ROWS, lse_kernel
 
 # compute capability x 10: Ampere, Hopper, data-centre Blackwell
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -34,7 +32,7 @@ MATRIX_UNIT = {80: r"\sHMMA\b.*", 90: r"\sHGMMA\b.*", 100: r"\s(?:UTC)?HMMA\b.*"
 DIM = 576  # E = 512 and 64 concepts
 IDS = 3  # pair, video and meaning
 SPLIT = 8192  # rows of a split: B = 65,536 in 8 of them
-SIZES = ("n_x", "n_y", "split_size", "x_first", "x_count", "n_rows", "n_cols")  # multiples of 16
+SIZES = ("n_x", "n_y", "split_size", "y_first", "n_rows", "n_cols")  # multiples of 16
 
 
 class Report(NamedTuple):
@@ -90,11 +88,6 @@ def compile_all(arch: int) -> Iterator[Report]:
     types |= dict.fromkeys(("n_rows", "n_cols"), "i32")
     yield compile_kernel("mark cells", mark_cells, types, dict(IDS=IDS), arch, num_warps=8)
 
-    types = dict.fromkeys(("video", "text", "out"), "*fp32") | dict.fromkeys(("m", "D"), "i32")
-    types |= {"scale": "fp32"}
-    constants = dict(ROWS=ROWS, COLS=COLS, DEPTH=DEPTH)
-    yield compile_kernel("warm-up", lse_kernel, types, constants, arch)
-
     for family in FAMILIES[arch]:
         dtype = "fp32" if family == "fp32" else "fp16"
         tiles = TILES[family]
@@ -142,16 +135,15 @@ def compile_mining(name: str, tile: Tile, dtype: str, arch: int) -> Report:
     types |= dict.fromkeys(("x_ids", "y_ids", "best"), "*i32")
     types |= dict.fromkeys(("n_x", "n_y", "split_size"), "i32")
     constants = dict(D=DIM, IDS=IDS, BY=tile.streamed, BD=tile.depth, LANES=LANES, K=16, KC=32)
-    constants |= dict(R=1, CODES=SPLIT // tile.streamed * 2, CODE_BITS=code_bits(tile))
+    constants |= dict(R=1, CODE_BITS=code_bits(tile))
     return compile_kernel(name, mining_kernel, types, constants, arch, **LAUNCH)
 
 
 def compile_slab(name: str, tile: Tile, dtype: str, arch: int) -> Report:
     types, constants = describe_tile(tile, dtype)
     types |= dict.fromkeys(("x_weight", "y_weight"), "*fp32")
-    types |= dict.fromkeys(("x_first", "x_count"), "i32")
-    types |= {"slab": matrix(dtype, tile.owned, tile.streamed, tile.tma)}
-    constants |= dict(HALF=tl.float32 if dtype == "fp32" else tl.float16)
+    types |= {"y_first": "i32"}
+    types |= {"slab": matrix(dtype, tile.streamed, tile.owned, tile.tma)}
     launch = dict(num_warps=tile.warps, num_stages=tile.stages)
     return compile_kernel(name, slab_kernel, types, constants, arch, **launch)
 

@@ -67,7 +67,7 @@ def ours(impl: str, k: int) -> Callable[[dict], torch.Tensor]:
         known = {}
         if "concepts" in x:
             known = dict(concepts=x["concepts"], beta=BETA, signature=x["ids"])
-        options = dict(k=k, impl=impl, check=False)
+        options = dict(k=k, impl=impl)
         return knowledge_nce(x["video"], x["text"], x["scale"], **known, **options)[0]
 
     return loss

@@ -29,7 +29,6 @@ Read in this order; each file is one idea (docs/kernel.md has the picture, the b
     reference.py        the definition: the whole matrix in plain PyTorch
     tiled.py            CPU: row tiles, recomputed in the backward; online log-sum-exp
     autograd.py         the operator around the tiled and the Triton version
-    triton_warmup.py    GPU: the idea in 20 lines, without masks, mining and tuning
     triton_layout.py    GPU: the problem in memory, so that inner loops have no special case
     triton_forward.py   GPU: both log-sum-exps with a fixed shift; a running top-k by lanes
     triton_mining.py    GPU: from lanes to the exact top-k: certificate and repair
@@ -56,10 +55,8 @@ from .reference import (
     Problem,
     Stats,
     accumulate_dtype,
-    assert_finite,
-    exact_topk,
+    merge_hardest,
     reference_stats,
-    take,
 )
 
 __version__ = "0.1.0"
@@ -104,7 +101,6 @@ def knowledge_nce_stats(
     k: int = 0,
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
-    check: bool = False,
 ) -> Stats:
     """`Stats` of N local videos against M global texts: what several GPUs need of the op.
 
@@ -121,8 +117,8 @@ def knowledge_nce_stats(
     dtype: the embeddings are rounded to it for the products. Gradients keep the dtype of the
     embeddings. None: that of autocast, else none is rounded. A GPU multiplies float16 many times
     faster than float32; for unit rows float16 keeps 3 more bits than bfloat16.
-    check: raise FloatingPointError on NaN or inf in the inputs; on a GPU the look costs a wait.
-    Without it they reach the loss as NaN.
+
+    NaN or inf in the inputs reach the loss as NaN: the caller looks.
 
     Returns Stats(row_negatives [N], col_negatives [M], positive [N], mined). With one slice of the
     videos per rank, rows are complete. The ranks' columns meet as
@@ -151,8 +147,6 @@ def knowledge_nce_stats(
     log_scale, beta = (to_scalar(x, video_rows) for x in (logit_scale, beta))
     scale = log_scale.clamp(max=MAX_LOG_SCALE).exp()
     problem = Problem(video_rows, text_cols, scale, beta, *concepts, *ids, offset, k, dtype)
-    if check:
-        assert_finite(problem)
 
     impl = choose_impl(impl, device, dtype)
     with torch.autocast(device.type, enabled=False):
@@ -187,7 +181,7 @@ def knowledge_nce(
     video_emb, text_emb [B, E]; concepts [B, K] or None; signature [B] or [B, S] or None.
     extra_text_emb [X, E], with extra_concepts [X, K] and extra_signature [X, …] where the batch has
     such: texts without a video, negatives of every video. They are mined as index B + x.
-    options: beta, dtype, impl, check, as in `knowledge_nce_stats`.
+    options: beta, dtype, impl, as in `knowledge_nce_stats`.
 
     loss: 0-dim float32 (float64), symmetric InfoNCE of a; 0 where there are no negatives. It has
     gradients for all embeddings, logit_scale and beta. mined: `Mined`, with N = M = B.
@@ -213,14 +207,3 @@ def knowledge_nce(
 
 def join(rows: Tensor, extra: Tensor | None) -> Tensor:
     return rows if extra is None else torch.cat([rows, extra])
-
-
-def merge_hardest(index: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k hardest of candidates [N, C] that several ranks mined, equal scores by lowest index.
-
-    `index` counts in global rows already: each rank adds its offset where it is not −1. Returns
-    (index, score) [N, k].
-    """
-    index, by_index = index.sort(dim=1)
-    place, score = exact_topk(score.gather(1, by_index), k)
-    return take(index, place), score

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import knowledge_nce_stats
 
@@ -45,65 +46,58 @@ def share_sizes(total: int, parts: int) -> list[int]:
 def gather(x: Tensor, sizes: list[int]) -> Tensor:
     """[n, …] on each rank, n = sizes[rank] -> [sum(sizes), …] on all, in rank order.
 
-    The gradient goes back to the rank whose row it is.
+    The gradient goes back to the rank whose row it is. Shorter shares travel with rows of zeros.
     """
-    assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
-    return Gather.apply(x, sizes) if len(sizes) > 1 else x
+    if world_size() == 1:
+        return x
+    zeros = x.new_zeros(max(sizes) - len(x), *x.shape[1:])
+    shares = Gather.apply(torch.cat([x, zeros])).chunk(world_size())
+    return torch.cat([share[:size] for share, size in zip(shares, sizes)])
 
 
 def exchange(x: Tensor, sizes: list[int]) -> Tensor:
     """[B, …] on each rank, what it has to say of everybody's rows -> [world_size, n, …]: what all
     say of mine. With gradient.
     """
-    assert len(sizes) == world_size(), f"{len(sizes)} shares, {world_size()} ranks"
-    return Exchange.apply(x, sizes) if len(sizes) > 1 else x[None]
+    if world_size() == 1:
+        return x[None]
+    shares = pad_sequence(x.split(sizes), batch_first=True)  # [world_size, max n, …]
+    return Exchange.apply(shares)[:, : sizes[dist.get_rank()]]
 
 
 class Gather(torch.autograd.Function):
-    """all_gather; backward reduce_scatter.
+    """all_gather of shares of one size; backward reduce_scatter.
 
-    Shares differ by one row at most: shorter ones travel with a row of zeros. (An all_reduce of the
-    whole gradient, of which each rank keeps its share, would send twice the bytes.)
+    (An all_reduce of the whole gradient, of which each rank keeps its share, would send twice the
+    bytes.)
     """
 
     @staticmethod
-    def forward(ctx, x, sizes):
-        ctx.sizes = sizes
-        shares = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
-        dist.all_gather(shares, pad(x, max(sizes)))
-        return torch.cat([rows[:size] for rows, size in zip(shares, sizes)])
+    def forward(ctx, x):
+        shares = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(shares, x)
+        return torch.cat(shares)
 
     @staticmethod
     def backward(ctx, grad):
-        shares = [pad(rows, max(ctx.sizes)) for rows in grad.split(ctx.sizes)]
+        shares = list(grad.contiguous().chunk(world_size()))
         mine = torch.empty_like(shares[0])
         dist.reduce_scatter(mine, shares)
-        return mine[: ctx.sizes[dist.get_rank()]], None
-
-
-def pad(x: Tensor, rows: int) -> Tensor:
-    """[n, …] -> [rows, …], with zeros."""
-    if len(x) == rows:
-        return x.contiguous()
-    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+        return mine
 
 
 class Exchange(torch.autograd.Function):
-    """all_to_all; backward the same way back."""
+    """all_to_all of shares of one size; backward the same way back."""
 
     @staticmethod
-    def forward(ctx, x, sizes):
-        ctx.theirs, ctx.mine = sizes, [sizes[dist.get_rank()]] * len(sizes)
-        received = x.new_empty(sum(ctx.mine), *x.shape[1:])
-        dist.all_to_all_single(received, x.contiguous(), ctx.mine, ctx.theirs)
-        return received.unflatten(0, (len(sizes), -1))
+    def forward(ctx, x):
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x)
+        return received
 
     @staticmethod
     def backward(ctx, grad):
-        returned = grad.new_empty(sum(ctx.theirs), *grad.shape[2:])
-        sent = grad.flatten(0, 1).contiguous()
-        dist.all_to_all_single(returned, sent, ctx.theirs, ctx.mine)
-        return returned, None
+        return Exchange.forward(ctx, grad.contiguous())
 
 
 class KnowledgeLoss(nn.Module):

@@ -72,24 +72,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assert_finite(p: Problem) -> None:
-    """Raise FloatingPointError with the name and place of the first NaN or inf. Waits for a GPU."""
-    for name, value in zip(p._fields[:6], p):
-        if value.sum(dtype=torch.float64).isfinite():  # one pass, no matrix of flags
-            continue
-        place = (~value.isfinite()).nonzero()[:1].flatten().tolist()
-        raise FloatingPointError(
-            f"NaN or inf in {name} (first at {place}): the model has diverged, or its input was bad"
-        )
-
-
 def number_ids(p: Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row_id [N], col_id [M]) of each signature id: numbers from 0 on, equal where the ids are."""
-    for ids in torch.cat([p.row_ids, p.col_ids]).unbind(1):
-        value, order = ids.sort()
-        number = torch.zeros_like(value)
-        number[1:] = (value[1:] != value[:-1]).cumsum(0)
-        yield torch.empty_like(number).scatter_(0, order, number).split([len(p.video), len(p.text)])
+    """(row_id [N], col_id [M]) of each signature id: numbers below N + M, equal where the ids are.
+
+    `torch.unique` would wait for a GPU.
+    """
+    for ids in torch.cat([p.row_ids, p.col_ids]).T.contiguous():
+        number = torch.searchsorted(ids.sort().values, ids)
+        yield number.split([len(p.video), len(p.text)])
 
 
 def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -114,9 +104,15 @@ def exact_topk(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index.masked_fill(value == -torch.inf, -1), value
 
 
-def take(index: Tensor, place: Tensor) -> Tensor:
-    """index [N, C] at places [N, k]; −1 where the place is −1."""
-    return index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+def merge_hardest(index: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k hardest of C ≥ k candidates (index, score) [N, C], equal scores by lowest index.
+
+    Several ranks or tiles mined them. `index` counts in the rows of all: each adds its offset where
+    it is not −1.
+    """
+    index, by_index = index.sort(dim=1)
+    score, by_score = score.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return index.gather(1, by_score)[:, :k], score[:, :k]
 
 
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:

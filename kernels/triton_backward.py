@@ -28,9 +28,7 @@ from .triton_layout import (
     ROW_MULTIPLE,
     Side,
     as_argument,
-    is_marked,
-    load_tile,
-    mask_tile,
+    make_tile,
     pack,
     shared_arguments,
     store_tile,
@@ -38,9 +36,8 @@ from .triton_layout import (
 )
 
 SLAB = 1 << 28  # numbers in a slab: 512 MiB in half precision
-GROUP = constexpr(
-    8
-)  # programs walk down 8 tiles before they step to the right: their rows meet in L2
+# programs walk down 8 tiles before they step to the right: their rows meet in L2
+GROUP = constexpr(8)
 GAIN = 1024.0  # of dA: float16 would lose a gradient of 1 / 2B
 
 
@@ -55,8 +52,7 @@ def slab_kernel(
     x_weight,
     y_weight,
     slab,
-    x_first,
-    x_count,
+    y_first,
     n_x,
     n_y,
     D: constexpr,
@@ -64,33 +60,24 @@ def slab_kernel(
     BX: constexpr,
     BY: constexpr,
     BD: constexpr,
-    HALF: constexpr,
     TMA: constexpr,
 ):
-    """slab[x − x_first, y] = dA_xy, one tile a program."""
-    # which tile: down a group of them, then one to the right
-    program = tl.program_id(0)
-    x_tiles, y_tiles = tl.cdiv(x_count, BX), tl.cdiv(n_y, BY)
-    group = program // (GROUP * y_tiles)
-    height = tl.minimum(x_tiles - group * GROUP, GROUP)
-    within = program % (GROUP * y_tiles)
-    x_slab = (group * GROUP + within % height) * BX
-    x0, y0 = x_first + x_slab, within // height * BY
+    """slab[y − y_first, x] = dA_yx, one tile a program; X are the texts, Y the videos."""
+    # the axis of programs that runs fastest is 0
+    i, j = tl.program_id(1), tl.program_id(0)
+    i, j = tl.swizzle2d(i, j, tl.num_programs(1), tl.num_programs(0), GROUP)
+    x0, y0 = j * BX, y_first + i * BY
 
-    acc = tl.zeros([BX, BY], tl.float32)
-    for d in tl.range(0, D, BD):
-        x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
-        y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
-        acc = tl.dot(x, y.T, acc, input_precision="ieee")
+    scale2, shift = tl.load(scalars), tl.load(scalars + 1)
+    z = make_tile(
+        x_rows, y_rows, x_ids, y_ids, marks, scale2, shift, x0, y0, n_x, n_y,
+        D, IDS, BX, BY, BD, TMA,
+    )  # fmt: skip
 
-    rows, cols = x0 + tl.arange(0, BX), y0 + tl.arange(0, BY)
-    z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
-    if is_marked(marks, n_x, y0, x0, BY, BX):
-        z = mask_tile(z, x_ids, y_ids, n_x, n_y, rows, cols, IDS)
-
-    weight = tl.load(x_weight + rows)[:, None] + tl.load(y_weight + cols)[None, :]
+    rows, cols = y0 + tl.arange(0, BY), x0 + tl.arange(0, BX)
+    weight = tl.load(y_weight + rows)[:, None] + tl.load(x_weight + cols)[None, :]
     d_logits = tl.math.exp2(z) * weight
-    store_tile(slab, x_slab, y0, n_y, d_logits.to(HALF), BX, BY, TMA)
+    store_tile(slab, i * BY, x0, n_x, d_logits, BY, BX, TMA)
 
 
 def make_weights(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
@@ -115,35 +102,33 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
     (n, width), m = p.video.shape, len(p.text)
     g_row, g_col, g_positive = upstream
     video, text, scalars = pack(p)
-    n_x, n_y, device = len(video.rows), len(text.rows), p.video.device
+    n_packed, m_packed, device = len(video.rows), len(text.rows), p.video.device
 
     # dA as stored is at most 2 · GAIN, however small the upstream gradient
     tiny = torch.finfo(torch.float32).tiny
     largest = torch.maximum(g_row.abs().amax(), g_col.abs().amax()).clamp(min=tiny)
     unit = largest / GAIN
-    x_weight = make_weights(g_row / unit, saved[0], video, scalars[1])
-    y_weight = make_weights(g_col / unit, saved[1], text, scalars[1])
+    row_weight = make_weights(g_row / unit, saved[0], video, scalars[1])
+    col_weight = make_weights(g_col / unit, saved[1], text, scalars[1])
 
     tile = tile_for("slab", video.rows)
-    arguments = shared_arguments(video, text, scalars, tile)
-    height = max(ROW_MULTIPLE, min(SLAB // n_y // ROW_MULTIPLE * ROW_MULTIPLE, n_x))
-    slab = torch.empty(height, n_y, dtype=video.rows.dtype, device=device)
+    arguments = shared_arguments(text, video, scalars, tile)
+    height = max(ROW_MULTIPLE, min(SLAB // m_packed // ROW_MULTIPLE * ROW_MULTIPLE, n_packed))
+    slab = torch.empty(height, m_packed, dtype=video.rows.dtype, device=device)
 
     columns = width + p.row_concepts.shape[1] if wants_beta else width
-    d_video = torch.empty(n_x, columns, device=device)  # dA·[T | C]
-    d_text = torch.zeros(n_y, width, device=device)
+    d_video = torch.empty(n_packed, columns, device=device)  # dA·[T | C]
+    d_text = torch.zeros(m_packed, width, device=device)
 
-    for first in range(0, n_x, height):
-        count = min(height, n_x - first)
+    for first in range(0, n_packed, height):
+        count = min(height, n_packed - first)
         rows = slice(first, first + count)
-        slab_kernel[triton.cdiv(count, tile.owned) * triton.cdiv(n_y, tile.streamed),](
+        slab_kernel[m_packed // tile.owned, count // tile.streamed](
             **arguments,
-            x_weight=x_weight,
-            y_weight=y_weight,
-            slab=as_argument(slab, tile.owned, tile.streamed, tile.tma),
-            x_first=first,
-            x_count=count,
-            HALF=getattr(tl, str(slab.dtype).removeprefix("torch.")),
+            x_weight=col_weight,
+            y_weight=row_weight,
+            slab=as_argument(slab, tile.streamed, tile.owned, tile.tma),
+            y_first=first,
         )
 
         d_video[rows] = multiply(slab[:count], text.rows[:, :columns])

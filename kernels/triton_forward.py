@@ -25,6 +25,9 @@ min/max instructions per logit, no branch, no data movement. With S splits of th
 there are 64·S lanes, and the k hardest hardly ever have three of their number in one lane. Which
 lanes may hide something is known exactly, and repaired: triton_mining.py.
 
+Reading Triton: `tl.arange` numbers the rows of a tile; [:, None] and [None, :] spread them over its
+two axes; `tl.load` takes one address per number; `tl.dot` is the matrix unit.
+
 Splits make enough programs to fill the GPU, and enough lanes. `flatten` fuses the loops over tiles
 and over depth, so that the next tile's rows are on their way while this tile's exponentials are
 computed.
@@ -42,10 +45,8 @@ from .reference import Mined, Problem, Stats
 from .triton_layout import (
     Side,
     Tile,
-    is_marked,
-    load_tile,
     log_of_sums,
-    mask_tile,
+    make_tile,
     pack,
     shared_arguments,
     tile_for,
@@ -107,17 +108,11 @@ def forward_kernel(
     second = tl.zeros([BY // 16, 8, BX], tl.int32)
 
     for y0 in tl.range(start, tl.minimum(start + split_size, n_y), BY, flatten=True):
-        acc = tl.zeros([BY, BX], tl.float32)
-        for d in tl.range(0, D, BD):
-            y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
-            x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
-            acc = tl.dot(y, x.T, acc, input_precision="ieee")
-
         # masked before exp2: then fma, exp2 and what follows are one block to the compiler
-        rows = y0 + tl.arange(0, BY)
-        z = tl.fma(acc, scale2, -shift)
-        if is_marked(marks, n_x, y0, x0, BY, BX):
-            z = mask_tile(z, y_ids, x_ids, n_y, n_x, rows, cols, IDS)
+        z = make_tile(
+            x_rows, y_rows, x_ids, y_ids, marks, scale2, shift, x0, y0, n_x, n_y,
+            D, IDS, BX, BY, BD, TMA,
+        )  # fmt: skip
         e = tl.math.exp2(z)
 
         upper, lower = fold(e, BY, BX)
@@ -127,6 +122,7 @@ def forward_kernel(
             first, second = keep_two(first, second, upper, code, CODE_BITS)
             first, second = keep_two(first, second, lower, code + 1, CODE_BITS)
         else:
+            rows = y0 + tl.arange(0, BY)
             tl.store(y_sums + i.to(tl.int64) * n_y + rows, tl.sum(e, 1))
 
     # the ends of the lanes
@@ -153,11 +149,10 @@ def run_pass(x: Side, y: Side, scalars: Tensor, mine: bool) -> Pass:
     """One pass over the matrix, with side `x` as owner."""
     tile = tile_for("mine" if mine else "sums", x.rows)
     n_x, n_y, device = len(x.rows), len(y.rows), x.rows.device
-    owners, tiles = n_x // tile.owned, n_y // tile.streamed
-    lanes = tile.streamed // 2
+    owners, tiles, lanes = n_x // tile.owned, n_y // tile.streamed, tile.streamed // 2
     splits = min(LANES // lanes, triton.next_power_of_2(tiles))
     tiles_of_split = triton.cdiv(tiles, splits)
-    code_bits = max(1, (tiles_of_split * 2 - 1).bit_length())
+    code_bits = (tiles_of_split * 2 - 1).bit_length()
 
     # what the pass writes
     x_sums = torch.empty(splits, n_x, device=device)
@@ -166,7 +161,6 @@ def run_pass(x: Side, y: Side, scalars: Tensor, mine: bool) -> Pass:
     best = torch.empty(shape, dtype=torch.int32, device=device)
 
     result = Pass(x_sums, y_sums, best, tile, tiles_of_split * tile.streamed, code_bits)
-
     forward_kernel[owners, splits](
         **shared_arguments(x, y, scalars, tile),
         x_sums=x_sums,
@@ -176,20 +170,7 @@ def run_pass(x: Side, y: Side, scalars: Tensor, mine: bool) -> Pass:
         CODE_BITS=code_bits,
         MINE=mine,
     )
-
     return result
-
-
-def mine_side(x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, ...]:
-    """(log-sum-exp [P], index, score [P, k]) of every x, from a pass of its own."""
-    owned = run_pass(x, y, scalars, mine=True)
-    index, score = hardest(owned, x, y, scalars, k)
-    return log_of_sums(owned.x_sums, x, y, scalars), index, score
-
-
-def nothing_mined(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(index, score) [rows, 0]"""
-    return like.new_empty(rows, 0, dtype=torch.int64), like.new_empty(rows, 0)
 
 
 def triton_forward(p: Problem) -> Stats:
@@ -202,15 +183,19 @@ def triton_forward(p: Problem) -> Stats:
     positive = p.scale * (p.video.to(p.dtype).float() * positive_text).sum(1)
 
     if p.k:
-        rows = mine_side(video, text, scalars, p.k)
-        cols = mine_side(text, video, scalars, p.k)
+        rows = run_pass(video, text, scalars, mine=True)
+        cols = run_pass(text, video, scalars, mine=True)
+        row_sums, col_sums = rows.x_sums, cols.x_sums
+        v2t = hardest(rows, video, text, scalars, p.k)
+        t2v = hardest(cols, text, video, scalars, p.k)
     else:
         both = run_pass(video, text, scalars, mine=False)
-        rows = log_of_sums(both.x_sums, video, text, scalars), *nothing_mined(positive, n)
-        cols = log_of_sums(both.y_sums, text, video, scalars), *nothing_mined(positive, m)
+        row_sums, col_sums = both.x_sums, both.y_sums
+        nothing = [x.rows[:, :0] for x in (video, text)]  # [P, 0]
+        v2t, t2v = ((x.long(), x.float()) for x in nothing)
 
     # without the padding
-    row_negatives, v2t_index, v2t_score = (x[:n] for x in rows)
-    col_negatives, t2v_index, t2v_score = (x[:m] for x in cols)
-    mined = Mined(v2t_index, v2t_score, t2v_index, t2v_score)
+    row_negatives = log_of_sums(row_sums, video, text, scalars)[:n]
+    col_negatives = log_of_sums(col_sums, text, video, scalars)[:m]
+    mined = Mined(v2t[0][:n], v2t[1][:n], t2v[0][:m], t2v[1][:m])
     return Stats(row_negatives, col_negatives, positive, mined)

@@ -9,9 +9,12 @@ columns   [v | β/s · c_v] and [t | c_t]: the concepts are further columns. So 
           concepts make a product (E + K) / E as dear. Zeros fill up the last step of the product.
 rows      zeros fill up the last tile.
 ids       [1 + S, rows] int32: the pair's number (−1: padding), then the signature ids, numbered
-          anew. No hash collides, and int32 takes half of the registers.
+          anew. No hash collides, and int32 takes half of the registers. (As [rows, 1 + S] they
+          would spill some.)
 marks     which cells of the matrix hold a masked pair or padding. Only there does a kernel compare
           ids. A batch of different videos has such cells near the diagonal only.
+
+`make_tile` computes a tile of the matrix from them, for the forward and for the backward.
 
 Nothing here waits for the GPU. One thing differs in Triton's interpreter: its bfloat16 arithmetic
 is silently wrong, so there the packed rows are float32.
@@ -53,7 +56,7 @@ TILES = {
     "hopper": {
         "sums": Tile(256, 128, 64, 8, 4, True),
         "mine": Tile(128, 128, 64, 8, 4, True),
-        "slab": Tile(128, 256, 64, 8, 3, True),
+        "slab": Tile(256, 128, 64, 8, 3, True),
     },
     # all others from Ampere on
     "small": {
@@ -93,7 +96,7 @@ def load_tile(matrix, row, col, stride, ROWS: constexpr, COLS: constexpr, TMA: c
 
 @triton.jit
 def store_tile(matrix, row, col, stride, value, ROWS: constexpr, COLS: constexpr, TMA: constexpr):
-    """matrix[row : row + ROWS, col : col + COLS] = value"""
+    """matrix[row : row + ROWS, col : col + COLS] = value, cast to its type"""
     if TMA:
         matrix.store([row, col], value)
     else:
@@ -156,21 +159,12 @@ def pack(p: Problem) -> tuple[Side, Side, Tensor]:
 
     cells = len(video_rows) // CELL.value, len(text_rows) // CELL.value
     marks = torch.empty(cells, dtype=torch.int8, device=p.video.device)
-    video_masked, text_masked = torch.zeros_like(video_ids[0]), torch.zeros_like(text_ids[0])
-    mark_cells[cells](
-        video_ids,
-        text_ids,
-        marks,
-        video_masked,
-        text_masked,
-        len(video_rows),
-        len(text_rows),
-        IDS=len(video_ids),
-        num_warps=8,
-    )
+    masked = torch.zeros_like(video_ids[0]), torch.zeros_like(text_ids[0])
+    sizes = dict(n_rows=len(video_rows), n_cols=len(text_rows), IDS=len(video_ids))
+    mark_cells[cells](video_ids, text_ids, marks, *masked, **sizes, num_warps=8)
 
-    video = Side(video_rows, video_ids, video_masked, marks.T.contiguous())
-    return video, Side(text_rows, text_ids, text_masked, marks), make_scalars(p)
+    video = Side(video_rows, video_ids, masked[0], marks.T.contiguous())
+    return video, Side(text_rows, text_ids, masked[1], marks), make_scalars(p)
 
 
 def pack_rows(embeddings: Tensor, concepts: Tensor, ids: tuple[Tensor], dtype: torch.dtype):
@@ -190,33 +184,9 @@ def pack_rows(embeddings: Tensor, concepts: Tensor, ids: tuple[Tensor], dtype: t
 
 
 @triton.jit
-def is_masked(row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: constexpr):
-    """Which pairs of rows [R, 1] and cols [1, C] or [R, C] are padding, or equal in any id."""
-    masked = (tl.load(row_ids + rows) < 0) | (tl.load(col_ids + cols) < 0)
-    for s in tl.static_range(IDS):
-        masked |= tl.load(row_ids + s * n_rows + rows) == tl.load(col_ids + s * n_cols + cols)
-    return masked
-
-
-@triton.jit
-def mark_cells(row_ids, col_ids, marks, row_masked, col_masked, n_rows, n_cols, IDS: constexpr):
-    """marks[i, j] = does cell (i, j) hold a masked pair? And count those of each row and column."""
-    i, j = tl.program_id(0), tl.program_id(1)
-    rows, cols = i * CELL + tl.arange(0, CELL), j * CELL + tl.arange(0, CELL)
-
-    masked = is_masked(row_ids, col_ids, n_rows, n_cols, rows[:, None], cols[None, :], IDS)
-    in_row, in_col = tl.sum(masked.to(tl.int32), 1), tl.sum(masked.to(tl.int32), 0)
-    mark = tl.max(in_row, 0) > 0
-
-    tl.store(marks + i * tl.num_programs(1) + j, mark.to(tl.int8))
-    if mark:
-        tl.atomic_add(row_masked + rows, in_row)
-        tl.atomic_add(col_masked + cols, in_col)
-
-
-@triton.jit
 def mask_tile(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: constexpr):
-    """The tile [rows, cols] with −inf where a pair `is_masked`.
+    """The tile [rows, cols] with −inf where a pair is no negative: where one is padding, or they
+    are equal in any id.
 
     One id after the other: a mask for all would spill registers.
     """
@@ -229,14 +199,62 @@ def mask_tile(tile, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS: constexpr
 
 
 @triton.jit
-def is_marked(marks, n_cols, row, col, ROWS: constexpr, COLS: constexpr):
-    """Does the tile of ROWS x COLS at (row, col) touch a marked cell?"""
-    found = 0
-    for r in tl.static_range(0, ROWS, CELL):
-        for c in tl.static_range(0, COLS, CELL):
-            cell = (row + r) // CELL * (n_cols // CELL) + (col + c) // CELL
-            found |= tl.load(marks + cell)
-    return found != 0
+def mark_cells(row_ids, col_ids, marks, row_masked, col_masked, n_rows, n_cols, IDS: constexpr):
+    """marks[i, j] = does cell (i, j) hold a masked pair? And count those of each row and column."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    rows, cols = i * CELL + tl.arange(0, CELL), j * CELL + tl.arange(0, CELL)
+
+    zeros = tl.zeros([CELL, CELL], tl.float32)
+    masked = mask_tile(zeros, row_ids, col_ids, n_rows, n_cols, rows, cols, IDS) < 0
+    in_row, in_col = tl.sum(masked.to(tl.int32), 1), tl.sum(masked.to(tl.int32), 0)
+    mark = tl.max(in_row, 0) > 0
+
+    tl.store(marks + i * tl.num_programs(1) + j, mark.to(tl.int8))
+    if mark:
+        tl.atomic_add(row_masked + rows, in_row)
+        tl.atomic_add(col_masked + cols, in_col)
+
+
+@triton.jit
+def make_tile(
+    x_rows,
+    y_rows,
+    x_ids,
+    y_ids,
+    marks,
+    scale2,
+    shift,
+    x0,
+    y0,
+    n_x,
+    n_y,
+    D: constexpr,
+    IDS: constexpr,
+    BX: constexpr,
+    BY: constexpr,
+    BD: constexpr,
+    TMA: constexpr,
+):
+    """z [BY, BX] = a · log2 e − shift, of the pairs of Y[y0 : y0 + BY] and X[x0 : x0 + BX]; −inf
+    where a pair is no negative.
+    """
+    acc = tl.zeros([BY, BX], tl.float32)
+    for d in tl.range(0, D, BD):
+        y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
+        x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
+        acc = tl.dot(y, x.T, acc, input_precision="ieee")
+    z = tl.fma(acc, scale2, -shift)
+
+    # ids are compared only where the tile touches a marked cell
+    is_marked = 0
+    for row in tl.static_range(0, BY, CELL):
+        for col in tl.static_range(0, BX, CELL):
+            cell = (y0 + row) // CELL * (n_x // CELL) + (x0 + col) // CELL
+            is_marked |= tl.load(marks + cell)
+    if is_marked != 0:
+        rows, cols = y0 + tl.arange(0, BY), x0 + tl.arange(0, BX)
+        z = mask_tile(z, y_ids, x_ids, n_y, n_x, rows, cols, IDS)
+    return z
 
 
 def make_scalars(p: Problem) -> Tensor:

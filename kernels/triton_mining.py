@@ -11,8 +11,8 @@ from. Programs of this kernel own a few x each:
    below the k-th selected value is *certainly* complete. At k = 16 a random batch has 0.2 others a
    row.
 3. Repair. These lanes, about B/512 pairs each, are computed again, one by one, and merged.
-4. Score. What was selected, and what ties with the k-th in the cut bits, is scored once more as
-   float32 logits, and sorted by (score, index).
+4. Score. What was selected, k and at least 8 more, is scored once more as float32 logits. PyTorch
+   sorts them by (score, index), and k remain.
 
 The result is exact: every lane is complete or was searched completely. Two limits. Where more than
 KC − k ≥ 8 logits around place k differ by less than the cut (2^-15 at most), their order is by
@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from .triton_layout import INTERPRETED, Side, is_masked
+from .reference import merge_hardest
+from .triton_layout import INTERPRETED, Side
 
 # unless told, ptxas spills some registers to fit one more block into a multiprocessor
 LAUNCH = dict(num_warps=4, maxnreg=255)
@@ -56,13 +57,6 @@ def take_largest(a, b, COUNT: constexpr):
         a = tl.where(a == top, -1, a)
         b = tl.where(b == top, -1, b)
     return taken
-
-
-@triton.jit
-def value_at(taken, place):
-    """The value in the key at a place of [R, COUNT]; −1: nothing there."""
-    is_place = tl.arange(0, taken.shape[1])[None, :] == place
-    return tl.max(tl.where(is_place, taken, -1), 1)[:, None] >> 32
 
 
 @triton.jit
@@ -100,16 +94,15 @@ def mining_kernel(
     IDS: constexpr,
     BY: constexpr,
     LANES: constexpr,
-    CODES: constexpr,
     CODE_BITS: constexpr,
     K: constexpr,
     KC: constexpr,
     R: constexpr,
     BD: constexpr,
 ):
-    """Rows R·program … of `index`, `score` [n_x, K].
+    """Rows R·program … of `index`, `score` [n_x, KC]: candidates, among them the K hardest.
 
-    LANES: of all splits; CODES ≥ rows of a lane; KC > K candidates.
+    LANES: of all splits.
     """
     half: constexpr = BY // 2
     code_mask: constexpr = (1 << CODE_BITS) - 1
@@ -132,54 +125,47 @@ def mining_kernel(
     taken = take_largest(first_key, second_key, KC)
 
     # 2. certify: against the cut value at place K, −1 where there are fewer than K
-    is_real = (tl.load(x_ids + x) >= 0)[:, None]
-    open_lanes = (second_cut > 0) & (second_cut.to(tl.int64) >= value_at(taken, K - 1)) & is_real
+    place = tl.arange(0, KC)[None, :]
+    least = tl.max(tl.where(place == K - 1, taken, -1), 1)[:, None] >> 32
+    is_real = (tl.load(x_ids + x) >= 0)[:, None]  # no padding
+    open_lanes = (second_cut > 0) & (second_cut.to(tl.int64) >= least) & is_real
 
     # 3. repair, a lane of each row at a time
     for _ in range(tl.max(tl.sum(open_lanes.to(tl.int32), 1), 0)):
         chosen = tl.min(tl.where(open_lanes, lane, LANES), 1)[:, None]  # LANES: none left
         open_lanes = open_lanes & (lane != chosen)
 
-        # its rows of y, but for the two that it kept, and for what is masked
-        code = tl.arange(0, CODES)[None, :]
+        # its rows of y, but for the two that it kept, and for what is no negative
+        code = tl.arange(0, 1 << CODE_BITS)[None, :]
         y = locate(chosen // half, chosen % half, code, split_size, BY)
         new = (chosen < LANES) & (code // 2 * BY < split_size) & (y < n_y)
         new &= code != tl.max(tl.where(lane == chosen, first & code_mask, -1), 1)[:, None]
         new &= code != tl.max(tl.where(lane == chosen, second & code_mask, -1), 1)[:, None]
 
         y = tl.where(new, y, 0)
-        new &= ~is_masked(x_ids, y_ids, n_x, n_y, x[:, None], y, IDS)
+        new &= tl.load(y_ids + y) >= 0
+        for s in tl.static_range(IDS):
+            new &= tl.load(x_ids + s * n_x + x)[:, None] != tl.load(y_ids + s * n_y + y)
 
         e = tl.math.exp2(tl.fma(dot_rows(x_rows, y_rows, x, y, D, BD), scale2, -shift))
         cut = e.to(tl.int32, bitcast=True) >> CODE_BITS
         taken = take_largest(taken, tl.where(new & (cut > 0), make_key(cut, y), -1), KC)
 
     # 4. score
-    found = (taken >= 0) & (taken >> 32 >= value_at(taken, K - 1))
+    found = taken >= 0
     y = tl.where(found, flip((taken & 0x7FFFFFFF).to(tl.int32)), 0)
-    bits = (dot_rows(x_rows, y_rows, x, y, D, BD) * scale).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # floats of either sign in the order of integers
-    nothing: constexpr = -(1 << 63)
-    key = tl.where(found, make_key(ordered, y), nothing)
-
-    # the largest, K times
-    out = x.to(tl.int64) * K
-    for i in range(K):
-        top = tl.max(key, 1)
-        key = tl.where(key == top[:, None], nothing, key)
-        high = (top >> 32).to(tl.int32)
-
-        value = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        is_found = top != nothing
-        tl.store(index + out + i, tl.where(is_found, flip((top & 0x7FFFFFFF).to(tl.int32)), -1))
-        tl.store(score + out + i, tl.where(is_found, value, float("-inf")))
+    logits = dot_rows(x_rows, y_rows, x, y, D, BD) * scale
+    out = x.to(tl.int64)[:, None] * KC + place
+    tl.store(index + out, tl.where(found, y, -1))
+    tl.store(score + out, tl.where(found, logits, float("-inf")))
 
 
 def hardest(owned, x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(index [P, k] int64, score [P, k] float32) of every packed x, from a `Pass` that mined."""
-    n_x, lanes = len(x.rows), owned.tile.streamed // 2
-    index = torch.empty(n_x, k, dtype=torch.int64, device=x.rows.device)
-    score = torch.empty(n_x, k, device=x.rows.device)
+    n_x, tile = len(x.rows), owned.tile
+    candidates = triton.next_power_of_2(k + 8)
+    index = torch.empty(n_x, candidates, dtype=torch.int64, device=x.rows.device)
+    score = torch.empty(n_x, candidates, device=x.rows.device)
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs
 
     mining_kernel[n_x // rows,](
@@ -196,15 +182,13 @@ def hardest(owned, x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, T
         owned.split_size,
         D=x.rows.shape[1],
         IDS=len(x.ids),
-        BY=owned.tile.streamed,
-        LANES=len(owned.best) * lanes,
-        CODES=triton.next_power_of_2(owned.split_size // lanes),
+        BY=tile.streamed,
+        LANES=len(owned.best) * tile.streamed // 2,
         CODE_BITS=owned.code_bits,
         K=k,
-        KC=triton.next_power_of_2(k + 8),
+        KC=candidates,
         R=rows,
-        BD=owned.tile.depth,
+        BD=tile.depth,
         **LAUNCH,
     )
-
-    return index, score
+    return merge_hardest(index, score, k)

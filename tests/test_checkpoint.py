@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import eval
@@ -16,6 +15,7 @@ from cli import UserError
 from knowledge import ConceptVocab, extract_many
 from model import CLOP, build_config
 from training.checkpoint import (
+    DamagedCheckpoint,
     export_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -104,18 +104,25 @@ def test_resuming_refuses_what_is_whole_but_foreign(tmp_path):
         resume_checkpoint(tmp_path)
 
 
-def test_truncated_foreign_and_missing_files(path, parts):
-    def refused(path, said):
-        with pytest.raises(UserError, match=said):
-            load_checkpoint(path)
-
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (lambda whole: whole[:-100], "damaged or not a safetensors file"),
+        (lambda whole: whole[:-1] + b"?", "damaged, does not match its checksum"),
+        (lambda whole: b"hello", "damaged or not a safetensors file"),
+    ],
+)
+def test_damaged_files(path, parts, content, said):
     save(path, parts)
-    path.write_bytes(path.read_bytes()[:-100])
-    refused(path, "damaged")
-    path.write_text("hello")
-    refused(path, "damaged or not a safetensors file")
-    refused(path.with_name("y.safetensors"), "no such checkpoint")
-    refused(path.parent, "no step-")
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(DamagedCheckpoint, match=said):
+        load_checkpoint(path)
+
+
+def test_missing_files(path):
+    for missing, said in ((path, "no such checkpoint"), (path.parent, "no step-")):
+        with pytest.raises(UserError, match=said):
+            load_checkpoint(missing)
 
 
 def test_a_checkpoint_of_another_version(path, parts):
@@ -135,6 +142,7 @@ def test_export_keeps_what_evaluation_needs(path, parts):
     command = [sys.executable, "-m", "training.checkpoint", path, out]
     done = subprocess.run(command, text=True, cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and f"{out}: step 7" in done.stdout, done.stderr
+    assert "'video_width': 128" in done.stdout and "concepts: noun:" in done.stdout
 
     before, after = load_checkpoint(path), load_checkpoint(out, training=True)
     assert (after.step, after.config, after.training) == (7, before.config, {})
@@ -142,18 +150,8 @@ def test_export_keeps_what_evaluation_needs(path, parts):
     assert after.concept_vocab.names == before.concept_vocab.names
     for (name, a), b in zip(before.model.state_dict().items(), after.model.state_dict().values()):
         assert b.dtype == torch.float32 and b.equal(a.half().float()), name
-    video = torch.randn(4, 8, 3, 32, 32)
-    a, b = before.model.encode_video(video), after.model.encode_video(video)
-    assert F.cosine_similarity(a, b).min() > 1 - 1e-5
     # 2 bytes each, and the header
     assert out.stat().st_size < 3 * sum(p.numel() for p in after.model.parameters())
-
-
-def test_the_command_says_what_is_in_a_file():
-    command = [sys.executable, "-m", "training.checkpoint", "weights/toy.safetensors"]
-    done = subprocess.run(command, text=True, cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert "'video_width': 128" in done.stdout and "concepts: noun:" in done.stdout
 
 
 def test_what_fp16_cannot_hold_is_not_exported(path, parts):

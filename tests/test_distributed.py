@@ -1,13 +1,15 @@
-"""distributed.py and train.py on 2 and 4 processes (gloo): the gradients and losses of one process.
+"""distributed.py and train.py on three processes (gloo): the gradients and losses of one process.
 
-The ranks of a world size are forked from a server that has PyTorch loaded, form one group, and run
-all checks in it.
+The ranks are forked from a server that has PyTorch loaded, form one group, and run all checks in
+it.
 """
 
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,8 +23,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from bench import open_clip
 from cli import UserError
-from kernels.distributed import exchange, gather, share_sizes, world_size
+from kernels import knowledge_nce
+from kernels.distributed import KnowledgeLoss, exchange, gather, share_sizes, world_size
 from knowledge import concept_vectors
 from losses import LossConfig, clop_loss
 from model import CLOP, build_config
@@ -35,8 +39,9 @@ ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_fa
 TINY = dict(image_size=16, num_frames=2, video_width=32, video_layers=1, video_heads=2)
 TINY |= dict(text_width=32, text_layers=1, text_heads=2, text_length=8, vocab_size=64)
 TINY |= dict(embed_dim=16, num_concepts=9)
+COUNT = 3  # ranks
 CASES = {  # pairs in the batch, pairs encoded at a time, activations recomputed
-    "equal shares": (16, 0, False),
+    "equal shares": (15, 0, False),
     "unequal shares": (13, 0, False),
     "chunks": (13, 1, False),
     "everything": (13, 3, True),
@@ -46,33 +51,49 @@ CASES = {  # pairs in the batch, pairs encoded at a time, activations recomputed
 # ---- what ranks compute --------------------------------------------------------------------------
 
 
-def embeddings(B):
-    """Inputs of the loss in float64, the same in every process: ([B, …] tensors, logit_scale)."""
+def embeddings(B, rank, parts):
+    """This rank's rows of the loss's inputs in float64, the same batch for any number of parts."""
     g = torch.Generator().manual_seed(B)
+
+    def unit(rows):
+        return F.normalize(torch.randn(rows, 6, generator=g, dtype=torch.float64), dim=1)
+
     concepts = (torch.rand(B, 9, generator=g) < 0.3).double()
     concepts[2] = 0
+    signature = torch.arange(B + 6)[:, None].repeat(1, 2)
+    signature[5, 1], signature[9, 1], signature[B + 1, 1] = 4, 8, 4  # false negatives
     rows = dict(
-        video_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1),
-        text_emb=F.normalize(torch.randn(B, 6, generator=g, dtype=torch.float64), dim=1),
+        video_emb=unit(B),
+        text_emb=unit(B),
         concepts=concepts,
         knowledge=F.normalize(concepts, dim=1),
         concept_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
-        signature=torch.tensor([[i if i != 5 else 4, i if i != 9 else 8] for i in range(B)]),
+        signature=signature[:B],
+        extra_text_emb=unit(6),
+        extra_knowledge=F.normalize(concepts[3:9], dim=1),
+        extra_signature=signature[B:],
     )
-    return rows, torch.tensor(math.log(10.0), dtype=torch.float64)
+    return {name: x.split(share_sizes(len(x), parts))[rank].clone() for name, x in rows.items()}
 
 
 def loss_gradients(B, rank=0, parts=1):
     """(loss, gradients of this rank's rows and of the scale)."""
-    rows, scale = embeddings(B)
-    sizes = share_sizes(B, parts)
-    mine = {name: x.split(sizes)[rank].clone() for name, x in rows.items()}
-    wanted = [mine[name].requires_grad_() for name in ("video_emb", "text_emb", "concept_logits")]
-    wanted.append(scale.requires_grad_())
-    loss, _ = clop_loss(
-        mine.pop("video_emb"), mine.pop("text_emb"), scale, ALL_ON, batch_size=B, **mine
-    )
+    rows = embeddings(B, rank, parts)
+    scale = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
+    names = ("video_emb", "text_emb", "concept_logits", "extra_text_emb")
+    wanted = [rows[name].requires_grad_() for name in names] + [scale]
+    loss, _ = clop_loss(logit_scale=scale, config=ALL_ON, batch_size=B, **rows)
     return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, wanted)]
+
+
+def module_gradients(rank=0, parts=1):
+    """The same of the loss module for open_clip."""
+    rows = embeddings(15, rank, parts)
+    wanted = [rows[name].requires_grad_() for name in ("video_emb", "text_emb")]
+    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    known = dict(concepts=rows["knowledge"], signature=rows["signature"])
+    loss = KnowledgeLoss(beta=2.0)(*wanted, scale, output_dict=True, **known)["contrastive_loss"]
+    return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, [*wanted, scale])]
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -97,12 +118,10 @@ def step_gradients(case, ranks=ALONE):
         signature=torch.randint(9, (B, 2), generator=g),
     )
     batch["knowledge"] = concept_vectors(batch["concepts"], torch.ones(9))
-    batch = {
-        name: x.split(share_sizes(B, ranks.world_size))[ranks.rank] for name, x in batch.items()
-    }
-    backward(
-        towers, model.logit_scale, batch, TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk)
-    )
+    sizes = share_sizes(B, ranks.world_size)
+    batch = {name: x.split(sizes)[ranks.rank] for name, x in batch.items()}
+    config = TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk)
+    backward(towers, model.logit_scale, batch, config)
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
 
 
@@ -129,34 +148,35 @@ def poison(rank, at_calls):
     return real
 
 
-def rank_main(rank, count, port, folder, world, answers):
+def rank_main(rank, port, folder, world, answers):
     """All that one rank does; answers.put((rank, {name: result}))."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(COUNT))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     ranks, found = Ranks.join(cpu=True), {}
-    assert (ranks.rank, ranks.world_size, world_size()) == (rank, count, count)
-    sizes = share_sizes(count + 1, count)
+    assert (ranks.rank, ranks.world_size, world_size()) == (rank, COUNT, COUNT)
+    sizes = share_sizes(COUNT + 1, COUNT)
     found["gather"] = gather(torch.full((sizes[rank], 2), rank), sizes).tolist()
-    found["exchange"] = exchange(100 * rank + torch.arange(count + 1), sizes).tolist()
+    found["exchange"] = exchange(100 * rank + torch.arange(COUNT + 1), sizes).tolist()
     parts = dict(a=torch.tensor(float(rank)), b=torch.tensor(math.nan if rank == 1 else 0.0))
     found["mean"] = list(ranks.mean_of(parts).values())
-    found |= {f"loss of {B}": loss_gradients(B, rank, count) for B in (16, 13)}
+    found |= {f"loss of {B}": loss_gradients(B, rank, COUNT) for B in (15, 13)}
+    found["module"] = module_gradients(rank, COUNT)
     found |= {case: step_gradients(case, ranks) for case in CASES}
-    train.train(settings(world, folder, f"of-{count}"), ranks)
+    train.train(settings(world, folder, "of-many"), ranks)
     restore = poison(rank, at_calls=(2, 4))
-    train.train(settings(world, folder, f"skipped-{count}"), ranks)
+    train.train(settings(world, folder, "skipped"), ranks)
     train.clop_loss = restore
     restore = poison(rank, at_calls=(3, 4, 5, 6))
     try:
-        train.train(settings(world, folder, f"ended-{count}", steps=8, eval_every=2), ranks)
+        train.train(settings(world, folder, "ended", steps=8, eval_every=2), ranks)
     except (UserError, SystemExit) as error:
         found["ended"] = str(error)
     train.clop_loss = restore
     if rank == 1:
         train.StopSignals = lambda ranks: StopAfter(step=2)
-    found["stopped"] = train.train(settings(world, folder, f"stopped-{count}"), ranks)
+    found["stopped"] = train.train(settings(world, folder, "stopped"), ranks)
     answers.put((rank, found))
     ranks.wait()
     ranks.leave()
@@ -191,14 +211,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tiny_world, folder):
     """The same by one process."""
-    train.train(settings(tiny_world, folder, "of-1"))
-    return {f"loss of {B}": loss_gradients(B) for B in (16, 13)} | {
-        case: step_gradients(case) for case in CASES
-    }
+    train.train(settings(tiny_world, folder, "of-one"))
+    found = {case: step_gradients(case) for case in CASES}
+    found |= {f"loss of {B}": loss_gradients(B) for B in (15, 13)}
+    return found | {"module": module_gradients()}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def group(request, alone, tiny_world, folder):
+@pytest.fixture(scope="module")
+def group(alone, tiny_world, folder):
     """[what each rank found]."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
@@ -206,51 +226,41 @@ def group(request, alone, tiny_world, folder):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    count, ranks = request.param, []
-    for rank in range(count):
-        job = (rank, count, port, folder, tiny_world, answers)
+
+    ranks = []
+    for rank in range(COUNT):
+        job = (rank, port, folder, tiny_world, answers)
         ranks.append(context.Process(target=rank_main, args=job))
-    for process in ranks:
-        process.start()
-    found = []
-    while len(found) < len(ranks):
-        has_failed = any(process.exitcode for process in ranks)
-        assert not has_failed, "a rank failed, see its traceback"
+        ranks[-1].start()
+    found = {}
+    while len(found) < COUNT:
+        assert not any(process.exitcode for process in ranks), "a rank failed, see its traceback"
         if answers.empty():
             time.sleep(0.02)
         else:
-            found.append(answers.get())
+            rank, results = answers.get()
+            found[rank] = results
     for process in ranks:
         process.join()
-    return [results for _, results in sorted(found, key=lambda pair: pair[0])]
+    return [found[rank] for rank in range(COUNT)]
 
 
 def test_rows_reach_who_needs_them(group):
-    count = len(group)
-    rows = [
-        [rank] * 2 for rank, size in enumerate(share_sizes(count + 1, count)) for _ in range(size)
-    ]
-    assert all(found["gather"] == rows for found in group)
-    starts = np.cumsum([0, *share_sizes(count + 1, count)])
-    for rank, found in enumerate(group):
-        columns = range(starts[rank], starts[rank + 1])
-        assert found["exchange"] == [
-            [100 * other + column for column in columns] for other in range(count)
-        ]
-        assert found["mean"][0] == (count - 1) / 2 and math.isnan(found["mean"][1])
+    """Four rows: the first rank has two."""
+    for rank, (found, columns) in enumerate(zip(group, ([0, 1], [2], [3]))):
+        assert found["gather"] == [[0, 0], [0, 0], [1, 1], [2, 2]]
+        assert found["exchange"] == [[100 * r + c for c in columns] for r in range(COUNT)], rank
+        assert found["mean"][0] == 1 and math.isnan(found["mean"][1])
 
 
-@pytest.mark.parametrize("B", [16, 13])
-def test_loss_and_its_gradient_are_those_of_the_whole_batch(group, alone, B):
-    loss, gradients = alone[f"loss of {B}"]
-    losses, parts = zip(*(found[f"loss of {B}"] for found in group))
+@pytest.mark.parametrize("which", ["loss of 15", "loss of 13", "module"])
+def test_loss_and_its_gradient_are_those_of_the_whole_batch(group, alone, which):
+    loss, gradients = alone[which]
+    losses, parts = zip(*(found[which] for found in group))
     assert np.mean(losses) == pytest.approx(loss, rel=1e-12)
-    for i, expected in enumerate(gradients):  # DDP averages: rows scatter, the scale is shared
-        merged = (
-            np.mean([p[i] for p in parts], axis=0)
-            if expected.ndim == 0
-            else np.concatenate([p[i] for p in parts]) / len(group)
-        )
+    for expected, shares in zip(gradients, zip(*parts)):
+        # DDP averages: rows scatter, the scale is shared
+        merged = np.concatenate(shares) / COUNT if expected.ndim else np.mean(shares)
         np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -277,27 +287,23 @@ def losses_of(folder, name) -> dict[int, float]:
 
 
 def test_a_run_is_the_run_of_one_process(group, folder):
-    one, many = (losses_of(folder, f"of-{count}") for count in (1, len(group)))
-    assert len(one) == 4 and log_of(folder, f"of-{len(group)}")[0]["world_size"] == len(group)
+    one, many = losses_of(folder, "of-one"), losses_of(folder, "of-many")
+    assert len(one) == 4 and log_of(folder, "of-many")[0]["world_size"] == COUNT
     assert many == pytest.approx(one, rel=2e-5)
-    a, b = (load_checkpoint(folder / f"of-{count}").model.state_dict() for count in (1, len(group)))
+    a, b = (load_checkpoint(folder / name).model.state_dict() for name in ("of-one", "of-many"))
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
 
 
 def test_a_run_goes_on_with_another_number_of_processes(group, tiny_world, folder):
-    out = folder / f"was-{len(group)}"
-    out.mkdir()
-    (out / "step-000003.safetensors").write_bytes(
-        (folder / f"of-{len(group)}" / "step-000003.safetensors").read_bytes()
-    )
-    train.train(settings(tiny_world, folder, out.name))
-    assert losses_of(folder, out.name) == pytest.approx(
-        {step: loss for step, loss in losses_of(folder, "of-1").items() if step > 3}, rel=2e-5
-    )
+    (folder / "was-many").mkdir()
+    shutil.copy(folder / "of-many" / "step-000003.safetensors", folder / "was-many")
+    train.train(settings(tiny_world, folder, "was-many"))
+    last = losses_of(folder, "of-one")[4]
+    assert losses_of(folder, "was-many") == {4: pytest.approx(last, rel=2e-5)}
 
 
 def test_a_gradient_of_nan_on_one_rank_is_skipped_by_all(group, folder):
-    lines = [line for line in log_of(folder, f"skipped-{len(group)}") if "grad_norm" in line]
+    lines = [line for line in log_of(folder, "skipped") if "grad_norm" in line]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2]
     assert [line["grad_norm"] is None for line in lines] == [False, True, False, True]
     said = group[0]["ended"]
@@ -307,12 +313,39 @@ def test_a_gradient_of_nan_on_one_rank_is_skipped_by_all(group, folder):
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, folder):
-    assert [found["stopped"] for found in group] == [signal.SIGINT] * len(group)
-    steps = [line["step"] for line in log_of(folder, f"stopped-{len(group)}") if "step" in line]
-    assert steps[-1] == 2 == load_checkpoint(folder / f"stopped-{len(group)}").step
+    assert [found["stopped"] for found in group] == [signal.SIGINT] * COUNT
+    steps = [line["step"] for line in log_of(folder, "stopped") if "step" in line]
+    assert steps[-1] == 2 == load_checkpoint(folder / "stopped").step
 
 
 # ---- alone ---------------------------------------------------------------------------------------
+
+
+def test_the_module_is_the_op():
+    rows = embeddings(15, 0, 1)
+    known = dict(concepts=rows["knowledge"], beta=2.0, signature=rows["signature"])
+    loss, _ = knowledge_nce(rows["video_emb"], rows["text_emb"], math.log(10.0), **known)
+    assert module_gradients()[0] == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_extra_texts_may_be_the_hardest():
+    """A copy of a caption with another meaning: the second InfoNCE sees it too."""
+    rows = embeddings(15, 0, 1)
+    pairs = dict(video_emb=rows["text_emb"], text_emb=rows["text_emb"])  # solved
+    pairs |= dict(signature=rows["signature"], logit_scale=torch.tensor(2.3, dtype=torch.float64))
+    pairs["config"] = LossConfig(hard_k=1, hard_weight=1.0, mask_false_negatives=True)
+    copies = dict(extra_text_emb=rows["text_emb"][:6], extra_signature=rows["signature"][:6] + 99)
+    _, without = clop_loss(**pairs)
+    _, parts = clop_loss(**pairs, **copies)
+    assert parts["hard"] > without["hard"] and parts["nce"] > without["nce"]
+
+
+def test_open_clips_loss_trains_alike():
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed: pip install --no-deps open_clip_torch")
+    losses = open_clip.compare(open_clip.BenchConfig(steps=10))
+    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-5)
+    assert losses["ours"][-1] < losses["ours"][0]
 
 
 def test_chunks_give_the_gradient_of_the_whole(alone):
@@ -337,18 +370,12 @@ def test_the_page_holds_what_the_script_prints(scaling):
 
 def test_counted_flops_are_those_that_pytorch_counts(scaling):
     sizes = build_config("toy", image_size=64)
-    model, L = CLOP(sizes), sizes.text_length
-    counted = []
-    for call in (
-        lambda: model.encode_video(torch.randn(1, 8, 3, 64, 64)),
-        lambda: model.encode_text(
-            torch.zeros(1, L, dtype=torch.long), torch.ones(1, L, dtype=torch.bool)
-        ),
-    ):
+    model, length = CLOP(sizes), sizes.text_length
+    video = torch.randn(1, 8, 3, 64, 64)
+    text = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
+    calls = (model.encode_video, [video]), (model.encode_text, text)
+    for (encode, inputs), ours in zip(calls, scaling.encoder_flops(sizes)):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call()
-        counted.append(counter.get_total_flops())
-    for ours, theirs in zip(
-        scaling.encoder_flops(sizes), counted
-    ):  # theirs leaves attention's products out
-        assert 1 <= ours / theirs < 1.1
+            encode(*inputs)
+        # theirs leaves attention's products out
+        assert 1 <= ours / counter.get_total_flops() < 1.1

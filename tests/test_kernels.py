@@ -2,8 +2,9 @@
 it.
 
 The same tests run twice: here on `reference` and `tiled` (and `triton` where there is a GPU), and,
-through `test_in_the_interpreter`, in a process of their own with TRITON_INTERPRET=1, which must be
-set before triton is imported, on `triton`.
+through `test_in_the_interpreter`, in processes of their own with TRITON_INTERPRET=1, which must be
+set before triton is imported, on `triton`. There every problem is padded to 256 x 256 at least, and
+takes about a second: so no test has more cases than it needs.
 """
 
 import math
@@ -40,47 +41,41 @@ def poison(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def problem(n, dim=24, dtype=torch.float32, seed=0, m=None, noise=0.5, concepts=12):
+def problem(n, dim=24, dtype=torch.float32, seed=0, m=None, concepts=12):
     """Unit embeddings [n, dim], [m, dim] with some signal, concept vectors [m, K], ids [m, 2] with
     false negatives.
     """
     g = torch.Generator().manual_seed(seed)
     m = m or n
     text = F.normalize(torch.randn(m, dim, generator=g), dim=1)
-    video = F.normalize(torch.randn(n, dim, generator=g) * noise + text[:n] * dim**0.5 * 0.5, dim=1)
-    known = (torch.rand(m, concepts, generator=g) < 0.3).float()
-    ids = torch.stack(
-        [torch.randint(0, 2 * m, (m,), generator=g), torch.randint(0, 3 * m, (m,), generator=g)], 1
-    )
-    return (
-        video.to(DEVICE, dtype),
-        text.to(DEVICE, dtype),
-        F.normalize(known, dim=1).to(DEVICE),
-        ids.to(DEVICE),
-    )
+    video = torch.randn(n, dim, generator=g) / 2 + text[:n] * dim**0.5 / 2
+    known = F.normalize((torch.rand(m, concepts, generator=g) < 0.3).float(), dim=1)
+    ids = [torch.randint(0, size * m, (m,), generator=g) for size in (2, 3)]
+    video = F.normalize(video, dim=1).to(DEVICE, dtype)
+    return video, text.to(DEVICE, dtype), known.to(DEVICE), torch.stack(ids, 1).to(DEVICE)
+
+
+def make_leaves(video, text, scale, beta, dtype=torch.float32):
+    """[video, text, logit_scale, beta], which ask for their gradients."""
+    scalars = [torch.tensor(x, dtype=dtype, device=DEVICE) for x in (math.log(scale), beta)]
+    return [x.detach().clone().requires_grad_() for x in (video, text, *scalars)]
 
 
 def run(impl, video, text, concepts=None, ids=None, scale=20.0, beta=0.0, k=4, dtype=torch.float32):
     """(loss, mined, [d_video, d_text, d_logit_scale, d_beta]) as float64 on the CPU."""
-    leaves = [video.clone().requires_grad_(), text.clone().requires_grad_()]
-    leaves += [
-        torch.tensor(x, dtype=dtype, device=DEVICE, requires_grad=True)
-        for x in (math.log(scale), beta)
-    ]
-    loss, mined = knowledge_nce(
-        *leaves[:3], concepts=concepts, beta=leaves[3], signature=ids, k=k, impl=impl
-    )
+    leaves = make_leaves(video, text, scale, beta, dtype)
+    known = dict(concepts=concepts, beta=leaves[3], signature=ids)
+    loss, mined = knowledge_nce(*leaves[:3], k=k, impl=impl, **known)
     loss.backward()
-    grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
     return loss.detach().double().cpu(), mined, [g.double().cpu() for g in grads]
 
 
 def truth(video, text, concepts=None, ids=None, **options):
     """The definition in float64."""
     concepts = None if concepts is None else concepts.double()
-    return run(
-        "reference", video.double(), text.double(), concepts, ids, dtype=torch.float64, **options
-    )
+    options["dtype"] = torch.float64
+    return run("reference", video.double(), text.double(), concepts, ids, **options)
 
 
 def as_problem(video, text, concepts, ids, k):
@@ -95,15 +90,13 @@ def plain_pytorch(video, text, concepts, ids, scale, beta):
     rounding errors.
     """
     dtype = video.dtype
-    leaves = [video.clone().requires_grad_(), text.clone().requires_grad_()]
-    leaves += [torch.tensor(x, device=DEVICE, requires_grad=True) for x in (math.log(scale), beta)]
-    logits = leaves[2].exp().to(dtype) * (leaves[0] @ leaves[1].T)
+    leaves = make_leaves(video, text, scale, beta)
     eye = torch.eye(len(video), dtype=torch.bool, device=DEVICE)
-    logits = logits + leaves[3].to(dtype) * (concepts.to(dtype) @ concepts.to(dtype).T).masked_fill(
-        eye, 0
-    )
-    same = (ids[:, None] == ids[None, :]).any(2) & ~eye
+    kappa = (concepts.to(dtype) @ concepts.to(dtype).T).masked_fill(eye, 0)
+    logits = leaves[2].exp().to(dtype) * (leaves[0] @ leaves[1].T) + leaves[3].to(dtype) * kappa
+    same = (ids[:, None] == ids).any(2) & ~eye
     logits = logits.masked_fill(same, -torch.inf)
+
     target = torch.arange(len(video), device=DEVICE)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     loss.backward()
@@ -114,25 +107,25 @@ def plain_pytorch(video, text, concepts, ids, scale, beta):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16] + [torch.float16] * (not INTERPRETED)
 )
-@pytest.mark.parametrize("n, scale", [(1, 20.0), (2, 99.9), (17, 3.0), (64, 99.9), (129, 14.3)])
+@pytest.mark.parametrize("n, scale", [(1, 20.0), (64, 99.9), (129, 14.3)])
 def test_error_at_most_twice_plain_pytorchs(impl, dtype, n, scale):
     video, text, concepts, ids = problem(n, dtype=dtype, seed=n)
-    loss, _, grads = run(impl, video, text, concepts, ids, scale=scale, beta=1.5)
-    true_loss, _, true_grads = truth(video, text, concepts, ids, scale=scale, beta=1.5)
-    plain_loss, plain_grads = plain_pytorch(video, text, concepts, ids, scale, 1.5)
+    known = (video, text, concepts, ids)
+    loss, _, grads = run(impl, *known, scale=scale, beta=1.5)
+    true_loss, _, true_grads = truth(*known, scale=scale, beta=1.5)
+    plain_loss, plain_grads = plain_pytorch(*known, scale, 1.5)
+
     # plain PyTorch may be exact by luck: allow what the float32 rounding of one logit of size
     # `scale` does to its exponential
     ulp = torch.finfo(torch.float32).eps * max(4, scale / 2)
     assert abs(loss - true_loss) <= 2 * abs(plain_loss - true_loss) + ulp * (1 + abs(true_loss))
-    for name, grad, true, plain in zip(
-        ("video", "text", "logit_scale", "beta"), grads, true_grads, plain_grads
-    ):
-        assert torch.isfinite(grad).all(), name
+    for grad, true, plain in zip(grads, true_grads, plain_grads):
+        assert torch.isfinite(grad).all()
         if grad.ndim:  # the result itself is rounded to the dtype of the embeddings
             slack = max(ulp, torch.finfo(dtype).eps) * true.norm()
         else:  # a scalar's gradient is a sum over the batch that cancels: Σ v·dV
             slack = ulp * (true.norm() + true_grads[0].norm() * n**0.5)
-        assert (grad - true).norm() <= 2 * (plain - true).norm() + slack, name
+        assert (grad - true).norm() <= 2 * (plain - true).norm() + slack
 
 
 @impls
@@ -142,43 +135,42 @@ def test_against_loops(impl):
     video, text, concepts, ids = problem(n, m=m, seed=3)
     video = video.roll(1, 0)
     ids[offset + 1, 0] = ids[7, 0]  # at least these share an id: row 1 and column 7
-    kappa = (concepts[offset : offset + n] @ concepts.T).tolist()
+    own = slice(offset, offset + n)
     stats = knowledge_nce_stats(
         video,
         text,
         math.log(s),
-        concepts=(concepts[offset : offset + n], concepts),
+        concepts=(concepts[own], concepts),
         beta=b,
         offset=offset,
-        signature=(ids[offset : offset + n], ids),
+        signature=(ids[own], ids),
         k=k,
         impl=impl,
     )
-    sim, ids = (video @ text.T).tolist(), ids.tolist()
-    a = {}
+
+    sim, kappa = (video @ text.T).tolist(), (concepts[own] @ concepts.T).tolist()
+    rows, columns = [[] for _ in range(n)], [[] for _ in range(m)]  # of (−logit, index)
     for i in range(n):
         for j in range(m):
-            if j != offset + i and not any(x == y for x, y in zip(ids[offset + i], ids[j])):
-                a[i, j] = s * sim[i][j] + b * kappa[i][j]
-    assert (1, 7) not in a
-    for rows, lse, index, score in (
-        (True, stats.row_negatives, stats.mined.v2t_index, stats.mined.v2t_score),
-        (False, stats.col_negatives, stats.mined.t2v_index, stats.mined.t2v_score),
+            if j != offset + i and not (ids[offset + i] == ids[j]).any():
+                logit = s * sim[i][j] + b * kappa[i][j]
+                rows[i].append((-logit, j))
+                columns[j].append((-logit, i))
+    assert 7 not in [j for _, j in rows[1]]
+
+    mined = stats.mined
+    for lines, sums, index, score in (
+        (rows, stats.row_negatives, mined.v2t_index, mined.v2t_score),
+        (columns, stats.col_negatives, mined.t2v_index, mined.t2v_score),
     ):
-        for x in range(n if rows else m):
-            line = [
-                (-z, (j if rows else i), z) for (i, j), z in a.items() if (i if rows else j) == x
-            ]
-            hardest = sorted(line)[:k]
-            assert lse[x].item() == pytest.approx(
-                math.log(sum(math.exp(z) for *_, z in line)), abs=1e-5
-            )
-            assert index[x].tolist() == [y for _, y, _ in hardest] + [-1] * (k - len(hardest))
-            scores = [z for *_, z in hardest] + [-math.inf] * (k - len(hardest))
-            assert score[x].tolist() == pytest.approx(scores, abs=1e-5)
-    assert stats.positive.tolist() == pytest.approx(
-        [s * sim[i][offset + i] for i in range(n)], abs=1e-5
-    )
+        for x, line in enumerate(lines):
+            total = math.log(sum(math.exp(-z) for z, _ in line))
+            assert sums[x].item() == pytest.approx(total, abs=1e-5)
+            places = sorted(line)[:k] + [(math.inf, -1)] * (k - len(line))
+            assert index[x].tolist() == [y for _, y in places]
+            assert score[x].tolist() == pytest.approx([-z for z, _ in places], abs=1e-5)
+    positive = [s * sim[i][offset + i] for i in range(n)]
+    assert stats.positive.tolist() == pytest.approx(positive, abs=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="float64 is for reference and tiled")
@@ -186,43 +178,27 @@ def test_against_loops(impl):
 def test_gradcheck(impl, monkeypatch):
     monkeypatch.setattr(tiled, "TILE", 20)
     video, text, concepts, ids = problem(9, dim=5, dtype=torch.float64)
+    known = dict(concepts=(concepts[:6].double(), concepts.double()), signature=(ids[:6], ids))
 
     def outputs(v, t, s, b):
-        stats = knowledge_nce_stats(
-            v,
-            t,
-            s,
-            concepts=(concepts[:6].double(), concepts.double()),
-            beta=b,
-            impl=impl,
-            signature=(ids[:6], ids),
-        )
-        return stats[:3]
+        return knowledge_nce_stats(v, t, s, beta=b, impl=impl, **known)[:3]
 
-    scalars = [
-        torch.tensor(x, dtype=torch.float64, device=DEVICE, requires_grad=True) for x in (1.5, 0.7)
-    ]
-    assert torch.autograd.gradcheck(
-        outputs, (video[:6].clone().requires_grad_(), text.requires_grad_(), *scalars)
-    )
+    leaves = make_leaves(video[:6], text, 4.5, 0.7, torch.float64)
+    assert torch.autograd.gradcheck(outputs, leaves)
 
 
 @impls
 def test_scale_is_clamped_with_its_gradient(impl):
-    video, text, *_ = problem(16, noise=2.0)
+    video, text, *_ = problem(16)
+    losses = []
     # at float32's ln 100, where OpenAI's weights start and train.py clamps to, it still moves
-    for log_scale, moves in (
-        (math.log(99.0), True),
-        (math.log(100.0), True),
-        (math.log(200.0), False),
-    ):
+    for log_scale, moves in ((math.log(100.0), True), (math.log(200.0), False)):
         leaf = torch.tensor(log_scale, device=DEVICE, requires_grad=True)
-        loss, _ = knowledge_nce(video, text, leaf, impl=impl)
+        loss, _ = knowledge_nce(video, text.flip(0), leaf, impl=impl)
         loss.backward()
         assert (leaf.grad != 0).item() == moves
-    assert loss.item() == pytest.approx(
-        knowledge_nce(video, text, math.log(100.0), impl=impl)[0].item(), rel=1e-6
-    )
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @impls
@@ -267,7 +243,7 @@ def test_ids_are_compared_in_all_64_bits(impl):
 
 @impls
 def test_solved_batch_keeps_its_digits(impl):
-    """v = t at scale 100: the loss is tiny, and lse − positive would be all rounding."""
+    """v = t at scale 60: the loss is tiny, and lse − positive would be all rounding."""
     text = problem(48, dim=16)[1]
     loss, _, grads = run(impl, text, text, scale=60.0)
     true_loss, _, true_grads = truth(text, text, scale=60.0)
@@ -276,6 +252,7 @@ def test_solved_batch_keeps_its_digits(impl):
         assert (grad - true).norm() <= 2e-5 * true.norm()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
 @impls
 def test_the_same_bits_every_time(impl):
     inputs = problem(45)
@@ -285,33 +262,30 @@ def test_the_same_bits_every_time(impl):
 
 
 @impls
-@pytest.mark.parametrize("broken", ["video", "text", "concepts", "scale", "beta"])
-def test_nan_is_an_error_with_a_name(impl, broken):
+@pytest.mark.parametrize("broken", ["text", "concepts"])
+def test_nan_reaches_the_loss(impl, broken):
     video, text, concepts, _ = problem(8)
-    scale, beta = torch.tensor(2.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
-    named = dict(video=video, text=text, concepts=concepts, scale=scale, beta=beta)
-    named[broken].view(-1)[-1] = math.nan
-    options = dict(concepts=concepts, beta=beta, impl=impl)
-    with pytest.raises(FloatingPointError, match=broken):
-        knowledge_nce(video, text, scale, check=True, **options)
-    loss, mined = knowledge_nce(video, text, scale, k=3, **options)
+    named = dict(text=text, concepts=concepts)
+    named[broken][-1, -1] = math.nan
+    loss, mined = knowledge_nce(video, text, 2.0, k=3, concepts=concepts, beta=1.0, impl=impl)
     assert not torch.isfinite(loss)
     assert (mined.v2t_index < 8).all()
 
 
-@impls
-def test_programmers_mistakes_are_assertions(impl):
+@pytest.mark.skipif(INTERPRETED, reason="the same for all versions")
+def test_programmers_mistakes_are_assertions():
     video, text, concepts, ids = problem(6)
     with pytest.raises(AssertionError, match="beta"):
-        knowledge_nce(video, text, 1.0, beta=1.0, impl=impl)
+        knowledge_nce(video, text, 1.0, beta=1.0)
     with pytest.raises(AssertionError, match="do not fit"):
-        knowledge_nce_stats(video, text[:4], 1.0, impl=impl)
+        knowledge_nce_stats(video, text[:4], 1.0)
     with pytest.raises(AssertionError, match="impl"):
         knowledge_nce(video, text, 1.0, impl="fast")
     with pytest.raises(AssertionError, match="signature"):
-        knowledge_nce(video, text, 1.0, signature=ids[:3], impl=impl)
+        knowledge_nce(video, text, 1.0, signature=ids[:3])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the same for all versions")
 @impls
 def test_autocast_decides_the_dtype_of_the_products_only(impl):
     video, text, *_ = problem(30)
@@ -344,8 +318,7 @@ def test_in_a_compiled_step(impl):
 
 
 @impls
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products_in_half_precision_gradients_in_full(impl, dtype):
+def test_products_in_half_precision_gradients_in_full(impl, dtype=torch.float16):
     """dtype= rounds the embeddings for the products only: a gradient of 1 / 2B stays what it is."""
     video, text, concepts, ids = problem(40)
     options = dict(concepts=concepts, beta=1.0, signature=ids, k=3, impl=impl)
@@ -430,27 +403,19 @@ def test_nothing_waits_for_the_gpu(monkeypatch):
     from kernels import triton_backward, triton_forward
 
     # the interpreter's own launches do copy: only the code around them counts
-    for module in (triton_forward, triton_backward):
-        for name in ("forward_kernel", "slab_kernel"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, mock.MagicMock())
-    monkeypatch.setattr("kernels.triton_layout.mark_cells", mock.MagicMock())
-    monkeypatch.setattr("kernels.triton_mining.mining_kernel", mock.MagicMock())
+    for kernel in (
+        "triton_forward.forward_kernel",
+        "triton_backward.slab_kernel",
+        "triton_layout.mark_cells",
+        "triton_mining.mining_kernel",
+    ):
+        monkeypatch.setattr(f"kernels.{kernel}", mock.MagicMock())
     problem_ = as_problem(*problem(40), k=3)
     with Operations() as mode:
         stats = triton_forward.triton_forward(problem_)
         triton_backward.triton_backward(problem_, stats[:2], stats[:3], True)
         knowledge_nce(problem_.video, problem_.text, 3.0, impl="triton")
     assert not mode.names & {"lift_fresh", "_local_scalar_dense", "nonzero"}
-
-
-@pytest.mark.skipif(INTERPRETED is CUDA, reason="needs a GPU or the interpreter")
-def test_warm_up_kernel():
-    from kernels.triton_warmup import row_lse
-
-    video, text, *_ = problem(64, m=192, dim=64)
-    expected = (20.0 * video.double() @ text.double().T).logsumexp(1)
-    assert (row_lse(video, text, 20.0) - expected).abs().max() <= 1e-5
 
 
 @impls
@@ -460,18 +425,9 @@ def test_extra_texts_are_negatives_of_every_video(impl):
     video, text, concepts, ids = problem(B, m=B + 11)
     ids[B + 2] = ids[5]  # a false negative among the extra texts
     leaves = [x.clone().requires_grad_() for x in (video, text[:B], text[B:])]
-    loss, mined = knowledge_nce(
-        *leaves[:2],
-        math.log(20.0),
-        concepts=concepts[:B],
-        beta=1.5,
-        signature=ids[:B],
-        extra_text_emb=leaves[2],
-        extra_concepts=concepts[B:],
-        extra_signature=ids[B:],
-        k=k,
-        impl=impl,
-    )
+    extra = dict(extra_text_emb=leaves[2], extra_concepts=concepts[B:], extra_signature=ids[B:])
+    known = dict(concepts=concepts[:B], beta=1.5, signature=ids[:B])
+    loss, mined = knowledge_nce(*leaves[:2], math.log(20.0), **known, **extra, k=k, impl=impl)
     grads = torch.autograd.grad(loss, leaves)
 
     plain = [x.detach().double().requires_grad_() for x in leaves]
@@ -508,59 +464,47 @@ def test_tiled_never_makes_the_matrix():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="about the tiled version")
-@pytest.mark.parametrize("order", ["random", "harder and harder", "ties", "hardly a negative"])
-def test_tiled_mining_by_groups_is_exact(order, monkeypatch):
-    """So many columns and rows that groups decide, with a rest that fills none."""
-    monkeypatch.setattr(tiled, "TILE", 19 * 413)
-    video, text, _, ids = problem(133, m=413, dim=8)
+@pytest.mark.parametrize("order", ["random", "harder and harder", "ties"])
+def test_columns_are_mined_over_many_tiles(order, monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", 19 * 213)
+    video, text, _, ids = problem(133, m=213, dim=8)
     if order == "harder and harder":  # every row beats all before it, in every column
         video = video * torch.arange(1, 134, device=DEVICE)[:, None]
         text = text.abs() * video.sign().sum(0).sign()
     elif order == "ties":
         video, text = video.sign(), text.sign()
-    elif order == "hardly a negative":
-        ids[torch.arange(413, device=DEVICE) % 149 != 3] = 0
+        ids[::2] = 0  # columns that meet many tiles without a negative
     pairs = dict(signature=(ids[70:203], ids), offset=70, k=5)
-    mined, expected = (
-        knowledge_nce_stats(video, text, 0.0, impl=impl, **pairs).mined
-        for impl in ("tiled", "reference")
-    )
-    for name, value, right in zip(mined._fields, mined, expected):
-        if name.endswith("index"):
-            assert value.equal(right), name
-        else:
-            torch.testing.assert_close(value, right)
+    results = [
+        knowledge_nce_stats(video, text, 0.0, impl=i, **pairs) for i in ("tiled", "reference")
+    ]
+    mined, expected = (stats.mined for stats in results)
+    assert mined.v2t_index.equal(expected.v2t_index) and mined.t2v_index.equal(expected.t2v_index)
+    torch.testing.assert_close(mined.t2v_score, expected.t2v_score)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the Triton version's tiles")
-@pytest.mark.parametrize(
-    "family, k", [("hopper", 0), ("hopper", 5), ("small", 0), ("small", 5), ("blackwell", 5)]
-)
+@pytest.mark.parametrize("family, k", [("hopper", 0), ("hopper", 5), ("small", 5)])
 def test_shipped_tiles(family, k, monkeypatch):
-    """Tile shapes, descriptors, splits and slabs, of which small problems reach the fewest.
+    """Tile shapes, splits of two tiles, two slabs: small problems reach none of them.
 
     Errors against float64 are at most twice those of the reference in float32.
     """
-    from kernels import triton_backward, triton_layout
+    from kernels import triton_backward, triton_forward, triton_layout
 
     monkeypatch.setitem(triton_layout.TILES, "fp32", triton_layout.TILES[family])
-    monkeypatch.setattr(triton_backward, "SLAB", 512 * 256)  # two slabs
-    video, text, concepts, ids = problem(300, m=515, dim=70)
-    upstream = [torch.linspace(-1, 1, size) for size in (300, 515, 300)]
+    monkeypatch.setattr(triton_backward, "SLAB", 512 * 256)
+    monkeypatch.setattr(triton_forward, "LANES", 128)
+    n, m, offset = 260, 300, 30
+    video, text, concepts, ids = problem(n, m=m, dim=70)
+    own = slice(offset, offset + n)
+    upstream = [torch.linspace(-1, 1, size) for size in (n, m, n)]
 
     def run_with(impl, dtype):
-        scalars = torch.tensor(3.5), torch.tensor(1.5)
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (video, text, *scalars)]
-        known = concepts.to(dtype)
-        stats = knowledge_nce_stats(
-            *leaves[:3],
-            concepts=(known[200:500], known),
-            beta=leaves[3],
-            offset=200,
-            signature=(ids[200:500], ids),
-            k=k,
-            impl=impl,
-        )
+        leaves = make_leaves(video.to(dtype), text.to(dtype), 33.0, 1.5, dtype)
+        known = dict(concepts=(concepts[own].to(dtype), concepts.to(dtype)), beta=leaves[3])
+        known |= dict(signature=(ids[own], ids), offset=offset)
+        stats = knowledge_nce_stats(*leaves[:3], **known, k=k, impl=impl)
         total = sum((x * u).sum() for x, u in zip(stats, upstream))
         return (*stats[:3], *torch.autograd.grad(total, leaves)), stats.mined
 
@@ -569,7 +513,7 @@ def test_shipped_tiles(family, k, monkeypatch):
     true, expected = run_with("reference", torch.float64)
     for a, b, right in zip(fast, plain, true):
         # and what the rounding of a logit of size s does to its exponential
-        rounding = torch.finfo(torch.float32).eps * math.exp(3.5) / 2 * right.norm()
+        rounding = torch.finfo(torch.float32).eps * 33 / 2 * right.norm()
         assert (a - right).norm() <= 2 * (b - right).norm() + rounding
     assert torch.equal(mined.v2t_index, expected.v2t_index)
     assert torch.equal(mined.t2v_index, expected.t2v_index)
@@ -584,7 +528,7 @@ def opposite(low, high, n=256):
 
 
 @impls
-@pytest.mark.parametrize("low, high", [(-1.0, -0.9999), (-0.92, -0.64), (-0.5, 0.1)])
+@pytest.mark.parametrize("low, high", [(-0.92, -0.64), (-0.5, 0.1)])
 def test_far_below_the_bound_it_is_right_or_nan(impl, low, high):
     """All logits at scale 100 far below the bound of 100: a fixed shift loses them in float32."""
     video, text = opposite(low, high)
@@ -627,14 +571,16 @@ def test_demo():
     assert said.count("contrastive op: tiled on cpu") == 1, said
 
 
+HALF = "error_at_most or duplicates or shipped_tiles"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-@pytest.mark.parametrize("chosen", ["shipped_tiles", "not shipped_tiles"])
+@pytest.mark.parametrize("chosen", [HALF, f"not ({HALF})"])
 def test_in_the_interpreter(chosen):
     """In two halves, so that no test takes a minute."""
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command += ["-k", chosen]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

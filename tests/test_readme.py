@@ -127,7 +127,7 @@ ELSEWHERE = {  # where it runs instead: a file, and what stands there
         "def test_ranks_share_the_index_and_the_batches(",
     ),
     "-m bench.knowledge_width --captions train.csv": ("docs/kernel.md", "one run, seed 0"),
-    "-m bench.gpu": ("tests/test_extras.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
+    "-m bench.gpu": ("tests/test_kernels_aot.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
     "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
     "eval.py --compare A B": ("tests/test_eval.py", "def test_two_results_side_by_side("),
     "eval.py --compare runs/toy-0 runs/toy-1": (

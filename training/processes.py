@@ -73,11 +73,13 @@ def launch(processes: int) -> int:
 
 def explain_failure(failures: dict) -> int:
     """Print which rank failed first, and how; the exit status for the launcher."""
-    in_order = sorted(failures.items(), key=lambda found: found[1].timestamp)
-    # the first one was often only taken along: look for one with a reason of its own
-    taken_along = (LOST_RANK, -signal.SIGTERM)
-    own = [found for found in in_order if found[1].exitcode not in taken_along]
-    rank, failure = (own or in_order)[0]
+
+    def order(found):
+        # the first in time was often only taken along: one with a reason of its own goes before
+        was_taken_along = found[1].exitcode in (LOST_RANK, -signal.SIGTERM)
+        return was_taken_along, found[1].timestamp
+
+    rank, failure = min(failures.items(), key=order)
     if failure.exitcode in (UserError.status, 130):  # its one line is on the screen
         return failure.exitcode
     if failure.exitcode < 0:

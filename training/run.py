@@ -118,7 +118,7 @@ class Run:
             if metrics:
                 score = self.log.validation(self.step, metrics, self.data.val_note)
                 best = self.progress["best"]
-                if best is None or score > best or not (self.out / "best.safetensors").exists():
+                if best is None or score > best:
                     self.progress["best"] = score
                     self.write_checkpoint("best")
 
