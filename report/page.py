@@ -45,9 +45,7 @@ WORST = 8  # concepts shown of a kind
 KS = np.unique(np.geomspace(1, 1000, 60).astype(int))  # of the figure
 PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, if the codec is one of these:
 CODECS = {"avc1", "h264", "vp08", "VP80", "vp09", "VP90", "av01", "AV01"}
-# low and high: where 95 % of resampled query sets lie (eval.bootstrap)
-COLUMNS = ["", "R@1", "low", "high", "R@5", "R@10", "MdR", "MnR"]
-KIND_COLUMNS = ["wrong options differ in", "right, %", "low", "high", "questions"]
+OTHERS = ["R@5", "R@10", "MdR", "MnR"]  # beside R@1 and its interval (eval.bootstrap)
 DIRECTIONS = {
     "text to video": "t2v",
     "video to text": "v2t",
@@ -123,10 +121,8 @@ def write_report(
         results=results,
         top=TOP,
         seed=seed,
-        columns=COLUMNS,
-        rank_rows=rank_rows(record),
-        kind_columns=KIND_COLUMNS,
-        kinds=kind_rows(record),
+        ranks=rank_table(record),
+        choices=choice_table(record),
         xs=100 * np.log10(KS),
         **examples,
     )
@@ -204,19 +200,19 @@ def render(template: str, path: str | Path, **values) -> None:
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def rank_rows(record: dict) -> list[list]:
-    """Rows of the table of ranks: a name, then `COLUMNS`."""
-    rows = []
+def rank_table(record: dict) -> list[list]:
+    """The header, then a row per direction."""
+    rows = [["", "R@1", "low", "high", *OTHERS]]
     for name, way in DIRECTIONS.items():
         if f"{way}_R@1" in record:
-            others = [record[f"{way}_{column}"] for column in COLUMNS[4:]]
+            others = [record[f"{way}_{column}"] for column in OTHERS]
             rows.append([name, record[f"{way}_R@1"], *record["intervals"][f"{way}_R@1"], *others])
     return rows
 
 
-def kind_rows(record: dict) -> list[list]:
-    """Rows of the table of multiple choice, as `KIND_COLUMNS`: first of all questions."""
-    rows = []
+def choice_table(record: dict) -> list[list]:
+    """The header, then a row of all questions, and of each kind."""
+    rows = [["wrong options differ in", "right, %", "low", "high", "questions"]]
     for name, points in record["outcomes"].items():
         if name.startswith("mc_accuracy"):
             kind = shown(name.removeprefix("mc_accuracy").removeprefix("_") or "all questions")
@@ -224,25 +220,9 @@ def kind_rows(record: dict) -> list[list]:
     return rows
 
 
-def guess(candidates: int, right: np.ndarray) -> np.ndarray:
-    """R@K of one who ranks at random, percent, for each K of `KS`.
-
-    right [queries]: how many of the n candidates are right answers. The best of them counts, and
-    the others do not compete. So a query fails where the first K of all are wrong, which has the
-    probability Π_{i<K} (n − right − i) / (n − i).
-    """
-    i = np.arange(KS[-1])[:, None]
-    wrong = np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
-    return 100 * (1 - wrong.cumprod(axis=0)).mean(axis=1)[KS - 1]
-
-
 def recall_curves(results: Results) -> dict[str, np.ndarray]:
-    """{"t2v": R@K in percent for each K of `KS`, "guess t2v": that of a guess, the same for v2t}"""
-    captions = np.bincount(results.split.video_of_caption)
-    curves = {
-        "guess t2v": guess(len(results.video_emb), np.ones(1)),
-        "guess v2t": guess(captions.sum(), captions[captions > 0]),
-    }
+    """{"t2v", "v2t": R@K in percent for each K of `KS`; "guess": that of a random ranking}"""
+    curves = dict(guess=np.minimum(100 * KS / len(results.video_emb), 100))
     for way in ("t2v", "v2t"):
         curves[way] = 100 * np.mean(results.outcomes[way][:, None] <= KS, axis=0)
     return curves

@@ -26,7 +26,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,11 +198,8 @@ class Library:
         """
         scores = self.emb @ text_emb  # [W]
         best = np.maximum.reduceat(scores, self.first[:-1])  # [N]
-        top = min(top, len(best))
-        least = np.partition(best, -top)[-top]
-        candidates = np.flatnonzero(best >= least)  # `top`, more where some tie
-        candidates = candidates[np.argsort(-best[candidates], kind="stable")]
-        return [Match(self.paths[n], self.find_moments(n, scores)) for n in candidates[:top]]
+        order = np.argsort(-best, kind="stable")[:top]
+        return [Match(self.paths[n], self.find_moments(n, scores)) for n in order]
 
     def find_moments(self, n: int, scores: np.ndarray) -> list[Moment]:
         """The best windows of the n-th video: `MOMENTS` at most, no two side by side."""
@@ -214,13 +211,28 @@ class Library:
         return [Moment(float(scores[row]), *self.spans[row].tolist()) for row in rows]
 
 
+BATCH_TEXTS = 256
+
+
 @torch.inference_mode()
+def embed_texts(model, tokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """text_emb [n_text, E], float32 on the CPU. Equal captions get equal embeddings."""
+    device = model.logit_scale.device
+    # captions of like lengths together need little padding
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    parts = []
+    for i in range(0, len(distinct), BATCH_TEXTS):
+        batch = distinct[i : i + BATCH_TEXTS]
+        tokens, text_mask = tokenizer.encode_batch(batch, model.config.text_length)  # [B, L]
+        parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
+
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return torch.cat(parts)[[place[caption] for caption in captions]]
+
+
 def embed_query(checkpoint: Checkpoint, query: str) -> np.ndarray:
     """[E]. Raises UserError where it is not finite."""
-    model = checkpoint.model
-    tokens, text_mask = checkpoint.tokenizer.encode_batch([query], model.config.text_length)
-    device = model.logit_scale.device
-    text_emb = model.encode_text(tokens.to(device), text_mask.to(device))[0].cpu()
+    text_emb = embed_texts(checkpoint.model, checkpoint.tokenizer, [query])[0]
     check_finite(text_emb, "query embedding")
     return text_emb.numpy()
 
@@ -228,12 +240,9 @@ def embed_query(checkpoint: Checkpoint, query: str) -> np.ndarray:
 def note_limits(checkpoint: Checkpoint, query: str) -> list[str]:
     """What of the query the model does not read, or hardly knows."""
     tokenizer, length = checkpoint.tokenizer, checkpoint.model.config.text_length
-    tokens, notes = tokenizer.encode(query, length + 1), []
-    if len(tokens) > length:
-        last = tokenizer.decode(tokens[: length - 1])[-40:]
-        notes.append(
-            f"the query is long: the model reads its first {length - 2} tokens, up to “{last}”"
-        )
+    notes = []
+    if len(tokenizer.encode(query, length + 1)) > length:
+        notes.append(f"the query is long: the model reads its first {length - 2} tokens")
 
     # frequent words of the training captions are one token each, between start and end
     words = [word for word in split_words(query)[:length] if word.isalpha()]
@@ -312,12 +321,9 @@ def search_folder(checkpoint: Checkpoint, config, out: Path) -> dict:
     todo = [file for file in files if file not in known]
     known |= embed_new(checkpoint.model, index, root, todo, window=config.window)
 
-    found, broken = {}, {}
-    for file in filter(known.get, files):  # by path; without those that are gone meanwhile
-        if known[file].reason:
-            broken[file.path] = known[file].reason
-        else:
-            found[file] = known[file]
+    known = {file: known[file] for file in files if file in known}  # by path; none that is gone
+    found = {file: record for file, record in known.items() if not record.reason}
+    broken = {file.path: record.reason for file, record in known.items() if record.reason}
     reasons = [f"{path}: {reason}" for path, reason in broken.items()]
     print_some("cannot be read: ", reasons)
     if broken:
