@@ -12,7 +12,6 @@ has none. The next search embeds only what is new.
 - Vectors of another checkpoint, or of windows of another length, have rows of their own.
 """
 
-import collections
 import contextlib
 import os
 import sqlite3
@@ -44,35 +43,35 @@ class File(NamedTuple):
 def find_videos(folder: Path) -> tuple[list[File], list[str]]:
     """(the video files below the folder, sorted by path; lines that say what cannot be read).
 
-    Names that begin with a dot are left out. Links are followed, but no file comes twice and no
-    loop is endless. Raises UserError where the folder itself cannot be read.
+    Names that begin with a dot are left out. Links are followed, but no folder comes twice, so
+    no loop is endless.
     """
     files, troubles, seen = [], [], set()
-    todo = collections.deque([str(folder)])
-    while todo:
-        path = todo.popleft()
-        real = os.path.realpath(path)
+
+    def note(error: OSError) -> None:
+        place = os.path.relpath(error.filename, folder)
+        troubles.append(f"{place}: cannot be read ({error.strerror})")
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=note):
+        real = os.path.realpath(parent)
         if real in seen:
+            folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
-        try:
-            if os.path.isdir(path):
-                for name in os.listdir(path):
-                    if not name.startswith("."):
-                        entry = os.path.join(path, name)
-                        # links come last, so that a video goes by its own name
-                        (todo.append if os.path.islink(entry) else todo.appendleft)(entry)
-            elif os.path.splitext(path)[1].lower() in SEARCHED:
+        for name in names:
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SEARCHED:
+                continue
+            path = os.path.join(parent, name)
+            try:
                 status = os.stat(path)
-                if stat.S_ISREG(status.st_mode):
-                    place = Path(path).relative_to(folder).as_posix()
-                    files.append(File(place, status.st_mtime_ns, status.st_size))
-        except OSError as error:
-            if path == str(folder):
-                raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
-            place = os.path.relpath(path, folder)
-            troubles.append(f"{place}: cannot be read ({error.strerror})")
+            except OSError as error:
+                note(error)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                place = Path(path).relative_to(folder).as_posix()
+                files.append(File(place, status.st_mtime_ns, status.st_size))
     return sorted(files), troubles
 
 
