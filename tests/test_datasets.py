@@ -4,7 +4,6 @@ import csv
 import functools
 import json
 import pickle
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -18,6 +17,7 @@ import train
 from cli import UserError
 from data import keep_decodable, load_videos
 from datasets.check import check_dataset
+from datasets.check import main as check_main
 from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
 from datasets.readers import read_csv
 from datasets.split import Question
@@ -622,27 +622,24 @@ def test_check_counts_and_lists_what_is_missing_or_broken(folders, tmp_path):
     assert (rows[0]["decoded"], rows[2]["broken"]) == (0, 1)
 
 
-def check_command(*words):
-    command = [sys.executable, "-m", "datasets.check", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_check_command(folders, tmp_path, monkeypatch, capsys):
+    def check(*words) -> int:
+        monkeypatch.setattr(sys, "argv", ["check", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            check_main()
+        return end.value.code
 
-
-def test_check_command(folders, tmp_path):
     out = tmp_path / "list.csv"
-    done = check_command("csv", "--root", folders(build_csv), "--out", out)
-    assert done.returncode == 0 and "csv: whole" in done.stdout
+    assert check("csv", "--root", folders(build_csv), "--out", out) == 0
+    assert "csv: whole" in capsys.readouterr().out
     assert out.read_text().split() == ["split,status,video,reason"]
 
-    done = check_command("lsmdc", "--root", folders(build_lsmdc), "--sample", 2, "--out", out)
-    assert done.returncode == 1
-    assert "lsmdc: not whole; results on it are not comparable" in done.stdout
+    assert check("lsmdc", "--root", folders(build_lsmdc), "--sample", 2, "--out", out) == 1
+    assert "lsmdc: not whole; results on it are not comparable" in capsys.readouterr().out
     with open(out) as file:
         reasons = [row["reason"] for row in csv.DictReader(file)]
     expected = "its files list 3 {}, the protocol has 1,000"
     assert reasons == [expected.format(what) for what in ("videos", "captions")]
-
-    done = check_command("nothing", "--root", ".")
-    assert done.returncode == 2 and "nothing: no such data set" in done.stderr
 
 
 # ---- train and evaluate --------------------------------------------------------------------------

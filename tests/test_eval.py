@@ -2,9 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,6 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from videos.cache import FrameCache
 from videos.decode import write_video
 
-ROOT = Path(__file__).parent.parent
 # video 0 has two captions
 KEYS = ONE_CAPTION | {key.replace("v2t", "v2t_grouped") for key in ONE_CAPTION}
 CAPTIONS = [
@@ -204,7 +200,7 @@ def test_toy_gallery_and_questions(world, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(checkpoint="nowhere.safetensors"), "nowhere.safetensors: no such checkpoint"),
+        (dict(checkpoint="nowhere"), "nowhere: no such checkpoint.*python train.py"),
         (dict(data=None), "--task csv: needs --data"),
         (dict(data="absent.csv"), "absent.csv"),
         (dict(query="a dog"), "--query a dog: is for --task search"),
@@ -232,14 +228,6 @@ def test_a_model_that_diverged_is_no_result(world, tmp_path):
     save_checkpoint(path, bad.model, bad.tokenizer, bad.concept_vocab, config={}, step=1)
     with pytest.raises(UserError, match="video embeddings: NaN"):
         evaluate(config(world, tmp_path, checkpoint=str(path)))
-
-
-def test_no_checkpoint_no_result(tmp_path):
-    """Never random weights: the command ends with one line that says what to do."""
-    command = [sys.executable, ROOT / "eval.py", "--checkpoint", "missing"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "python train.py" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_without_a_checkpoint_the_shipped_one_answers(world, tmp_path, capsys):
