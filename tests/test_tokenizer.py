@@ -112,10 +112,10 @@ def test_truncation_keeps_eot(tokenizer):
         assert cut == whole[: length - 1][: len(whole) - 1] + [tokenizer.eot] and len(cut) <= length
 
 
-def test_accents_without_end_are_cut():
+def test_texts_that_take_long_to_mend_are_cut():
     """Unicode sorts the accents of a letter in quadratic time: 100 kB would take seconds."""
     accents = "\u0301\u0327"
-    assert clean("e" + 50_000 * accents) == clean("e" + 15 * accents)
+    assert clean("e" + 50_000 * accents) == clean("e" + 1999 * accents + accents[0])
     assert tokenize("e" + 50_000 * accents) == tokenize("e" + 15 * accents)
 
 
