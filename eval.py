@@ -284,18 +284,13 @@ def embed_videos(model, cache: FrameCache, paths: Sequence[str], window=(0.0, No
     return torch.cat(parts)
 
 
-def embed_split(model, tokenizer, split: Split, cache: FrameCache):
-    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split."""
-    text_emb = embed_texts(model, tokenizer, split.captions)
-    return text_emb, embed_videos(model, cache, split.video_paths, split.window)
-
-
 def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
     """Retrieval metrics of a split whose videos all decode: the validation of a training run.
 
     The model has neither dropout nor batch statistics: it is the same in training and evaluation.
     """
-    text_emb, video_emb = embed_split(model, tokenizer, split, cache)
+    text_emb = embed_texts(model, tokenizer, split.captions)
+    video_emb = embed_videos(model, cache, split.video_paths, split.window)
     return summarize(retrieval_ranks(text_emb, video_emb, split.video_of_caption))
 
 
@@ -331,7 +326,6 @@ class SearchFlags:
     top: int = 10  # how many videos to show
     window: float = 8.0  # seconds of a video that are embedded at once; inf: all
     index: str | None = None  # folder of the index; None: CACHE/index
-    retry: bool = False  # try again what could not be read
 
 
 @dataclass
@@ -410,11 +404,11 @@ DSL_PROTOCOL = (
 def machine_facts(device: str) -> dict:
     """{versions, commit, date, hardware}: where, when and with what a number was made."""
     git = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
     try:
-        commit = subprocess.check_output(git, cwd=here, stderr=subprocess.DEVNULL, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        commit = "not a git checkout"
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = found.stdout.strip()
+    except OSError:  # no git
+        commit = ""
 
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device == "cuda":
@@ -426,7 +420,7 @@ def machine_facts(device: str) -> dict:
         opencv=cv2.__version__,
     )
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return dict(versions=versions, commit=commit.strip(), date=date, hardware=hardware)
+    return dict(versions=versions, commit=commit or "unknown", date=date, hardware=hardware)
 
 
 def make_record(
@@ -486,7 +480,7 @@ def outcome_facts(results: Results) -> dict:
 
 # who reads a flag: one of another task is a forgotten --task
 READERS = {
-    **dict.fromkeys(("query", "videos", "index", "retry"), ["search"]),
+    **dict.fromkeys(("query", "videos", "index"), ["search"]),
     "data": ["csv", "toy"],
     **dict.fromkeys(("data_root", "videos_root"), ["csv", *PUBLISHED]),
 }
