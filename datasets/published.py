@@ -153,12 +153,13 @@ def without_ending(name: str) -> str:
 # ---- one reader per data set: (folder, role) -> its pairs ----------------------------------------
 
 
-def read_own(path: Path, role: str, root: str | Path | None = None) -> Pairs:
+def read_own(folder: Folder, role: str) -> Pairs:
     """A file for `read_pairs`; or a folder with a csv file per role.
 
-    It is one's own file, so its paths may be absolute, or relative to it. With a `root` they are
-    relative to that, and none may leave it.
+    It is one's own file, so its paths may be absolute, or relative to it. With a --videos-root they
+    are relative to that, and none may leave it.
     """
+    path, root = folder.root, folder.videos
     if path.is_dir():
         path = path / f"{role}.csv"
 
@@ -383,7 +384,7 @@ def load_questions(path: str | Path) -> list[Question]:
     path = Path(path)
     questions = []
     for where, row in read_jsonl(path, dict(video=str, kind=str, options=list, answer=int)):
-        video = str(path.parent / check_name(row["video"], where))
+        video = os.path.join(path.parent, check_name(row["video"], where))
         question = Question(video, row["options"], row["answer"], row["kind"])
         questions.append(check_question(question, where))
     return questions
@@ -463,10 +464,7 @@ ONE_KA = dict(
         "result"
     ),
 )
-OWN = DataSet(
-    lambda folder, role: read_own(folder.root, role, folder.videos),
-    dict(train=None, val=None, test=None),
-)
+OWN = DataSet(read_own, dict(train=None, val=None, test=None))
 
 DATASETS = {
     "toy": OWN,

@@ -23,7 +23,7 @@ import base64
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import cv2
 import jinja2
 import numpy as np
 from einops import rearrange
+from scipy.special import softmax
 
 from cli import write_whole
 from datasets.split import Question, Split
@@ -95,23 +96,22 @@ def write_report(
     """
     picture.cache_clear()  # files may have changed since the last page
     rng = np.random.default_rng(seed)
-    ranks, points = (results.outcomes.get(name, np.zeros(0)) for name in ("t2v", "mc_accuracy"))
+    nothing = np.zeros(0)
+    ranks = results.outcomes.get("t2v", nothing)
+    points = results.outcomes.get("mc_accuracy", nothing)
 
     def draw(condition, count: int) -> list[int]:
         return rng.permutation(np.flatnonzero(condition))[:count].tolist()
 
     worst = np.argsort(-ranks, kind="stable")[:queries]
     is_worst = np.isin(np.arange(len(ranks)), worst)
-    examples = dict(
-        worst=worst[ranks[worst] > 1],
-        missed=draw(~is_worst & (ranks > 1), queries),
-        found=draw(ranks <= 1, queries),
-        questions=draw(points < 100, queries - 1) + draw(points == 100, 2),
-        describe_query=partial(describe_query, results),
-        describe_question=partial(describe_question, results, record["logit_scale"]),
-    )
+    missed = draw(~is_worst & (ranks > 1), queries)
+    found = draw(ranks <= 1, queries)
+    asked = draw(points < 100, queries - 1) + draw(points == 100, 2)
     if len(ranks):
-        examples |= dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
+        figures = dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
+    else:
+        figures = {}
 
     render(
         "page.html",
@@ -124,7 +124,11 @@ def write_report(
         ranks=rank_table(record),
         choices=choice_table(record),
         xs=100 * np.log10(KS),
-        **examples,
+        worst=[describe_query(results, query) for query in worst if ranks[query] > 1],
+        missed=[describe_query(results, query) for query in missed],
+        found=[describe_query(results, query) for query in found],
+        questions=[describe_question(results, record["logit_scale"], i) for i in asked],
+        **figures,
     )
 
 
@@ -270,19 +274,17 @@ def describe_query(results: Results, query: int) -> dict:
     answers = list(enumerate(np.argsort(-scores, kind="stable")[:TOP], 1))
     if right not in (video for _, video in answers):
         answers.append((rank, right))
-    return dict(rank=rank, right=right, answers=answers, scores=scores)
+    return dict(query=query, rank=rank, right=right, answers=answers, scores=scores)
 
 
 def describe_question(results: Results, scale: float, index: int) -> dict:
     """A question with the probability of each option: the softmax of scale · score."""
     question = results.questions[index]
-    logits = scale * results.option_scores[index]
-    weights = np.exp(logits - logits.max())
-    percents = 100 * weights / weights.sum()
+    percents = 100 * softmax(scale * results.option_scores[index])
     return dict(
         video=(question.video, *results.split.window),
         kind=question.kind,
         answer=question.answer,
-        picked=int(np.argmax(logits)),
+        picked=int(np.argmax(percents)),
         options=list(zip(question.options, percents)),
     )
