@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_clip import MERGES, openai_file
 from test_datasets import build_msrvtt
 
@@ -70,13 +71,13 @@ $ train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 -
 
 # benches
 $ -m bench.knowledge
-+ --million 0.001
++ --million 0.001 --captions train.csv
 = ms CPU
 $ -m bench.toyworld --train 1500
-+ --train 5
++ --train 20
 = videos/s
 $ -m bench.data --repeats 3
-+ --captions 0.01 --repeats 1
++ --captions 0.01 --repeats 1 --clips 1
 = cache
 $ -m bench.search --toy cache/toy
 + --toy .
@@ -202,6 +203,7 @@ def place(tiny_world, tmp_path_factory):
 def run_command(words: list[str], monkeypatch) -> int:
     """What `python` would do with these words; the exit status."""
     monkeypatch.setattr(sys, "argv", [words[0], *words[2 if words[0] == "-m" else 1 :]])
+    torch.set_grad_enabled(True)  # a bench may have turned it off
     try:
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -217,6 +219,7 @@ def test_the_commands_do_what_the_page_says(story, place, monkeypatch, capfd):
     if story.startswith("against transformers"):
         pytest.importorskip("transformers", reason="transformers is not installed")
     monkeypatch.chdir(place)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for what a bench starts itself
     folder = place / ("weights" if story.startswith("from CLIP") else "videos")
     for command in read_commands(story):
         if command["$"] == "-m bench.knowledge" and not SHARED.is_dir():
