@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -59,16 +59,8 @@ from cli import (
 from data import keep_decodable, load_videos, open_cache, prepare_video
 from datasets.split import Question, Split
 from datasets.tasks import PUBLISHED, TASKS, Task
-from report.page import (
-    COLUMNS,
-    KIND_COLUMNS,
-    Results,
-    kind_rows,
-    rank_rows,
-    render,
-    write_report,
-)
-from search.query import BATCH_PIXELS, check_finite, search_folder
+from report.page import Results, choice_table, rank_table, render, write_report
+from search.query import BATCH_PIXELS, check_finite, embed_texts, search_folder
 from training.checkpoint import Checkpoint, hash_text, load_checkpoint
 from training.clip import is_clip, zero_shot
 from videos.cache import FrameCache
@@ -90,7 +82,7 @@ def to_grid(emb) -> torch.Tensor:
     (Cauchy-Schwarz): 53 bits hold it exactly. So a score is a number, not an accident of tile,
     thread or machine, and equal embeddings tie exactly.
     """
-    emb = torch.as_tensor(emb).detach().double()
+    emb = torch.as_tensor(emb).detach().cpu().double()
     longest = emb.norm(dim=-1).max().clamp(min=1e-30)
     unit = 2.0 ** torch.floor(torch.log2(longest) + 0.6)  # dividing by a power of two is exact
     return torch.round(emb / unit * 2**26) / 2**26 * unit
@@ -101,39 +93,39 @@ def similarity(text_emb, video_emb) -> torch.Tensor:
     return to_grid(text_emb) @ to_grid(video_emb).T
 
 
-def check_pairs(video_of_text, n_text: int, n_video: int, device) -> torch.Tensor:
-    video_of_text = torch.as_tensor(video_of_text, device=device).long()
-    assert video_of_text.shape == (n_text,) and n_text, f"{video_of_text.shape=}, {n_text=}"
-    first, last = int(video_of_text.min()), int(video_of_text.max())
-    assert 0 <= first and last < n_video, f"videos {first} … {last} of {n_video}"
-    return video_of_text
-
-
-def count_ranks(scores, positive, video_of_text, n_video: int) -> dict[str, np.ndarray]:
+def count_ranks(scores, video_of_text, n_text: int, n_video: int) -> dict[str, np.ndarray]:
     """{"t2v": [n_text], "v2t": [videos with captions]}, float64, 1-based: a rank may end in .5.
 
     And "v2t_grouped", as "v2t", where a video has several captions.
 
-    scores(rows, columns) gives one float64 tile of sim; positive [n_text] are the scores of the
-    right pairs. Counting half of the ties makes one formula of the rank, since (1 + sign(x)) / 2 is
-    1 above zero, ½ at zero and 0 below:
+    scores(rows, columns) gives one float64 tile of sim; video_of_text [n_text] is the column of
+    each caption's video. Counting half of the ties makes one formula of the rank, since
+    (1 + sign(x)) / 2 is 1 above zero, ½ at zero and 0 below:
 
         rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
 
     A sum can be taken tile by tile: 100,000 × 100,000 scores need no matrix of 80 GB.
     """
-    n_text, device = len(positive), positive.device
+    video_of_text = torch.as_tensor(video_of_text).long()
+    assert video_of_text.shape == (n_text,) and n_text, f"{video_of_text.shape=}, {n_text=}"
+    first, last = int(video_of_text.min()), int(video_of_text.max())
+    assert 0 <= first and last < n_video, f"videos {first} … {last} of {n_video}"
 
-    # a video is as good as its best caption
-    best = torch.full((n_video,), -torch.inf, dtype=torch.float64, device=device)
+    # the scores of the right pairs [n_text]; a video is as good as its best caption [n_video]
+    parts = []
+    for i in range(0, n_text, TILE):
+        rows = slice(i, i + TILE)
+        parts.append(scores(rows, video_of_text[rows]).diagonal())
+    positive = torch.cat(parts)
+    best = torch.full((n_video,), -torch.inf, dtype=torch.float64)
     best.scatter_reduce_(0, video_of_text, positive, "amax")
 
     has_several = n_text > int((best > -torch.inf).sum())
 
     # Σ sign over all candidates, the right ones too
-    above = torch.zeros(n_text, dtype=torch.float64, device=device)
-    below = torch.zeros(n_video, dtype=torch.float64, device=device)
-    groups_below = torch.zeros_like(below)
+    above = torch.zeros_like(positive)
+    below = torch.zeros_like(best)
+    groups_below = torch.zeros_like(best)
 
     for j in range(0, n_video, TILE):
         columns = slice(j, j + TILE)
@@ -142,11 +134,11 @@ def count_ranks(scores, positive, video_of_text, n_video: int) -> dict[str, np.n
         for i in range(0, n_text, TILE):
             rows = slice(i, i + TILE)
             tile = scores(rows, columns)
+            above[rows] += (tile - positive[rows, None]).sign().sum(1)
+            below[columns] += (tile - best[columns]).sign().sum(0)
             if has_several:
                 group = video_of_text[rows, None].expand_as(tile)
                 groups.scatter_reduce_(0, group, tile, "amax")
-            above[rows] += (tile - positive[rows, None]).sign().sum(1)
-            below[columns] += (tile - best[columns]).sign().sum(0)
         if has_several:
             groups_below[columns] = (groups - best[columns]).sign().sum(0)
 
@@ -157,7 +149,7 @@ def count_ranks(scores, positive, video_of_text, n_video: int) -> dict[str, np.n
     ranks = dict(t2v=1 + (n_video + above) / 2 - 0.5, v2t=(1 + (n_text + below) / 2 - own)[asks])
     if has_several:
         ranks["v2t_grouped"] = (1 + (n_video + groups_below) / 2 - 0.5)[asks]
-    return {name: rank.cpu().numpy() for name, rank in ranks.items()}
+    return {name: rank.numpy() for name, rank in ranks.items()}
 
 
 def retrieval_ranks(text_emb, video_emb, video_of_text) -> dict[str, np.ndarray]:
@@ -169,45 +161,27 @@ def retrieval_ranks(text_emb, video_emb, video_of_text) -> dict[str, np.ndarray]
     text, video = to_grid(text_emb), to_grid(video_emb)
     check_finite(text, "text embeddings")
     check_finite(video, "video embeddings")
-    video_of_text = check_pairs(video_of_text, len(text), len(video), text.device)
-
-    right = video_of_text.split(TILE)
-    positive = torch.cat([(t * video[v]).sum(1) for t, v in zip(text.split(TILE), right)])
 
     def scores(rows, columns):
         return text[rows] @ video[columns].T
 
-    return count_ranks(scores, positive, video_of_text, len(video))
-
-
-def summarize(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
-    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, the same for other ways, "mc_accuracy": …}.
-
-    outcomes: ranks by their way, points of multiple choice by their name.
-    """
-    metrics = {name: float(v.mean()) for name, v in values_per_query(outcomes).items()}
-    for name, ranks in outcomes.items():
-        if not name.startswith("mc_"):
-            metrics |= {f"{name}_MdR": float(np.median(ranks)), f"{name}_MnR": float(ranks.mean())}
-    return metrics
+    return count_ranks(scores, video_of_text, len(text), len(video))
 
 
 def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
     """`count_ranks` of a similarity matrix.
 
-    sim [n_text, n_video], array or tensor: row = caption, column = video. video_of_text [n_text]:
-    the column of each caption's video. Raises UserError where sim is not finite.
+    sim [n_text, n_video], array or tensor: row = caption, column = video. Raises UserError where it
+    is not finite.
     """
-    sim = torch.as_tensor(sim).detach()
+    sim = torch.as_tensor(sim).detach().cpu()
     assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
     check_finite(sim, "sim")
-    video_of_text = check_pairs(video_of_text, *sim.shape, sim.device)
-    positive = sim[torch.arange(len(sim), device=sim.device), video_of_text].double()
 
     def scores(rows, columns):
         return sim[rows, columns].double()
 
-    return count_ranks(scores, positive, video_of_text, sim.shape[1])
+    return count_ranks(scores, video_of_text, *sim.shape)
 
 
 def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
@@ -249,7 +223,7 @@ def multiple_choice_points(scores, answers, kinds: Sequence[str] = ()) -> dict[s
     return points
 
 
-# ---- how sure a number is ------------------------------------------------------------------------
+# ---- numbers, and how sure they are --------------------------------------------------------------
 
 
 def values_per_query(outcomes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -266,6 +240,18 @@ def values_per_query(outcomes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return values
 
 
+def summarize(outcomes: dict[str, np.ndarray]) -> dict[str, float]:
+    """{"t2v_R@1": …, R@5, R@10 (percent), MdR, MnR, the same for other ways, "mc_accuracy": …}.
+
+    outcomes: as of `values_per_query`.
+    """
+    metrics = {name: float(v.mean()) for name, v in values_per_query(outcomes).items()}
+    for name, ranks in outcomes.items():
+        if not name.startswith("mc_"):
+            metrics |= {f"{name}_MdR": float(np.median(ranks)), f"{name}_MnR": float(ranks.mean())}
+    return metrics
+
+
 def bootstrap(values: np.ndarray) -> list[float]:
     """[low, high]: where 95 % of the means of resampled queries lie.
 
@@ -280,24 +266,6 @@ def bootstrap(values: np.ndarray) -> list[float]:
 
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -----------
 
-BATCH_TEXTS = 256
-
-
-@torch.inference_mode()
-def embed_texts(model, tokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """text_emb [n_text, E], float32 on the CPU. Equal captions get equal embeddings."""
-    device = model.logit_scale.device
-    # captions of like lengths together need little padding
-    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
-    parts = []
-    for i in range(0, len(distinct), BATCH_TEXTS):
-        batch = distinct[i : i + BATCH_TEXTS]
-        tokens, text_mask = tokenizer.encode_batch(batch, model.config.text_length)  # [B, L]
-        parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
-
-    place = {caption: i for i, caption in enumerate(distinct)}
-    return torch.cat(parts)[[place[caption] for caption in captions]]
-
 
 @torch.inference_mode()
 def embed_videos(model, cache: FrameCache, paths: Sequence[str], window=(0.0, None)):
@@ -307,21 +275,14 @@ def embed_videos(model, cache: FrameCache, paths: Sequence[str], window=(0.0, No
     """
     device, num_frames = model.logit_scale.device, model.config.num_frames
     batch_size = max(1, BATCH_PIXELS // (num_frames * cache.size**2))
-    batches = [list(paths[i : i + batch_size]) for i in range(0, len(paths), batch_size)]
 
-    def load(batch):
-        return load_videos(cache, batch, num_frames, window=window)
+    def load(first: int):
+        return load_videos(cache, paths[first : first + batch_size], num_frames, window=window)
 
     parts = []
-    for video in prefetch(load, batches):
+    for video in prefetch(load, range(0, len(paths), batch_size)):
         parts.append(model.encode_video(prepare_video(video.to(device))).cpu())
     return torch.cat(parts)
-
-
-def embed_split(model, tokenizer, split: Split, cache: FrameCache):
-    """(text_emb [n_text, E], video_emb [n_video, E]) of all captions and videos of a split."""
-    text_emb = embed_texts(model, tokenizer, split.captions)
-    return text_emb, embed_videos(model, cache, split.video_paths, split.window)
 
 
 def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
@@ -329,7 +290,8 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 
     The model has neither dropout nor batch statistics: it is the same in training and evaluation.
     """
-    text_emb, video_emb = embed_split(model, tokenizer, split, cache)
+    text_emb = embed_texts(model, tokenizer, split.captions)
+    video_emb = embed_videos(model, cache, split.video_paths, split.window)
     return summarize(retrieval_ranks(text_emb, video_emb, split.video_of_caption))
 
 
@@ -345,11 +307,10 @@ class EvalFlags:
     task: TaskName = "toy"  # toy: embedded; csv: your own, --data; search: --videos; else published
     data_root: str | None = None  # annotations and videos of a published set: docs/benchmarks.md
     videos_root: str | None = None  # where videos are that are not there; csv: paths are below it
-    data: str | None = None  # csv: file with video, caption; msrvtt-mc: questions; toy: its folder
+    data: str | None = None  # csv: file with video, caption; toy: its folder
     split: Literal["val", "test"] = "test"  # which gallery, where there are several
     dsl: bool = False  # also the dual softmax over the whole query set, under its own names
     out: str | None = None  # for the results; None: eval-TASK-SPLIT beside the checkpoint
-    sim_out: str | None = None  # npz file for embeddings and similarities
     compare: tuple[str, str] | None = None  # two results (folders of metrics.json) side by side
     json: bool = False  # the result as JSON on stdout, all else on stderr
     cache: str = "cache"  # decoded frames, toy world
@@ -366,7 +327,6 @@ class SearchFlags:
     top: int = 10  # how many videos to show
     window: float = 8.0  # seconds of a video that are embedded at once; inf: all
     index: str | None = None  # folder of the index; None: CACHE/index
-    retry: bool = False  # try again what could not be read
 
 
 @dataclass
@@ -376,46 +336,41 @@ class EvalConfig(EvalFlags, SearchFlags):
 
 def measure(
     model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05, dsl: bool = False
-) -> tuple[dict, Results]:
-    """({metric: value}, what it was computed from).
+) -> Results:
+    """The ranks of all captions and videos, and the points of all questions.
 
     Retrieval if the task has captions, accuracy if it has questions. Unusable videos are left out
-    and listed in the results' split. Raises UserError where more than the share `max_broken` of the
-    videos cannot be used, or nothing is left.
+    and listed in the split's `broken`. Raises UserError where more than the share `max_broken` of
+    the videos cannot be used.
     """
-    nothing = dict(captions=[], video_of_caption=np.zeros(0, np.int64))
-    everything = replace(task.split, video_paths=task.videos, **nothing)
-    usable = keep_decodable(everything, cache, max_broken=max_broken)
-    split = task.split.without(usable.broken)
-    questions = [question for question in task.questions if question.video not in usable.broken]
-    if not split.captions and not questions:
-        first = next(iter(usable.broken.values()))
-        raise UserError(f"no caption is left whose video decodes; the first: {first}")
-
-    video_emb = embed_videos(model, cache, usable.video_paths, usable.window)
-    gallery_emb = video_emb[: len(split.video_paths)]
-    text_emb, ranks, points = video_emb[:0], {}, {}
+    split = keep_decodable(task.split, cache, max_broken=max_broken)
+    questions = [question for question in task.questions if question.video not in split.broken]
+    video_emb = embed_videos(model, cache, split.video_paths, split.window)
+    text_emb, outcomes = video_emb[:0], {}
     if split.captions:
         text_emb = embed_texts(model, tokenizer, split.captions)
-        ranks = retrieval_ranks(text_emb, gallery_emb, split.video_of_caption)
+        outcomes |= retrieval_ranks(text_emb, video_emb, split.video_of_caption)
+
     if dsl:
-        check_matrix_size(len(text_emb), len(gallery_emb))
-        sim, scale = similarity(text_emb, gallery_emb), model.logit_scale.exp().item()
-        ranks |= dual_softmax_ranks(sim, split.video_of_caption, scale)
+        if not 0 < len(text_emb) * len(video_emb) <= MATRIX_LIMIT:
+            raise UserError(
+                f"--dsl: {len(text_emb):,} captions × {len(video_emb):,} videos; it needs all "
+                f"similarities at once, between 1 and {MATRIX_LIMIT:,} of them; leave it out"
+            )
+        sim, scale = similarity(text_emb, video_emb), model.logit_scale.exp().item()
+        outcomes |= dual_softmax_ranks(sim, split.video_of_caption, scale)
 
     option_scores = np.zeros((0, 0))
     if questions:
-        number = {path: i for i, path in enumerate(usable.video_paths)}
+        number = {path: i for i, path in enumerate(split.video_paths)}
         asked_emb = video_emb[[number[question.video] for question in questions]]
         option_scores = score_options(model, tokenizer, questions, asked_emb)
         answers = [question.answer for question in questions]
         kinds = [question.kind for question in questions]
-        points = multiple_choice_points(option_scores, answers, kinds)
+        outcomes |= multiple_choice_points(option_scores, answers, kinds)
 
-    outcomes = ranks | points
-    embedded = (text_emb.numpy(), gallery_emb.numpy())
-    results = Results(split, *embedded, outcomes, questions, option_scores)
-    return summarize(outcomes), results
+    embedded = (text_emb.numpy(), video_emb.numpy())
+    return Results(split, *embedded, outcomes, questions, option_scores)
 
 
 def score_options(model, tokenizer, questions: list[Question], asked_emb) -> np.ndarray:
@@ -423,8 +378,7 @@ def score_options(model, tokenizer, questions: list[Question], asked_emb) -> np.
 
     Raises UserError where the questions have different numbers of options.
     """
-    numbers = {len(question.options) for question in questions}
-    if len(numbers) > 1:
+    if len({len(question.options) for question in questions}) > 1:
         raise UserError(
             "the questions have different numbers of options: their accuracies cannot be averaged"
         )
@@ -434,14 +388,6 @@ def score_options(model, tokenizer, questions: list[Question], asked_emb) -> np.
     option_emb = to_grid(embed_texts(model, tokenizer, options))
     option_emb = option_emb.unflatten(0, (len(questions), -1))  # [questions, options, E]
     return (option_emb * to_grid(asked_emb)[:, None]).sum(-1).numpy()
-
-
-def check_matrix_size(n_text: int, n_video: int) -> None:
-    if not 0 < n_text * n_video <= MATRIX_LIMIT:
-        raise UserError(
-            f"--dsl: {n_text:,} captions × {n_video:,} videos; it needs all similarities at once, "
-            f"so between 1 and {MATRIX_LIMIT:,} of them; leave it out"
-        )
 
 
 # ---- the record ----------------------------------------------------------------------------------
@@ -459,11 +405,11 @@ DSL_PROTOCOL = (
 def machine_facts(device: str) -> dict:
     """{versions, commit, date, hardware}: where, when and with what a number was made."""
     git = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
     try:
-        commit = subprocess.check_output(git, cwd=here, stderr=subprocess.DEVNULL, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        commit = "not a git checkout"
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = found.stdout.strip()
+    except OSError:  # no git
+        commit = ""
 
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device == "cuda":
@@ -475,15 +421,17 @@ def machine_facts(device: str) -> dict:
         opencv=cv2.__version__,
     )
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return dict(versions=versions, commit=commit.strip(), date=date, hardware=hardware)
+    return dict(versions=versions, commit=commit or "unknown", date=date, hardware=hardware)
 
 
-def make_record(config: EvalConfig, checkpoint: Checkpoint, task: Task, metrics, results, device):
+def make_record(
+    config: EvalConfig, checkpoint: Checkpoint, task: Task, results: Results, device: str
+) -> dict:
     """What metrics.json holds: every metric, and all that is needed to compare it with another."""
     counts, note = task.count(results.split, checkpoint.trained_on, len(results.questions))
-    sizes = checkpoint.model.config
+    metrics, sizes = summarize(results.outcomes), checkpoint.model.config
     protocol = task.protocol
-    if "v2t_grouped_R@1" in metrics:
+    if "v2t_grouped" in results.outcomes:
         protocol += GROUPED_PROTOCOL
     if config.dsl:
         protocol += DSL_PROTOCOL
@@ -531,39 +479,11 @@ def outcome_facts(results: Results) -> dict:
     )
 
 
-def save_similarities(path: str, results: Results) -> None:
-    """Write an npz file with what the metrics were computed from; nothing in it needs pickle.
-
-    text_emb [n_text, E], video_emb [n_video, E] float32; sim [n_text, n_video] float64, from which
-    `retrieval_metrics` gives exactly the reported numbers; video_of_text [n_text] int64; videos and
-    captions, each a JSON list in one string; option_scores [questions, options], answers
-    [questions]. Above MATRIX_LIMIT entries sim is left out, which is printed.
-    """
-    arrays = dict(
-        text_emb=results.text_emb,
-        video_emb=results.video_emb,
-        video_of_text=results.split.video_of_caption,
-        videos=json.dumps(results.split.video_paths),
-        captions=json.dumps(results.split.captions),
-        option_scores=results.option_scores,
-        answers=np.array([question.answer for question in results.questions], np.int64),
-    )
-    entries = len(results.text_emb) * len(results.video_emb)
-    if 0 < entries <= MATRIX_LIMIT:
-        arrays["sim"] = similarity(results.text_emb, results.video_emb).numpy()
-    elif entries:
-        print(f"{path}: without sim, whose {entries:,} entries take {8 * entries / 2**30:.0f} GiB")
-
-    # given a name, numpy would append .npz to it
-    with write_whole(path) as unfinished, open(unfinished, "wb") as file:
-        np.savez(file, **arrays)
-
-
 # who reads a flag: one of another task is a forgotten --task
 READERS = {
-    **dict.fromkeys(("query", "videos", "index", "retry"), ("search",)),
-    "data": ("csv", "toy", "msrvtt-mc"),
-    **dict.fromkeys(("data_root", "videos_root"), ("csv", *PUBLISHED)),
+    **dict.fromkeys(("query", "videos", "index"), ["search"]),
+    "data": ["csv", "toy"],
+    **dict.fromkeys(("data_root", "videos_root"), ["csv", *PUBLISHED]),
 }
 
 
@@ -578,15 +498,8 @@ def check_flags(config: EvalConfig) -> None:
             )
     if config.task == "toy" and config.data and Path(config.data).is_file():
         raise UserError(f"--data {config.data}: a file is for --task csv; name the task too")
-
-
-def choose_device(config: EvalConfig) -> str:
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU on this machine; leave the flag out")
-    if config.device == "auto":
-        return "cuda" if has_gpu else "cpu"
-    return config.device
 
 
 def evaluate(config: EvalConfig) -> dict:
@@ -599,21 +512,15 @@ def evaluate(config: EvalConfig) -> dict:
         return compare_results(config)
     started = time.perf_counter()
     check_flags(config)
-    device = choose_device(config)
-    if config.checkpoint is None:
-        print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
-    if config.checkpoint and is_clip(Path(config.checkpoint)):
-        checkpoint = zero_shot(config.checkpoint)
-        checkpoint.model.to(device)
-        print(f"{checkpoint.path}: CLIP, frame by frame, never trained on videos")
-    else:
-        checkpoint = load_checkpoint(config.checkpoint or SHIPPED, device)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = open_checkpoint(config.checkpoint, device)
     beside = checkpoint.path.parent if config.checkpoint else Path("runs")
     if config.task == "search":
         return search_folder(checkpoint, config, Path(config.out or beside / "search"))
 
-    task = TASKS[config.task](config)
-    sizes = checkpoint.model.config
+    task, sizes = TASKS[config.task](config), checkpoint.model.config
     frames = f"{sizes.num_frames} frames of {sizes.image_size} px"
     print(f"{checkpoint.path}: step {checkpoint.step}, {frames}, on {device}")
     if odd := task.split.describe_captions():
@@ -621,17 +528,14 @@ def evaluate(config: EvalConfig) -> dict:
     out = Path(config.out or beside / f"eval-{config.task}-{config.split}")
     make_folder(out)  # fail before the work, not after it
 
-    num_videos = len(task.split.video_paths) + len(task.questions)
-    room = dict(gigabytes=config.cache_gb, num_videos=num_videos)
+    room = dict(gigabytes=config.cache_gb, num_videos=len(task.split.video_paths))
     cache = open_cache(Path(config.cache) / "frames", sizes, **room)
     limits = dict(max_broken=config.max_broken, dsl=config.dsl)
-    metrics, results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, **limits)
-    record = make_record(config, checkpoint, task, metrics, results, device)
+    results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, **limits)
+    record = make_record(config, checkpoint, task, results, device)
 
     with write_whole(out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if config.sim_out:
-        save_similarities(config.sim_out, results)
     tagged = Path(config.cache) / "knowledge"
     write_report(out / "report.html", record, results, cache=tagged, seed=config.seed)
 
@@ -641,21 +545,33 @@ def evaluate(config: EvalConfig) -> dict:
     return record
 
 
+def open_checkpoint(path: str | None, device: str) -> Checkpoint:
+    """Ours, CLIP's weights, or without a path those that ship."""
+    if path is None:
+        print(f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}")
+    elif is_clip(Path(path)):
+        checkpoint = zero_shot(path)
+        checkpoint.model.to(device)
+        print(f"{checkpoint.path}: CLIP, frame by frame, never trained on videos")
+        return checkpoint
+    return load_checkpoint(path or SHIPPED, device)
+
+
 def format_table(record: dict) -> str:
     """The record's metrics as lines of text."""
     lines = []
     if record["captions"]:
-        lines += format_rows(COLUMNS, rank_rows(record))
+        lines += format_rows(rank_table(record))
     if record["questions"]:
-        lines += format_rows(KIND_COLUMNS, kind_rows(record))
+        lines += format_rows(choice_table(record))
     note = f"; {record['note']}" if record["note"] else ""
     return "\n".join([*lines, f"{record['captions']} captions, {record['videos']} videos{note}"])
 
 
-def format_rows(columns: list[str], rows: list[list]) -> list[str]:
+def format_rows(rows: list[list]) -> list[str]:
     """A table as lines of text: the first column to the left, numbers to the right."""
     lines = []
-    for first, *others in (columns, *rows):
+    for first, *others in rows:
         cells = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in others]
         lines.append(f"{first:24s}" + "".join(cell.rjust(10) for cell in cells))
     return lines
@@ -701,11 +617,11 @@ def compare_results(config: EvalConfig) -> dict:
             alone = (int((gain < 0).sum()), int((gain > 0).sum()))
             compared[name] = [*means, *bootstrap(gain), *alone]
 
-    columns = ["percent", "A", "B", "B − A", "low", "high", "A alone", "B alone"]
-    rows = [[name, *row] for name, row in compared.items()]
-    print("\n".join([f"A  {one['path']}", f"B  {two['path']}", *format_rows(columns, rows)]))
+    rows = [["percent", "A", "B", "B − A", "low", "high", "A alone", "B alone"]]
+    rows += [[name, *row] for name, row in compared.items()]
+    print("\n".join([f"A  {one['path']}", f"B  {two['path']}", *format_rows(rows)]))
     page = Path(config.out or "runs/compare") / "report.html"
-    render("compare.html", page, title="A and B", columns=columns, rows=rows, runs=[one, two])
+    render("compare.html", page, title="A and B", rows=rows, runs=[one, two])
     print(page)
     return compared
 

@@ -173,18 +173,18 @@ def make_knowledge(names: list[str], columns, ends) -> Knowledge:
 def tag_all(captions: list[str], workers: int | None, progress: bool) -> Iterable[list[str]]:
     """`concept_names` of each caption, by several processes."""
     load_tagger()  # before the workers start: its errors come once, and forked workers share it
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = max(1, min(workers or cores, len(captions) // 2000))  # a start costs as much as 2,000
+    # a start costs as much as 2,000 captions
+    workers = min(workers or os.cpu_count(), len(captions) // 2000)
     bar = dict(total=len(captions), desc="knowledge", disable=not progress or len(captions) < 500)
+    if workers < 2:
+        yield from tqdm(map(concept_names, captions), **bar)
+        return
 
     # fork shares the loaded tagger; elsewhere it is unsafe (macOS) or missing (Windows)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context) as pool:  # starts nothing until it is used
-            found = map(concept_names, captions)
-            if workers > 1:
-                found = pool.map(concept_names, captions, chunksize=500)
-            yield from tqdm(found, **bar)
+        with ProcessPoolExecutor(workers, context) as pool:
+            yield from tqdm(pool.map(concept_names, captions, chunksize=500), **bar)
     except BrokenProcessPool as error:
         raise UserError(
             f"knowledge of {len(captions)} captions: a tagging process died (out of memory?); "
@@ -267,8 +267,8 @@ class ConceptVocab:
         """[N, K] float32: 1 where a caption holds a concept of the vocabulary."""
         number = {name: k for k, name in enumerate(self.names)}
         known = [c for c, name in enumerate(knowledge.names) if name in number]
-        held = knowledge.held[:, known]
         column = np.array([number[knowledge.names[c]] for c in known], np.int32)
+        held = knowledge.held[:, known]
         shape = (len(knowledge), len(self))
         encoded = csr_array((held.data, column[held.indices], held.indptr), shape=shape)
         encoded.sort_indices()

@@ -29,8 +29,8 @@ from datasets.tasks import TASKS
 from eval import (
     SHIPPED,
     EvalConfig,
-    embed_split,
     embed_texts,
+    embed_videos,
     evaluate,
     retrieval_metrics,
     retrieval_ranks,
@@ -89,7 +89,8 @@ def measure_toy(data: str) -> None:
     cache = open_cache(Path(config.cache) / "frames", checkpoint.model.config)
     options = sum((question.options for question in task.questions), [])
     started = time.process_time()
-    embed_split(checkpoint.model, checkpoint.tokenizer, task.split, cache)
+    embed_videos(checkpoint.model, cache, task.split.video_paths)
+    embed_texts(checkpoint.model, checkpoint.tokenizer, task.split.captions)
     embed_texts(checkpoint.model, checkpoint.tokenizer, options)
     embedding = time.process_time() - started
     print(

@@ -90,7 +90,7 @@ def fill(path: Path, config: BenchConfig, embed_dim: int) -> tuple[list[File], d
     for file in files:
         emb = rng.standard_normal((config.windows, embed_dim), np.float32)
         emb /= np.linalg.norm(emb, axis=1, keepdims=True)
-        index.add(file, Record("", spans, emb))
+        index.add(file, Record(spans, emb))
     return files, recipe
 
 
@@ -142,7 +142,7 @@ def measure_claims(data: str) -> None:
 
     records = {}
     for path, emb in zip(split.video_paths, embed_videos(model, cache, split.video_paths).numpy()):
-        records[File(path, 0, 0)] = Record("", np.zeros((1, 2), np.float32), emb[None])
+        records[File(path, 0, 0)] = Record(np.zeros((1, 2), np.float32), emb[None])
     library = Library(records)
     floor = find_floor(checkpoint, library)
 

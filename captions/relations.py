@@ -50,7 +50,7 @@ def find_relations(s: Sentence) -> list[str]:
     for c, (kind, head) in enumerate(chunks):
         if kind != "verb" or is_auxiliary(s, head):
             continue
-        if is_passive(s, chunks, c, after_passive=bool(patients)):
+        if is_passive(s, chunks, c):  # "is sliced and put into a bowl": the same patient
             patients = subject_heads(s, chunks, c) or patients
             heads = patients
         else:
@@ -102,7 +102,7 @@ def skip(chunks: list[Chunk], c: int, *kinds: str) -> int:
     return c
 
 
-def is_passive(s: Sentence, chunks: list[Chunk], c: int, after_passive: bool) -> bool:
+def is_passive(s: Sentence, chunks: list[Chunk], c: int) -> bool:
     """Whether the verb at chunk c acts on what stands before it."""
     tag = s.tags[chunks[c].head]
     if tag not in ("VBN", "VBD") or chunks[skip(chunks, c + 1, "adv")].kind == "noun":
@@ -114,8 +114,7 @@ def is_passive(s: Sentence, chunks: list[Chunk], c: int, after_passive: bool) ->
     kind, head = chunks[left]
     if kind == "verb" and s.lemmas[head] in ("be", "get", "have"):
         return s.lemmas[head] != "have"  # "is chased" against "has chased"
-    # "is sliced and put into a bowl", "a tub filled with ice"
-    return tag == "VBN" or (kind == "and" and after_passive)
+    return tag == "VBN"  # "a tub filled with ice"
 
 
 def coordinated(s: Sentence, chunks: list[Chunk], c: int) -> tuple[list[int], int]:
@@ -188,11 +187,4 @@ def subject_heads(s: Sentence, chunks: list[Chunk], c: int) -> list[int]:
             break
         j -= 2
 
-    # "a dog and a cat are chased"
-    heads = [chunks[j].head]
-    while chunks[j - 1].kind == "and" and chunks[j - 2].kind == "noun":
-        if chunks[j - 3].kind not in ("end", "and", "clause"):
-            break
-        j -= 2
-        heads.append(chunks[j].head)
-    return heads[::-1]
+    return [chunks[j].head]

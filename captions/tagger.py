@@ -76,11 +76,7 @@ def tokenize(caption: str) -> list[str]:
 
 def normalize(text: str) -> str:
     """The text in NFKC: "ｄｏｇ" -> "dog"."""
-    return unicodedata.normalize("NFKC", cut_accents(text))
-
-
-def cut_accents(text: str) -> str:
-    return text if text.isascii() else ACCENTS.sub(r"\1", text)
+    return unicodedata.normalize("NFKC", text if text.isascii() else ACCENTS.sub(r"\1", text))
 
 
 # ---- NLTK's tagger -------------------------------------------------------------------------------
@@ -176,7 +172,6 @@ def lemmatize(word: str, tag: str) -> str:
 # ---- repairs -------------------------------------------------------------------------------------
 
 COLOURS = set("red orange yellow green blue purple pink brown black white grey gold silver".split())
-NEVER_NOUNS = COLOURS | set("other many such same more most less few several own full".split())
 SUBORDINATORS = set("while as because if whether although though when until then".split())
 PREPOSITIONS = (["in", "front", "of"], ["on", "top", "of"])
 CLAUSE_ENDS = {"CC", ",", ".", ":", "WDT", "WP", "WRB"}
@@ -186,7 +181,7 @@ CLAUSE = 40  # words in which a clause is looked for: a caption of 10,000 words 
 def repair(words: list[str], tags: list[str]) -> list[str]:
     """Tags without the errors that a tagger of newspapers typically makes on captions.
 
-    A rule stays where F1 on the labels `own` and `dev` (bench/knowledge.py) falls without it.
+    A rule stays where F1 on labelled captions (bench/knowledge.py) falls clearly without it.
     """
     # what the dictionary excludes: "elvis" is no verb, "threw" no noun
     tags = [repair_word(words, tags, i) for i in range(len(words))]
@@ -197,17 +192,16 @@ def repair(words: list[str], tags: list[str]) -> list[str]:
             tags[i] = "JJ"
 
     # the commonest error, verbs taken for nouns: "a baby laughs", "two girls dance"
-    has_verb = any(tag[:2] == "VB" for tag in tags)
     for i, word in enumerate(words):
         if tags[i] in ("NN", "NNS") and "VERB" in readings(word):
-            tags[i] = verb_tag(words, tags, i, has_verb) or tags[i]
+            tags[i] = verb_tag(words, tags, i) or tags[i]
     return tags
 
 
 def repair_word(words: list[str], tags: list[str], i: int) -> str:
     """The tag of word i, if the dictionary or its neighbours exclude the one that it has."""
     word, tag, known = words[i], tags[i], readings(words[i])
-    previous, following = tag_before(tags, i), tag_behind(tags, i)
+    following = tag_behind(tags, i)
     if words[i - 1 : i + 2] in PREPOSITIONS:
         return "IN"
 
@@ -217,32 +211,23 @@ def repair_word(words: list[str], tags: list[str], i: int) -> str:
             return "JJ"
         if known.keys() == {"VERB"} and word not in known["VERB"]:  # "threw": no noun has that form
             if word.endswith("ing"):
-                is_noun = following[0] == "N" or previous == "DT"  # "a boxing match"
-                return tag if is_noun else "VBG"
+                return "VBG"
             return "VBZ" if word.endswith("s") else "VBD"
 
-    elif tag == "JJ" and word not in NEVER_NOUNS and ("NOUN" in known or not known):
+    elif tag == "JJ":
         is_last = following[0] not in "NJ"
-        if known.keys() == {"NOUN"} or (known and "ADJ" not in known and is_last):
-            return "NN"
-        if following in ("VBZ", "VBP", "VBD", "MD"):  # "a musician plays"
+        if "NOUN" in known and "ADJ" not in known and (is_last or len(known) == 1):
             return "NN"
         if following == "NNS" and is_third_person(words[i + 1]):  # "a small key pushes"
-            is_singular = words[phrase_start(tags, i + 1)] in ("a", "an", "one")
-            return "NN" if is_singular else tag
+            is_singular = words[phrase_start(tags, i)] in ("a", "an", "one")
+            return "NN" if is_singular and ("NOUN" in known or not known) else tag
 
     elif tag[:2] == "VB" and "VERB" not in known and "AUX" not in known:
-        if "NOUN" in known:
-            return "NN"
-        if "ADJ" in known:  # "striped"
+        if "ADJ" in known and "NOUN" not in known:  # "striped"
             return "JJ"
-        if not word.endswith(("ed", "ing", "s")):  # names
+        if known or not word.endswith(("ed", "ing", "s")):  # names are not known
             return "NN"
     return tag
-
-
-def tag_before(tags: list[str], i: int) -> str:
-    return tags[i - 1] if i else ""
 
 
 def tag_behind(tags: list[str], i: int) -> str:
@@ -256,8 +241,8 @@ def is_third_person(word: str) -> bool:
 
 
 def phrase_start(tags: list[str], i: int) -> int:
-    """Index of the determiner or number before word i's noun phrase, or of the word before it."""
-    start = i - 1
+    """Index of the word before the nouns and adjectives that end at word i."""
+    start = i
     while start > max(0, i - CLAUSE) and (tags[start][0] == "N" or tags[start] in ("JJ", "POS")):
         start -= 1
     return start
@@ -270,29 +255,17 @@ def is_modifier(tags: list[str], i: int) -> bool:
     return tags[i] in ("VBN", "VBD") and tags[i - 1] in ("DT", "PRP$", "CD", "IN", "VBG")
 
 
-def verb_tag(words: list[str], tags: list[str], i: int, has_verb: bool) -> str | None:
-    """The verb tag of a noun that may be a verb, where its clause lacks one; else None.
-
-    A caption without any verb (not `has_verb`) is nearly always an error of the tagger.
-    """
-    previous, following = tag_before(tags, i), tag_behind(tags, i)
-    third_person = is_third_person(words[i])
+def verb_tag(words: list[str], tags: list[str], i: int) -> str | None:
+    """The verb tag of a noun that may be a verb, where its clause lacks one; else None."""
+    previous = tags[i - 1] if i else ""
     if previous == "CC" and i > 1 and tags[i - 2] in ("VBZ", "VBP", "VB"):  # "talks and laughs"
         return tags[i - 2]
-    if previous in ("", "CC") and following in ("DT", "PRP$", "PRP"):  # "cut the onion"
-        return "VBZ" if third_person else "VB"
-    if previous[:1] != "N" or clause_has_verb(words, tags, i):
+    if clause_has_verb(words, tags, i):
         return None
-
-    # what stands before the noun phrase decides whether this is its verb
-    start = phrase_start(tags, i)
-    joint = start - 1 if tags[start] in ("DT", "PRP$", "CD") else start
-    if joint > 0 and tags[joint] == "CC" and not has_verb and following[0] != "N":
-        return "VBP"  # "a man and a woman sing"
-    if third_person:  # "a baby laughs", as "a" cannot belong to a plural
+    if is_third_person(words[i]):  # "a baby laughs", as "a" cannot belong to a plural
         return "VBZ" if previous == "NN" else None
-    is_plural = previous == "NNS" or (tags[start] == "CD" and words[start] != "one")
-    return "VBP" if is_plural and following[0] != "N" else None  # "two girls dance"
+    is_plural = previous == "NNS" and tag_behind(tags, i)[0] != "N"
+    return "VBP" if is_plural else None  # "two girls dance"
 
 
 def clause_has_verb(words: list[str], tags: list[str], i: int) -> bool:

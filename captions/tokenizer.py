@@ -41,39 +41,27 @@ import regex
 import tiktoken
 import torch
 
-from captions.tagger import cut_accents
 from cli import UserError
 
 # CLIP's own: English clitics, runs of letters, single digits, runs of anything else
 WORD_PATTERN = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-# Python refuses to read a number of more than 4,300 digits
-HUGE_NUMBER = regex.compile(r"&#\d{4000,};?")
 PAD = 0
+# Characters of a caption that are read. The time to mend a text may grow with the square of its
+# length, and Python refuses to read a number of more than 4,300 digits ("&#999…").
+LONGEST = 4000
 # where CLIP's merges are found
 CLIP_FILES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
-MEND = ftfy.TextFixerConfig(unescape_html=False)
 
 
 def clean(caption: str) -> str:
     """CLIP's clean-up: "CAFÃ‰ &amp;amp;  bar" -> "café & bar"."""
     is_plain = caption.isascii() and caption.isprintable() and "&" not in caption
     if not is_plain:
-        # CLIP's ftfy undoes entities until nothing changes, which is quadratic for "&amp;amp;…".
-        # Twice is enough for captions. Then twice more without ftfy, as CLIP does. A line with "<"
-        # is HTML to ftfy, which leaves it and all lines behind it as they are.
-        tag = caption.find("<")
-        plain = len(caption) if tag < 0 else caption.rfind("\n", 0, tag) + 1
-        head = ftfy.fixes.unescape_html(ftfy.fixes.unescape_html(caption[:plain]))
-        caption = ftfy.fix_text(cut_accents(head + caption[plain:]), MEND)
-        caption = unescape(unescape(caption))
+        caption = ftfy.fix_text(caption[:LONGEST])
+        caption = html.unescape(html.unescape(caption))
     return " ".join(caption.split()).lower()
-
-
-def unescape(text: str) -> str:
-    """Undo HTML's entities, once. A letter of a number beyond Unicode is "�", as in browsers."""
-    return html.unescape(HUGE_NUMBER.sub("\ufffd", text))
 
 
 def split_words(caption: str) -> list[str]:

@@ -22,13 +22,12 @@ the data set is whole, else 1.
 
 import csv
 import os
+import random
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -42,12 +41,7 @@ PROBLEM_COLUMNS = ("split", "status", "video", "reason")
 
 
 def check_dataset(
-    dataset: str,
-    root: str | Path,
-    *,
-    videos_root: str | Path | None = None,
-    sample: int = 50,
-    seed: int = 0,
+    dataset: str, root: str | Path, *, videos_root: str | Path | None = None, sample: int = 50
 ) -> tuple[list[dict], list[tuple[str, str, str, str]]]:
     """(a row {COLUMNS: …} per split, PROBLEM_COLUMNS per problem).
 
@@ -70,38 +64,35 @@ def check_dataset(
                 reason = f"its files list {listed[what]:,} {what}, the protocol has {official:,}"
                 problems.append((role, "count", "", reason))
 
-        counts = Counter()
-        for path, status, reason in check_videos(split, role, sample, seed):
-            counts[status] += 1
+        row |= dict(listed=listed["videos"], captions=listed["captions"])
+        for path, status, reason in check_videos(split, role, sample):
+            row[status] += 1
             if reason:
                 problems.append((role, status, path, reason))
-        row |= dict(listed=listed["videos"], captions=listed["captions"])
-        row |= {status: counts[status] for status in ("missing", "broken", "decoded")}
         row["found"] = row["listed"] - row["missing"]
     return rows, problems
 
 
-def check_videos(split: Split, role: str, sample: int, seed: int) -> Iterator[tuple[str, str, str]]:
+def check_videos(split: Split, role: str, sample: int) -> Iterator[tuple[str, str, str]]:
     """(path, status, what is wrong with it) of each video.
 
     The status is "missing", "broken", "decoded", or "found" where nobody looked inside.
     """
     found = [path for path in split.video_paths if os.path.isfile(path)]
-    order = np.random.default_rng(seed).permutation(len(found))
-    drawn = {found[i] for i in order[:sample]}
-
-    status_of = dict.fromkeys(split.video_paths, "missing") | dict.fromkeys(found, "found")
+    drawn = set(random.Random(0).sample(found, min(sample, len(found))))
     start, end = split.window
-    videos = tqdm(status_of.items(), f"check {role}", unit="video", leave=False, disable=None)
-    for path, status in videos:
-        reason = f"{path}: no such video file" if status == "missing" else ""
-        if path in drawn or (status == "found" and os.path.getsize(path) == 0):
+
+    for path in tqdm(split.video_paths, f"check {role}", unit="video", leave=False, disable=None):
+        if not os.path.isfile(path):
+            yield path, "missing", f"{path}: no such video file"
+        elif path in drawn or os.path.getsize(path) == 0:
             try:
                 read_frames(path, 4, size=32, start=start, end=end)
-                status = "decoded"
+                yield path, "decoded", ""
             except VideoError as error:
-                status, reason = "broken", str(error)
-        yield path, status, reason
+                yield path, "broken", str(error)
+        else:
+            yield path, "found", ""
 
 
 # ---- command -------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ annotation files under their published names and the videos:
     didemo       1 (joined)   {train,val,test}_data.json, perhaps {train,val,test}_list.txt
     lsmdc        mostly 1     LSMDC16_annos_training.csv, LSMDC16_annos_val.csv,
                               LSMDC16_challenge_1000_publictect.csv
-    msrvtt-mc    questions    msrvtt_mc_test.jsonl, .json, .tsv or .csv, in any of three forms
+    msrvtt-mc    questions    msrvtt_mc_test.jsonl, .json, .tsv or .csv, in any of three forms;
+                              or msrvtt_retrieval_mc_test.jsonl
     webvid       1            results_2M_train.csv, results_2M_val.csv
     cc3m         1            Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv; or
                               cc3m_train.csv, cc3m_val.csv
@@ -42,6 +43,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from cli import UserError
@@ -151,12 +153,13 @@ def without_ending(name: str) -> str:
 # ---- one reader per data set: (folder, role) -> its pairs ----------------------------------------
 
 
-def read_own(path: Path, role: str, root: str | Path | None = None) -> Pairs:
+def read_own(folder: Folder, role: str) -> Pairs:
     """A file for `read_pairs`; or a folder with a csv file per role.
 
-    It is one's own file, so its paths may be absolute, or relative to it. With a `root` they are
-    relative to that, and none may leave it.
+    It is one's own file, so its paths may be absolute, or relative to it. With a --videos-root they
+    are relative to that, and none may leave it.
     """
+    path, root = folder.root, folder.videos
     if path.is_dir():
         path = path / f"{role}.csv"
 
@@ -188,72 +191,50 @@ def read_captioned(
 ) -> Pairs:
     """The listed (where, video) with their captions. file_of(video) is the name of its file.
 
-    Raises UserError where a video has none, or is listed twice.
+    Raises UserError where a video has none.
     """
-    seen = set()
     for where, name in names:
         if not captions.get(name):
             problem = "has no caption in the annotation file; fetch both again"
             raise UserError(f"{where}: {shorten(name)} {problem}")
-        if name in seen:
-            raise UserError(f"{where}: {shorten(name)} stands there twice; fetch the file again")
-        seen.add(name)
-
         path = folder.video(file_of(name), where)
         for caption in captions[name]:
             yield path, caption
 
 
-MSRVTT_FILES = dict(train="train_val_videodatainfo.json", test="test_videodatainfo.json")
+def read_msrvtt_captions(folder: Folder) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """({video: its captions}, {video: its official split}). Frozen's file names no splits."""
+    official = ("train_val_videodatainfo.json", "test_videodatainfo.json")
+    paths = [folder.file("MSRVTT_data.json", "MSR_VTT.json", official[0])]
+    if paths[0].name == official[0]:
+        paths.append(folder.file(official[1]))
 
-
-def read_msrvtt_captions(folder: Folder, *parts: str) -> tuple[dict[str, list], dict[str, tuple]]:
-    """({video: its captions}, {video: (where, its official split)}).
-
-    `parts`: which of the two official files are needed, where there is no file with both. Frozen's
-    file names no splits.
-    """
     captions, split_of = {}, {}
-    names = [("MSRVTT_data.json", MSRVTT_FILES[part], "MSR_VTT.json") for part in parts]
-    for path in dict.fromkeys(folder.file(*either) for either in names):
+    for path in paths:
         document = read_json(path, "an object with the lists videos and sentences")
-        if path.name == "MSR_VTT.json":
-            columns = dict(image_id=str, caption=str)
-            for _, row in read_entries(path, document, "annotations", columns):
-                captions.setdefault(row["image_id"], []).append(row["caption"])
-            continue
+        key, columns = "annotations", dict(image_id=str, caption=str)
+        if path.name != "MSR_VTT.json":
+            key, columns = "sentences", dict(video_id=str, caption=str)
+            for _, row in read_entries(path, document, "videos", dict(video_id=str, split=str)):
+                split_of[row["video_id"]] = row["split"]
 
-        for where, row in read_entries(path, document, "videos", dict(video_id=str, split=str)):
-            video, split = row["video_id"], row["split"]
-            _, known = split_of.setdefault(video, (where, split))
-            if known != split:
-                raise UserError(f"{where}: {video} is in two splits; fetch the file again")
-
-        columns = dict(video_id=str, caption=str)
-        for where, row in read_entries(path, document, "sentences", columns):
-            video = row["video_id"]
-            if video not in split_of:
-                problem = "is not among the file's videos; fetch it again"
-                raise UserError(f"{where}: {shorten(video)} {problem}")
-            captions.setdefault(video, []).append(row["caption"])
+        for _, row in read_entries(path, document, key, columns):
+            video, caption = (row[column] for column in columns)
+            captions.setdefault(video, []).append(caption)
     return captions, split_of
 
 
-def read_1ka(folder: Folder, role: str, *lists: str, parts=("train", "test")) -> Pairs:
-    """MSR-VTT 1k-A, trained on the videos of one of these lists."""
+def read_1ka(folder: Folder, role: str, lists: Iterable[str]) -> Pairs:
+    """MSR-VTT 1k-A, trained on the videos of the first of these lists that is there."""
     if role == "test":
         return read_1ka_test(folder)
     path = folder.file(*lists)
-    captions, _ = read_msrvtt_captions(folder, *parts)
-    return read_captioned(folder, read_names(path), captions)
-
-
-def read_9k(folder: Folder, role: str) -> Pairs:
-    return read_1ka(folder, role, "MSRVTT_train.9k.csv", "train_list_jsfusion.txt")
-
-
-def read_7k(folder: Folder, role: str) -> Pairs:
-    return read_1ka(folder, role, "MSRVTT_train.7k.csv", parts=["train"])
+    if path.suffix == ".txt":
+        names = read_list(path)
+    else:
+        names = [(where, row["video_id"]) for where, row in read_csv(path, ["video_id"])]
+    captions, _ = read_msrvtt_captions(folder)
+    return read_captioned(folder, names, captions)
 
 
 def read_1ka_test(folder: Folder) -> Pairs:
@@ -265,35 +246,29 @@ def read_1ka_test(folder: Folder) -> Pairs:
         return
 
     # Frozen's files say which of a video's captions is asked
-    captions, _ = read_msrvtt_captions(folder, "train", "test")
+    captions, _ = read_msrvtt_captions(folder)
     chosen = read_pickle(
         folder.file("jsfusion_val_caption_idx.pkl"), "expected {video: number of its caption}"
     )
     names = read_list(path)
     for where, name in names:
-        texts, number = captions.get(name, []), chosen.get(name)
-        if type(number) is not int or number not in range(len(texts)):
-            raise UserError(f"{where}: {shorten(name)} has no caption number {shorten(number)}")
-        captions[name] = [texts[number]]
+        try:
+            captions[name] = [captions[name][chosen[name]]]
+        except (KeyError, IndexError, TypeError) as error:
+            number = shorten(chosen.get(name))
+            raise UserError(f"{where}: {shorten(name)} has no caption number {number}") from error
     yield from read_captioned(folder, names, captions)
 
 
 def read_msrvtt_full(folder: Folder, role: str) -> Pairs:
     """MSR-VTT's official splits, as the annotation of each video says."""
-    captions, split_of = read_msrvtt_captions(folder, "test" if role == "test" else "train")
-    official = "validate" if role == "val" else role
+    captions, split_of = read_msrvtt_captions(folder)
     if split_of:
-        names = [(where, name) for name, (where, split) in split_of.items() if split == official]
+        official = "validate" if role == "val" else role
+        names = [(str(folder.root), name) for name in split_of if split_of[name] == official]
     else:
         names = read_list(folder.file(f"{role}_list_full.txt"))
     return read_captioned(folder, names, captions)
-
-
-def read_names(path: Path) -> list[tuple[str, str]]:
-    """(where, video) of a list: a file of names, or a csv file with the column video_id."""
-    if path.suffix == ".txt":
-        return read_list(path)
-    return [(where, row["video_id"]) for where, row in read_csv(path, ["video_id"])]
 
 
 def read_msvd(folder: Folder, role: str) -> Pairs:
@@ -319,10 +294,10 @@ def join_words(sentences, where: str) -> list[str]:
     if not isinstance(sentences, list):
         raise UserError(f"{where}: not a list; expected a list of sentences, or of lists of words")
     texts = []
-    for number, sentence in enumerate(sentences):
+    for sentence in sentences:
         words = sentence if isinstance(sentence, list) else [sentence]
         for word in words:
-            check_text(word, f"{where}[{number}]", "a word or sentence")
+            check_text(word, where, "a word or sentence")
         texts.append(" ".join(words))
     return texts
 
@@ -334,16 +309,16 @@ def read_didemo(folder: Folder, role: str) -> Pairs:
     """
     path = folder.file(f"{role}_data.json")
     document = read_json(path, "a list of objects")
-    sentences, places, files = {}, {}, {}
-    for where, row in read_entries(path, document, None, dict(video=str, description=str)):
+    sentences, files = {}, {}
+    for _, row in read_entries(path, document, None, dict(video=str, description=str)):
         name = without_ending(row["video"])
         sentences.setdefault(name, []).append(row["description"].strip())
-        places.setdefault(name, where)
         files.setdefault(name, row["video"])
 
-    names = [(where, name) for name, where in places.items()]
+    names = [(str(path), file) for file in files.values()]
     if listed := folder.file(f"{role}_list.txt", optional=True):
-        names = [(where, without_ending(name)) for where, name in read_list(listed)]
+        names = read_list(listed)
+    names = [(where, without_ending(name)) for where, name in names]
     captions = {name: [" ".join(texts)] for name, texts in sentences.items()}
     return read_captioned(folder, names, captions, files.get)
 
@@ -364,11 +339,6 @@ def read_lsmdc(folder: Folder, role: str) -> Pairs:
     for where, row in read_columns(folder.file(LSMDC_FILES[role]), LSMDC_COLUMNS):
         clip = row["CLIP_ID"].strip()
         film, _, _ = clip.rpartition("_")
-        if not film:
-            expected = ", ".join(LSMDC_COLUMNS)
-            raise UserError(
-                f"{where}: CLIP_ID is {shorten(clip)}, not FILM_START-END; expected {expected}"
-            )
         yield folder.video(f"{film}/{clip}.avi", where), row["SENTENCE"].strip()
 
 
@@ -393,10 +363,8 @@ def read_cc3m(folder: Folder, role: str) -> Pairs:
     path = folder.file(*CC3M_FILES[role])
     read = read_csv if path.suffix == ".csv" else read_columns
     for where, row in read(path, ["caption", "thumbnailUrl"]):
-        address = row["thumbnailUrl"]
-        if "://" not in address:
-            raise UserError(f"{where}: {shorten(address)} is no address; expected caption, url")
-        yield folder.video(str(zlib.crc32(address.encode())), where), row["caption"]
+        name = str(zlib.crc32(row["thumbnailUrl"].encode()))
+        yield folder.video(name, where), row["caption"]
 
 
 def read_webvid_cc3m(folder: Folder, role: str) -> Pairs:
@@ -416,33 +384,15 @@ def load_questions(path: str | Path) -> list[Question]:
     path = Path(path)
     questions = []
     for where, row in read_jsonl(path, dict(video=str, kind=str, options=list, answer=int)):
-        video = str(path.parent / check_name(row["video"], where))
+        video = os.path.join(path.parent, check_name(row["video"], where))
         question = Question(video, row["options"], row["answer"], row["kind"])
         questions.append(check_question(question, where))
     return questions
 
 
-def load_msrvtt_mc(folder: Folder, path: str | Path | None = None) -> list[Question]:
-    """MSRVTT-MC's questions, in any of its three published forms.
-
-    `path`: where they are, if not under a usual name. Answers count from 0; from 1 if one of them
-    is the number of options, and none is 0.
-    """
-    names = [f"msrvtt_mc_test.{ending}" for ending in ("jsonl", "json", "tsv", "csv")]
-    rows = list(read_msrvtt_mc(Path(path) if path else folder.file(*names)))
-    counts_from_one = any(answer == len(options) for _, _, options, answer in rows)
-    counts_from_one &= all(answer != 0 for *_, answer in rows)
-
-    questions = []
-    for where, name, options, answer in rows:
-        if name.startswith("msr"):  # msr9770 is video9770
-            name = "video" + name.removeprefix("msr")
-        video = folder.video(without_ending(name) + ".mp4", where)
-        question = Question(video, options, answer - counts_from_one)
-        questions.append(check_question(question, where))
-    return questions
-
-
+# a question in any of the three published forms
+MC_FILES = [f"msrvtt_mc_test.{ending}" for ending in ("jsonl", "json", "tsv", "csv")]
+MC_FILES.append("msrvtt_retrieval_mc_test.jsonl")
 MC_COLUMNS = {
     ".jsonl": dict(clip_name=str, options=list, answer=int),
     ".json": dict(video=str, caption=list, answer=int),
@@ -450,22 +400,30 @@ MC_COLUMNS = {
 MC_TABLE = dict.fromkeys(["vid_key", "a1", "a2", "a3", "a4", "a5", "answer"], str)
 
 
-def read_msrvtt_mc(path: Path) -> Iterator[tuple[str, str, list, int]]:
-    """(where, video, options, answer) of each question. The ending tells the form of the file."""
-    columns = MC_COLUMNS.get(path.suffix.lower(), MC_TABLE)
+def load_msrvtt_mc(folder: Folder) -> list[Question]:
+    """MSRVTT-MC's questions. The ending tells the form of the file."""
+    path = folder.file(*MC_FILES)
+    columns = MC_COLUMNS.get(path.suffix, MC_TABLE)
+    questions = []
     for where, row in read_rows(path, columns):
-        name, *options, answer = [row[column] for column in columns]
-        if columns is not MC_TABLE:
-            yield where, name, options[0], answer
-            continue
-        if not answer.strip().isdecimal() or len(answer) > 9:  # int() refuses 4,301 digits
-            raise UserError(f"{where}: answer is {shorten(answer)}, expected a whole number")
-        yield where, name, options, int(answer)
+        name, *options, answer = (row[column] for column in columns)
+        if columns is MC_TABLE:
+            if not answer.strip().isdecimal() or len(answer) > 9:  # int() refuses 4,301 digits
+                raise UserError(f"{where}: answer is {shorten(answer)}, expected a whole number")
+            answer = int(answer)
+        else:
+            (options,) = options
+
+        if name.startswith("msr"):  # msr9770 is video9770
+            name = "video" + name.removeprefix("msr")
+        video = folder.video(without_ending(name) + ".mp4", where)
+        questions.append(check_question(Question(video, options, answer), where))
+    return questions
 
 
 def check_question(question: Question, where: str) -> Question:
     options = question.options
-    if len(options) < 2 or not all(isinstance(option, str) for option in options):
+    if len(options) < 2:
         raise UserError(f"{where}: options must be a list of two or more captions")
     if question.answer not in range(len(options)):
         expected = f"expected 0 … {len(options) - 1}"
@@ -506,22 +464,19 @@ ONE_KA = dict(
         "result"
     ),
 )
-OWN = DataSet(
-    lambda folder, role: read_own(folder.root, role, folder.videos),
-    dict(train=None, val=None, test=None),
-)
+OWN = DataSet(read_own, dict(train=None, val=None, test=None))
 
 DATASETS = {
     "toy": OWN,
     "csv": OWN,
     "msrvtt": DataSet(
-        read_9k,
+        partial(read_1ka, lists=["MSRVTT_train.9k.csv", "train_list_jsfusion.txt"]),
         videos=dict(train=9000, test=1000),
         captions=dict(train=180_000, test=1000),
         **ONE_KA,
     ),
     "msrvtt-7k": DataSet(
-        read_7k,
+        partial(read_1ka, lists=["MSRVTT_train.7k.csv"]),
         videos=dict(train=7010, test=1000),
         captions=dict(train=140_200, test=1000),
         **ONE_KA,

@@ -144,16 +144,18 @@ def read_csv(path: Path, columns: Sequence[str]) -> Rows:
     expected = f"expected {', '.join(columns)}"
     _, first = next(number_lines(path, expected))
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(read_lines(path, expected), strict=True, delimiter=delimiter)
-    header, is_empty = None, True
-    start = 1  # the line where the row begins: a quoted caption may run over several
-    try:
-        for row in reader:
-            where = f"{path}, line {start}"
-            start = reader.line_num + 1
-            if len(row) < 2 and not "".join(row).strip():
-                continue
+    places = []  # of the lines of a row: a quoted caption may run over several
 
+    def lines() -> Iterator[str]:
+        for where, line in number_lines(path, expected):
+            places.append(where)
+            yield line
+
+    header, is_empty = None, True
+    try:
+        for row in csv.reader(lines(), strict=True, delimiter=delimiter):
+            where = places[0]
+            places.clear()
             if header is None:
                 header = [name.strip().lower() for name in row]
                 if missing := [name for name in columns if name.lower() not in header]:
@@ -161,7 +163,6 @@ def read_csv(path: Path, columns: Sequence[str]) -> Rows:
                         f"{where}: the header {first.strip()[:80]!r} has no "
                         f"{' or '.join(missing)}; {expected}"
                     )
-                places = [header.index(name.lower()) for name in columns]
                 continue
 
             if len(row) != len(header):
@@ -170,9 +171,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> Rows:
                     f"(a caption with {delimiter!r} in it stands in double quotes)"
                 )
             is_empty = False
-            yield where, {name: row[place] for name, place in zip(columns, places)}
+            yield where, {name: row[header.index(name.lower())] for name in columns}
     except csv.Error as error:
-        raise UserError(f"{path}, line {start}: not valid csv ({error}); {expected}") from error
+        raise UserError(f"{places[0]}: not valid csv ({error}); {expected}") from error
     if is_empty:
         raise UserError(f"{path}: no samples in it; {expected}")
 
@@ -215,22 +216,12 @@ def read_rows(path: Path, columns: dict[str, type]) -> Rows:
 
 
 def parse_json(text: str, where: str, expected: str):
-    def no_twins(pairs: list) -> dict:
-        """A dict. A key that comes twice would lose the first one's value."""
-        found = {}
-        for name, value in pairs:
-            if name in found:
-                raise UserError(f"{where}: {shorten(name)} stands there twice")
-            found[name] = value
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=no_twins)
-    except json.JSONDecodeError as error:
-        at = f" (line {error.lineno})" if "\n" in text.strip() else ""
-        raise UserError(f"{where}: not valid JSON{at}; {expected}") from error
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON; {expected}") from error
+        line = getattr(error, "lineno", 1)
+        at = f" (line {line})" if line > 1 else ""
+        raise UserError(f"{where}: not valid JSON{at}; {expected}") from error
 
 
 # ---- pickles -------------------------------------------------------------------------------------

@@ -25,14 +25,8 @@ class Task:
     """A gallery, its questions, and what a complete result on it is."""
 
     protocol: str
-    split: Split
+    split: Split  # with the video of each question, too
     questions: list[Question] = field(default_factory=list)
-
-    @property
-    def videos(self) -> list[str]:
-        """Every video once: first those of the gallery, then those that only a question needs."""
-        asked = [question.video for question in self.questions]
-        return list(dict.fromkeys([*self.split.video_paths, *asked]))
 
     def count(
         self, usable: Split, trained_on: TrainedOn, num_questions: int = 0
@@ -42,32 +36,28 @@ class Task:
 
         M is what the protocol has, or, where that is not fixed, what the files list.
         """
-        listed = dict(
-            videos=len(self.videos),
-            captions=len(self.split.captions),
-            questions=len(self.questions),
-        )
-        counts = dict(
-            videos=listed["videos"] - len(usable.broken),
-            captions=len(usable.captions),
-            questions=num_questions,
-        )
+        listed = count_parts(self.split, len(self.questions))
+        counts = count_parts(usable, num_questions)
         official = dict(videos=listed["videos"]) | self.split.official
-        doubts = trained_on.doubts([path for path in self.videos if path not in usable.broken])
+        doubts = trained_on.doubts(usable.video_paths)
 
         # what there are more or fewer of than there should be, and why
-        short = {name: count for name, count in official.items() if counts[name] != count}
+        short = [name for name, count in official.items() if counts[name] != count]
         if short:
             reasons = [f"{count} {kind}" for kind, count in usable.count_broken().items() if count]
             for name, count in official.items():
                 if listed[name] != count:
                     reasons.append(f"the files list {listed[name]:,} {name}")
-            what = ", ".join(
-                f"{counts[name]:,} of {count:,} {name}" for name, count in short.items()
-            )
+            what = ", ".join(f"{counts[name]:,} of {official[name]:,} {name}" for name in short)
             doubts.insert(0, f"{what}: not comparable ({', '.join(reasons)})")
 
         return counts, "; ".join(doubts)
+
+
+def count_parts(split: Split, num_questions: int) -> dict[str, int]:
+    return dict(
+        videos=len(split.video_paths), captions=len(split.captions), questions=num_questions
+    )
 
 
 def load_toy(config) -> Task:
@@ -99,15 +89,14 @@ def load_published(config) -> Task:
     name, root, role = config.task, config.data_root, config.split
     if not root:
         raise UserError(f"--task {name}: needs --data-root FOLDER with annotations and videos")
-    known = DATASETS[name]
-    if name != "msrvtt-mc" or role not in known.videos:  # then it says why there is none
-        split = load_split(name, root, role, videos_root=config.videos_root)
-        return Task(known.protocol, split)
-
-    folder = Folder(root, config.videos_root)
-    official = dict(questions=known.videos[role])
-    split = replace(Split.from_pairs([]), places=folder.places, official=official)
-    return Task(known.protocol, split, load_msrvtt_mc(folder, config.data))
+    split = load_split(name, root, role, videos_root=config.videos_root)
+    questions = []
+    if name == "msrvtt-mc":  # its captions are the answers: no gallery
+        questions = load_msrvtt_mc(Folder(root, config.videos_root))
+        official = dict(questions=split.official["videos"])
+        nothing = dict(captions=[], video_of_caption=split.video_of_caption[:0])
+        split = replace(split, official=official, **nothing)
+    return Task(DATASETS[name].protocol, split, questions)
 
 
 PUBLISHED = ("msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc", "msrvtt-mc")

@@ -23,7 +23,7 @@ import base64
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import cv2
 import jinja2
 import numpy as np
 from einops import rearrange
+from scipy.special import softmax
 
 from cli import write_whole
 from datasets.split import Question, Split
@@ -45,9 +46,7 @@ WORST = 8  # concepts shown of a kind
 KS = np.unique(np.geomspace(1, 1000, 60).astype(int))  # of the figure
 PLAYED = {".mp4", ".m4v", ".mov", ".webm"}  # by browsers, if the codec is one of these:
 CODECS = {"avc1", "h264", "vp08", "VP80", "vp09", "VP90", "av01", "AV01"}
-# low and high: where 95 % of resampled query sets lie (eval.bootstrap)
-COLUMNS = ["", "R@1", "low", "high", "R@5", "R@10", "MdR", "MnR"]
-KIND_COLUMNS = ["wrong options differ in", "right, %", "low", "high", "questions"]
+OTHERS = ["R@5", "R@10", "MdR", "MnR"]  # beside R@1 and its interval (eval.bootstrap)
 DIRECTIONS = {
     "text to video": "t2v",
     "video to text": "v2t",
@@ -97,23 +96,22 @@ def write_report(
     """
     picture.cache_clear()  # files may have changed since the last page
     rng = np.random.default_rng(seed)
-    ranks, points = (results.outcomes.get(name, np.zeros(0)) for name in ("t2v", "mc_accuracy"))
+    nothing = np.zeros(0)
+    ranks = results.outcomes.get("t2v", nothing)
+    points = results.outcomes.get("mc_accuracy", nothing)
 
     def draw(condition, count: int) -> list[int]:
         return rng.permutation(np.flatnonzero(condition))[:count].tolist()
 
     worst = np.argsort(-ranks, kind="stable")[:queries]
     is_worst = np.isin(np.arange(len(ranks)), worst)
-    examples = dict(
-        worst=worst[ranks[worst] > 1],
-        missed=draw(~is_worst & (ranks > 1), queries),
-        found=draw(ranks <= 1, queries),
-        questions=draw(points < 100, queries - 1) + draw(points == 100, 2),
-        describe_query=partial(describe_query, results),
-        describe_question=partial(describe_question, results, record["logit_scale"]),
-    )
+    missed = draw(~is_worst & (ranks > 1), queries)
+    found = draw(ranks <= 1, queries)
+    asked = draw(points < 100, queries - 1) + draw(points == 100, 2)
     if len(ranks):
-        examples |= dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
+        figures = dict(curves=recall_curves(results), concepts=count_concepts(results, cache))
+    else:
+        figures = {}
 
     render(
         "page.html",
@@ -123,12 +121,14 @@ def write_report(
         results=results,
         top=TOP,
         seed=seed,
-        columns=COLUMNS,
-        rank_rows=rank_rows(record),
-        kind_columns=KIND_COLUMNS,
-        kinds=kind_rows(record),
+        ranks=rank_table(record),
+        choices=choice_table(record),
         xs=100 * np.log10(KS),
-        **examples,
+        worst=[describe_query(results, query) for query in worst if ranks[query] > 1],
+        missed=[describe_query(results, query) for query in missed],
+        found=[describe_query(results, query) for query in found],
+        questions=[describe_question(results, record["logit_scale"], i) for i in asked],
+        **figures,
     )
 
 
@@ -204,19 +204,19 @@ def render(template: str, path: str | Path, **values) -> None:
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def rank_rows(record: dict) -> list[list]:
-    """Rows of the table of ranks: a name, then `COLUMNS`."""
-    rows = []
+def rank_table(record: dict) -> list[list]:
+    """The header, then a row per direction."""
+    rows = [["", "R@1", "low", "high", *OTHERS]]
     for name, way in DIRECTIONS.items():
         if f"{way}_R@1" in record:
-            others = [record[f"{way}_{column}"] for column in COLUMNS[4:]]
+            others = [record[f"{way}_{column}"] for column in OTHERS]
             rows.append([name, record[f"{way}_R@1"], *record["intervals"][f"{way}_R@1"], *others])
     return rows
 
 
-def kind_rows(record: dict) -> list[list]:
-    """Rows of the table of multiple choice, as `KIND_COLUMNS`: first of all questions."""
-    rows = []
+def choice_table(record: dict) -> list[list]:
+    """The header, then a row of all questions, and of each kind."""
+    rows = [["wrong options differ in", "right, %", "low", "high", "questions"]]
     for name, points in record["outcomes"].items():
         if name.startswith("mc_accuracy"):
             kind = shown(name.removeprefix("mc_accuracy").removeprefix("_") or "all questions")
@@ -224,25 +224,9 @@ def kind_rows(record: dict) -> list[list]:
     return rows
 
 
-def guess(candidates: int, right: np.ndarray) -> np.ndarray:
-    """R@K of one who ranks at random, percent, for each K of `KS`.
-
-    right [queries]: how many of the n candidates are right answers. The best of them counts, and
-    the others do not compete. So a query fails where the first K of all are wrong, which has the
-    probability Π_{i<K} (n − right − i) / (n − i).
-    """
-    i = np.arange(KS[-1])[:, None]
-    wrong = np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
-    return 100 * (1 - wrong.cumprod(axis=0)).mean(axis=1)[KS - 1]
-
-
 def recall_curves(results: Results) -> dict[str, np.ndarray]:
-    """{"t2v": R@K in percent for each K of `KS`, "guess t2v": that of a guess, the same for v2t}"""
-    captions = np.bincount(results.split.video_of_caption)
-    curves = {
-        "guess t2v": guess(len(results.video_emb), np.ones(1)),
-        "guess v2t": guess(captions.sum(), captions[captions > 0]),
-    }
+    """{"t2v", "v2t": R@K in percent for each K of `KS`; "guess": that of a random ranking}"""
+    curves = dict(guess=np.minimum(100 * KS / len(results.video_emb), 100))
     for way in ("t2v", "v2t"):
         curves[way] = 100 * np.mean(results.outcomes[way][:, None] <= KS, axis=0)
     return curves
@@ -290,19 +274,17 @@ def describe_query(results: Results, query: int) -> dict:
     answers = list(enumerate(np.argsort(-scores, kind="stable")[:TOP], 1))
     if right not in (video for _, video in answers):
         answers.append((rank, right))
-    return dict(rank=rank, right=right, answers=answers, scores=scores)
+    return dict(query=query, rank=rank, right=right, answers=answers, scores=scores)
 
 
 def describe_question(results: Results, scale: float, index: int) -> dict:
     """A question with the probability of each option: the softmax of scale · score."""
     question = results.questions[index]
-    logits = scale * results.option_scores[index]
-    weights = np.exp(logits - logits.max())
-    percents = 100 * weights / weights.sum()
+    percents = 100 * softmax(scale * results.option_scores[index])
     return dict(
         video=(question.video, *results.split.window),
         kind=question.kind,
         answer=question.answer,
-        picked=int(np.argmax(logits)),
+        picked=int(np.argmax(percents)),
         options=list(zip(question.options, percents)),
     )

@@ -1,18 +1,16 @@
 """What was embedded of a folder's videos, kept in one SQLite file.
 
-A row is a video: its path, time and size, and the embeddings of its windows, or the reason why it
-has none. The next search embeds only what is new.
+A row is a video: its path, time and size, and the embeddings of its windows. The next search embeds
+only what is new.
 
 - Each video is one transaction. Whatever kills the process costs the video that was half done.
 - A file is known by path, time and size. If one of them differs, it is another video.
 - A row whose file is gone is left out of the answers. It stays, should its disk come back.
-- A file that does not decode has a row too. It is tried again when it changes. One that could not
-  be read, or took too long, has none: that may be otherwise the next time.
+- A file that cannot be read has no row. The next search tries it again.
 - A checksum finds bits that a disk lost: such a video is embedded again.
 - Vectors of another checkpoint, or of windows of another length, have rows of their own.
 """
 
-import collections
 import contextlib
 import os
 import sqlite3
@@ -44,35 +42,35 @@ class File(NamedTuple):
 def find_videos(folder: Path) -> tuple[list[File], list[str]]:
     """(the video files below the folder, sorted by path; lines that say what cannot be read).
 
-    Names that begin with a dot are left out. Links are followed, but no file comes twice and no
-    loop is endless. Raises UserError where the folder itself cannot be read.
+    Names that begin with a dot are left out. Links are followed, but no folder comes twice, so
+    no loop is endless.
     """
     files, troubles, seen = [], [], set()
-    todo = collections.deque([str(folder)])
-    while todo:
-        path = todo.popleft()
-        real = os.path.realpath(path)
+
+    def note(error: OSError) -> None:
+        place = os.path.relpath(error.filename, folder)
+        troubles.append(f"{place}: cannot be read ({error.strerror})")
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=note):
+        real = os.path.realpath(parent)
         if real in seen:
+            folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
-        try:
-            if os.path.isdir(path):
-                for name in os.listdir(path):
-                    if not name.startswith("."):
-                        entry = os.path.join(path, name)
-                        # links come last, so that a video goes by its own name
-                        (todo.append if os.path.islink(entry) else todo.appendleft)(entry)
-            elif os.path.splitext(path)[1].lower() in SEARCHED:
+        for name in names:
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SEARCHED:
+                continue
+            path = os.path.join(parent, name)
+            try:
                 status = os.stat(path)
-                if stat.S_ISREG(status.st_mode):
-                    place = Path(path).relative_to(folder).as_posix()
-                    files.append(File(place, status.st_mtime_ns, status.st_size))
-        except OSError as error:
-            if path == str(folder):
-                raise UserError(f"--videos {folder}: cannot be read ({error.strerror})") from error
-            place = os.path.relpath(path, folder)
-            troubles.append(f"{place}: cannot be read ({error.strerror})")
+            except OSError as error:
+                note(error)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                place = Path(path).relative_to(folder).as_posix()
+                files.append(File(place, status.st_mtime_ns, status.st_size))
     return sorted(files), troubles
 
 
@@ -80,23 +78,19 @@ def find_videos(folder: Path) -> tuple[list[File], list[str]]:
 
 
 class Record(NamedTuple):
-    """What is known of a video: its W windows, or the reason why there is none."""
+    """The W windows of a video."""
 
-    reason: str  # nothing in it but characters that can be seen
     spans: np.ndarray  # [W, 2] float32: seconds from, to
     emb: np.ndarray  # [W, E] float32, unit norm
-
-    def checksum(self) -> int:
-        return zlib.crc32(self.reason.encode() + self.spans.tobytes() + self.emb.tobytes())
 
 
 class Index:
     """The embeddings by one checkpoint, of windows of one length. Raises nothing but UserError."""
 
     TABLE = """
-        CREATE TABLE IF NOT EXISTS video (
+        CREATE TABLE IF NOT EXISTS windows (
             checkpoint TEXT, window REAL, path BLOB, mtime_ns INTEGER, size INTEGER,
-            reason TEXT, spans BLOB, emb BLOB, checksum INTEGER,
+            spans BLOB, emb BLOB, checksum INTEGER,
             PRIMARY KEY (checkpoint, window, path))
     """
 
@@ -112,7 +106,7 @@ class Index:
     def explain(self):
         try:
             yield
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, TypeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"{self.path}: cannot hold the index ({reason}); make room, delete the file if it "
@@ -122,26 +116,23 @@ class Index:
     def add(self, file: File, record: Record) -> None:
         """Put this video on disk, for good."""
         path, *version = file
-        vectors = (record.spans.tobytes(), record.emb.tobytes(), record.checksum())
-        row = (*self.recipe, os.fsencode(path), *version, record.reason, *vectors)
+        spans, emb = record.spans.tobytes(), record.emb.tobytes()
+        row = (*self.recipe, os.fsencode(path), *version, spans, emb, zlib.crc32(spans + emb))
         with self.explain(), self.database:
-            self.database.execute("REPLACE INTO video VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self.database.execute("REPLACE INTO windows VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def known(self, files: list[File]) -> dict[File, Record]:
-        """What is known of these files, in their order."""
-        rows = {}
-        columns = "path, mtime_ns, size, reason, spans, emb, checksum"
-        query = f"SELECT {columns} FROM video WHERE checkpoint = ? AND window = ?"
+        """The windows of these files, in their order."""
+        found = {}
+        columns = "path, mtime_ns, size, spans, emb, checksum"
+        query = f"SELECT {columns} FROM windows WHERE checkpoint = ? AND window = ?"
         with self.explain():
-            for path, mtime_ns, size, reason, spans, emb, checksum in self.database.execute(
-                query, self.recipe
-            ):
-                spans = np.frombuffer(spans, np.float32).reshape(-1, 2)
-                emb = np.frombuffer(emb, np.float32).reshape(max(1, len(spans)), -1)
-                record = Record(reason, spans, emb)
-                file = File(os.fsdecode(path), mtime_ns, size)
-                if record.checksum() == checksum:
-                    rows[file] = record
-                else:
+            for path, *version, spans, emb, checksum in self.database.execute(query, self.recipe):
+                file = File(os.fsdecode(path), *version)
+                if zlib.crc32(spans + emb) != checksum:
                     print(f"{printable(file.path)}: its row is damaged; it is embedded again")
-        return {file: rows[file] for file in files if file in rows}
+                    continue
+                spans = np.frombuffer(spans, np.float32).reshape(-1, 2)
+                emb = np.frombuffer(emb, np.float32).reshape(len(spans), -1)
+                found[file] = Record(spans, emb)
+        return {file: found[file] for file in files if file in found}

@@ -26,7 +26,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,38 +68,31 @@ UNRELATED = """
 
 
 def decode_windows(path: str, *, num_frames: int, size: int, window: float, scratch: str):
-    """In a process of its own: (spans [W, 2], file of their frames, why the video is broken or "").
+    """In a process of its own: (spans [W, 2], file of their frames), or why there are none (str).
 
-    Or, where the file cannot be read at all, only why (str): it may be otherwise the next time. The
-    frames, uint8 [W, T, H, W, 3], go through a file: a film has gigabytes of them.
+    The frames, uint8 [W, T, H, W, 3], go through a file: a film has gigabytes of them.
     """
-    spans, reason = [], ""
-    with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as scratch_file:
+    spans = []
+    with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
         try:
-            with open(path, "rb") as file:
-                file.read(1)
             for start, end, frames in read_windows(path, num_frames, size=size, window=window):
-                scratch_file.write(frames.data)
+                file.write(frames.data)
                 spans.append((start, end))
-        except VideoError as error:
-            reason = printable(str(error).removeprefix(f"{path}: "))
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-    return np.array(spans, np.float32), scratch_file.name, reason
+        except (VideoError, OSError) as error:
+            return str(error)
+    return np.array(spans, np.float32), file.name
 
 
-def embed_new(
-    model, index: Index, root: Path, todo: list[File], *, window: float
-) -> dict[File, Record]:
-    """Embed these files below `root`, and put each into the index as it comes. Returns them.
+def embed_new(model, index: Index, root: Path, todo: list[File], *, window: float) -> dict:
+    """Embed these files below `root`, and put each into the index as it comes.
 
-    Raises UserError where the model yields NaN, or the index cannot be written.
+    Returns {path: why} of those that cannot be read. Raises UserError where the model yields NaN,
+    or the index cannot be written.
     """
     paths = [str(root / file.path) for file in todo]
     num_frames, size = model.config.num_frames, model.config.image_size
     workers = min(os.cpu_count(), len(todo))
-    nothing = (np.zeros((0, 2), np.float32), np.zeros((0, 0), np.float32))
-    new = {}
+    broken = {}
 
     # frames go from process to process through files, deleted with their folder
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,24 +101,18 @@ def embed_new(
         bar = tqdm(decoded, "embed videos", len(todo), unit="video", disable=not todo)
         with contextlib.closing(decoded):
             for n, found in bar:
-                if not os.path.exists(paths[n]):
-                    continue  # gone meanwhile: not broken, its disk may come back
-                if isinstance(found, str):  # unreadable or too slow: not remembered
-                    reason = printable(found.removeprefix(f"{paths[n]}: "))
-                    new[todo[n]] = Record(reason, *nothing)
+                if isinstance(found, str):
+                    if os.path.exists(paths[n]):  # not gone meanwhile
+                        broken[todo[n].path] = printable(found.removeprefix(f"{paths[n]}: "))
                     continue
 
-                spans, name, reason = found
-                record = Record(reason, *nothing)
-                if not reason:
-                    shape = (len(spans), num_frames, size, size, 3)
-                    frames = np.memmap(name, np.uint8, "r", shape=shape)
-                    record = Record("", spans, embed_windows(model, frames))
+                spans, name = found
+                shape = (len(spans), num_frames, size, size, 3)
+                frames = np.memmap(name, np.uint8, "r", shape=shape)
+                index.add(todo[n], Record(spans, embed_windows(model, frames)))
                 os.unlink(name)
-                index.add(todo[n], record)
-                new[todo[n]] = record
 
-    return new
+    return broken
 
 
 @torch.inference_mode()
@@ -184,7 +171,7 @@ class Library:
     """All windows of all videos in memory, ready for queries."""
 
     def __init__(self, records: dict[File, Record]):
-        """records: of videos, each with windows; at least one."""
+        """records: of one video at least."""
         lengths = [len(record.emb) for record in records.values()]
         self.paths = [file.path for file in records]
         self.first = np.cumsum([0, *lengths])  # [N + 1]: row of its first window
@@ -198,11 +185,8 @@ class Library:
         """
         scores = self.emb @ text_emb  # [W]
         best = np.maximum.reduceat(scores, self.first[:-1])  # [N]
-        top = min(top, len(best))
-        least = np.partition(best, -top)[-top]
-        candidates = np.flatnonzero(best >= least)  # `top`, more where some tie
-        candidates = candidates[np.argsort(-best[candidates], kind="stable")]
-        return [Match(self.paths[n], self.find_moments(n, scores)) for n in candidates[:top]]
+        order = np.argsort(-best, kind="stable")[:top]
+        return [Match(self.paths[n], self.find_moments(n, scores)) for n in order]
 
     def find_moments(self, n: int, scores: np.ndarray) -> list[Moment]:
         """The best windows of the n-th video: `MOMENTS` at most, no two side by side."""
@@ -214,13 +198,28 @@ class Library:
         return [Moment(float(scores[row]), *self.spans[row].tolist()) for row in rows]
 
 
+BATCH_TEXTS = 256
+
+
 @torch.inference_mode()
+def embed_texts(model, tokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """text_emb [n_text, E], float32 on the CPU. Equal captions get equal embeddings."""
+    device = model.logit_scale.device
+    # captions of like lengths together need little padding
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    parts = []
+    for i in range(0, len(distinct), BATCH_TEXTS):
+        batch = distinct[i : i + BATCH_TEXTS]
+        tokens, text_mask = tokenizer.encode_batch(batch, model.config.text_length)  # [B, L]
+        parts.append(model.encode_text(tokens.to(device), text_mask.to(device)).cpu())
+
+    place = {caption: i for i, caption in enumerate(distinct)}
+    return torch.cat(parts)[[place[caption] for caption in captions]]
+
+
 def embed_query(checkpoint: Checkpoint, query: str) -> np.ndarray:
     """[E]. Raises UserError where it is not finite."""
-    model = checkpoint.model
-    tokens, text_mask = checkpoint.tokenizer.encode_batch([query], model.config.text_length)
-    device = model.logit_scale.device
-    text_emb = model.encode_text(tokens.to(device), text_mask.to(device))[0].cpu()
+    text_emb = embed_texts(checkpoint.model, checkpoint.tokenizer, [query])[0]
     check_finite(text_emb, "query embedding")
     return text_emb.numpy()
 
@@ -228,12 +227,9 @@ def embed_query(checkpoint: Checkpoint, query: str) -> np.ndarray:
 def note_limits(checkpoint: Checkpoint, query: str) -> list[str]:
     """What of the query the model does not read, or hardly knows."""
     tokenizer, length = checkpoint.tokenizer, checkpoint.model.config.text_length
-    tokens, notes = tokenizer.encode(query, length + 1), []
-    if len(tokens) > length:
-        last = tokenizer.decode(tokens[: length - 1])[-40:]
-        notes.append(
-            f"the query is long: the model reads its first {length - 2} tokens, up to “{last}”"
-        )
+    notes = []
+    if len(tokenizer.encode(query, length + 1)) > length:
+        notes.append(f"the query is long: the model reads its first {length - 2} tokens")
 
     # frequent words of the training captions are one token each, between start and end
     words = [word for word in split_words(query)[:length] if word.isalpha()]
@@ -307,32 +303,23 @@ def search_folder(checkpoint: Checkpoint, config, out: Path) -> dict:
     place = Path(config.index or Path(config.cache) / "index" / place) / "index.sqlite"
     index = Index(place, checkpoint=checkpoint.sha256, window=config.window)
     known = index.known(files)
-    if config.retry:
-        known = {file: record for file, record in known.items() if not record.reason}
     todo = [file for file in files if file not in known]
-    known |= embed_new(checkpoint.model, index, root, todo, window=config.window)
-
-    found, broken = {}, {}
-    for file in filter(known.get, files):  # by path; without those that are gone meanwhile
-        if known[file].reason:
-            broken[file.path] = known[file].reason
-        else:
-            found[file] = known[file]
-    reasons = [f"{path}: {reason}" for path, reason in broken.items()]
+    broken = embed_new(checkpoint.model, index, root, todo, window=config.window)
+    if todo:
+        known = index.known(files)
+    reasons = [f"{path}: {reason}" for path, reason in sorted(broken.items())]
     print_some("cannot be read: ", reasons)
-    if broken:
-        print(f"{len(broken):,} of them left out; --retry tries all of these again")
-    if not found:
+    if not known:
         raise UserError(
             f"--videos {printable(config.videos)}: nothing to search in; it holds {len(files):,} "
             f"video files, and {len(broken):,} of them cannot be read"
         )
 
-    library = Library(found)
+    library = Library(known)
     facts = dict(
-        videos=len(found),
+        videos=len(known),
         windows=len(library.emb),
-        new=len(found.keys() & set(todo)),
+        new=len(known.keys() & set(todo)),
         checkpoint=str(checkpoint.path),
         index=str(place),
     )

@@ -1,10 +1,11 @@
 """The published data sets: tiny ones in every form, and the real files where they lie beside us."""
 
 import csv
+import functools
 import json
 import pickle
-import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import train
 from cli import UserError
 from data import keep_decodable, load_videos
 from datasets.check import check_dataset
+from datasets.check import main as check_main
 from datasets.published import DATASETS, Folder, load_msrvtt_mc, load_questions, load_split
 from datasets.readers import read_csv
 from datasets.split import Question
-from eval import TASKS, EvalConfig, evaluate
+from eval import EvalConfig, evaluate
 from training.checkpoint import export_checkpoint, load_checkpoint
 from videos.cache import FrameCache
 from videos.decode import write_video
@@ -38,19 +40,33 @@ WORDS = [
 ]
 # the videos of the tiny splits
 NUMBERS = dict(train=range(6), val=range(6, 8), test=range(8, 11))
-KEYS = {f"{d}_{m}" for d in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
 
 
-def noise(number: int, frames: int = 8) -> np.ndarray:
-    """Pixels [frames, 4, 4, 3], others for each number."""
-    return np.random.default_rng(number).integers(0, 256, (frames, 4, 4, 3), np.uint8)
+@functools.cache
+def film_bytes(number: int) -> bytes:
+    """A video of noise, another one for each number."""
+    noise = np.random.default_rng(number).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder, "new.mp4"), noise.repeat(8, 1).repeat(8, 2))
+        return Path(folder, "new.mp4").read_bytes()
+
+
+@functools.cache
+def image_bytes(number: int) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)
+    return cv2.imencode(".jpg", noise)[1].tobytes()
 
 
 def film(path: Path, number: int):
-    """A video of noise under any name."""
+    """A video under any name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path.with_name("new.mp4"), noise(number).repeat(8, 1).repeat(8, 2))
-    path.with_name("new.mp4").rename(path)
+    path.write_bytes(film_bytes(number))
+
+
+def films(pattern: Path):
+    """All eleven; "#" in the path is the number."""
+    for i in range(11):
+        film(Path(str(pattern).replace("#", str(i))), i)
 
 
 def lines(path: Path, *texts: str):
@@ -62,23 +78,17 @@ def captions_of(i: int) -> list[str]:
     return [f"{WORDS[i % 8]} at place {i}", f"{WORDS[(i + 3) % 8]}, take {i}"]
 
 
-def role_of(i: int) -> str:
-    return next(role for role, numbers in NUMBERS.items() if i in numbers)
-
-
 # ---- one builder per form: it leaves in a folder what the authors publish ------------------------
 
 
 def build_msrvtt(root: Path):
-    for i in range(11):
-        film(root / "videos/all" / f"video{i}.mp4", i)
+    films(root / "videos/all/video#.mp4")
     write_msrvtt_lists(root)
     lines(root / "MSRVTT_data.json", msrvtt_document(range(11)))
 
 
 def build_msrvtt_official(root: Path):
-    for i in range(11):
-        film(root / "videos/all" / f"video{i}.mp4", i)
+    films(root / "videos/all/video#.mp4")
     write_msrvtt_lists(root)
     lines(root / "train_val_videodatainfo.json", msrvtt_document(range(8)))
     lines(root / "test_videodatainfo.json", msrvtt_document(range(8, 11)))
@@ -86,21 +96,18 @@ def build_msrvtt_official(root: Path):
 
 def build_msrvtt_clip4clip(root: Path):
     """CLIP4Clip's msrvtt_data.zip and MSRVTT.zip."""
-    for i in range(11):
-        film(root / "MSRVTT_Videos" / f"video{i}.mp4", i)
+    films(root / "MSRVTT_Videos/video#.mp4")
     write_msrvtt_lists(root / "msrvtt_data")
     lines(root / "msrvtt_data/MSRVTT_data.json", msrvtt_document(range(11)))
 
 
 def build_msrvtt_frozen(root: Path):
     """Frozen in Time's MSRVTT.zip, unpacked in the root."""
-    for i in range(11):
-        film(root / "MSRVTT/videos/all" / f"video{i}.mp4", i)
+    films(root / "MSRVTT/videos/all/video#.mp4")
     sentences = []
     for i in range(11):
         sentences += [dict(image_id=f"video{i}", caption=text) for text in captions_of(i)]
-    document = dict(images=[dict(id=f"video{i}") for i in range(11)], annotations=sentences)
-    lines(root / "MSRVTT/annotation/MSR_VTT.json", json.dumps(document))
+    lines(root / "MSRVTT/annotation/MSR_VTT.json", json.dumps(dict(annotations=sentences)))
 
     lists = root / "MSRVTT/high-quality/structured-symlinks"
     lines(lists / "train_list_jsfusion.txt", *(f"video{i}" for i in range(8)))
@@ -119,10 +126,9 @@ def write_msrvtt_lists(root: Path):
 
 
 def msrvtt_document(numbers: range) -> str:
-    official = dict(train="train", val="validate", test="test")
     videos, sentences = [], []
     for i in numbers:
-        split = official[role_of(i)]
+        split = "train" if i < 6 else "validate" if i < 8 else "test"
         videos.append(dict(video_id=f"video{i}", category=3, split=split, url="http://a.org"))
         for j, text in enumerate(captions_of(i)):
             sentences.append(dict(video_id=f"video{i}", caption=text, sen_id=j))
@@ -131,23 +137,18 @@ def msrvtt_document(numbers: range) -> str:
 
 def build_msrvtt_vindlu(root: Path):
     """VindLU's and UMT's json, below a folder of its own; the videos are in another container."""
-    for i in range(11):
-        film(root / "MSRVTT_Videos" / f"video{i}.avi", i)
-    rows = dict(train9k=range(8), test1k=NUMBERS["test"])
-    for name, numbers in rows.items():
-        entries = []
-        for i in numbers:
-            texts = captions_of(i) if name == "train9k" else captions_of(i)[1]
-            entries.append(dict(video=f"video{i}.mp4", caption=texts))
-        lines(root / "anno_downstream" / f"msrvtt_ret_{name}.json", json.dumps(entries))
+    films(root / "MSRVTT_Videos/video#.avi")
+    train_rows = [dict(video=f"video{i}.mp4", caption=captions_of(i)) for i in range(8)]
+    lines(root / "anno_downstream/msrvtt_ret_train9k.json", json.dumps(train_rows))
+    rows = [dict(video=f"video{i}.mp4", caption=captions_of(i)[1]) for i in NUMBERS["test"]]
+    lines(root / "anno_downstream/msrvtt_ret_test1k.json", json.dumps(rows))
 
 
 def build_didemo_vindlu(root: Path):
+    films(root / "DiDeMo_Videos/9@N0_#.mp4")
     for role, numbers in NUMBERS.items():
         entries = [dict(video=f"9@N0_{i}.mp4", caption=captions_of(i)) for i in numbers]
         lines(root / f"didemo_ret_{role}.json", json.dumps(entries))
-    for i in range(11):
-        film(root / "DiDeMo_Videos" / f"9@N0_{i}.mp4", i)
 
 
 def build_msvd(root: Path):
@@ -165,10 +166,9 @@ def build_msvd_json(root: Path):
 
 
 def write_msvd_videos(root: Path):
+    films(root / "YouTubeClips/v#_1_#.avi")
     for role, numbers in NUMBERS.items():
         lines(root / f"{role}_list.txt", *(f"v{i}_1_{i}" for i in numbers))
-    for i in range(11):
-        film(root / "YouTubeClips" / f"v{i}_1_{i}.avi", i)
 
 
 def build_didemo(root: Path):
@@ -239,15 +239,15 @@ def write_images(root: Path):
     for role, folder in dict(train="training", val="validation").items():
         (root / folder).mkdir(parents=True)
         for i in NUMBERS[role]:
-            image = cv2.imencode(".jpg", noise(i)[0].repeat(10, 0).repeat(12, 1))[1]
-            (root / folder / str(zlib.crc32(image_url(i).encode()))).write_bytes(image.tobytes())
+            name = str(zlib.crc32(image_url(i).encode()))
+            (root / folder / name).write_bytes(image_bytes(i))
 
 
 def build_csv(root: Path):
+    films(root / "clips/#.mp4")
     for role, numbers in NUMBERS.items():
         rows = []
         for i in numbers:
-            film(root / "clips" / f"{i}.mp4", i)
             rows += [f'clips/{i}.mp4,"{text}"' for text in captions_of(i)]
         lines(root / f"{role}.csv", "video,caption", *rows)
 
@@ -341,12 +341,8 @@ def test_every_caption_meets_its_video(folders, form):
         assert split.window == ((0.0, 30.0) if dataset == "didemo" else (0.0, None))
 
         # and the file is that video, not another one
-        cache = FrameCache(folders(build) / "check", size=16, num_frames=2)
-        for path, i in zip(split.video_paths, ids):
-            assert Path(path).is_file()
-            if dataset != "cc3m":
-                frame = cache.get(path)[0][2::4, 2::4].astype(int)
-                assert np.abs(frame - noise(i)[2]).mean() < 40
+        content = image_bytes if dataset == "cc3m" else film_bytes
+        assert [Path(path).read_bytes() for path in split.video_paths] == [*map(content, ids)]
 
 
 def test_a_set_without_a_split_says_why():
@@ -359,26 +355,15 @@ def test_a_set_without_a_split_says_why():
             load_split(dataset, "anywhere", role)
 
 
-@pytest.mark.parametrize(
-    "dataset, role, says",
-    [
-        (
-            "msrvtt",
-            "train",
-            "no MSRVTT_train.9k.csv or train_list_jsfusion.txt in it or in its",
-        ),
-        ("msrvtt-full", "test", "no MSRVTT_data.json or test_videodatainfo.json"),
+def test_missing_annotations_are_named(tmp_path):
+    for dataset, role, says in (
+        ("msrvtt", "train", "no MSRVTT_train.9k.csv or train_list_jsfusion.txt in it or in its"),
+        ("msrvtt-full", "test", "no MSRVTT_data.json or MSR_VTT.json or train_val_videodatainfo"),
         ("msvd", "train", "no raw-captions.pkl or captions_msvd.json"),
-        ("didemo", "val", "no val_data.json"),
-        ("lsmdc", "val", "no LSMDC16_annos_val.csv"),
-        ("webvid", "train", "no results_2M_train.csv"),
-        ("cc3m", "val", "no Validation_GCC"),
         ("msrvtt-mc", "test", "no msrvtt_mc_test.jsonl or"),
-    ],
-)
-def test_missing_annotations_are_named(tmp_path, dataset, role, says):
-    with pytest.raises(UserError, match=f"{says}.* annotations/, .*msrvtt_data/"):
-        load_split(dataset, tmp_path, role)
+    ):
+        with pytest.raises(UserError, match=f"{says}.* annotations/, .*msrvtt_data/"):
+            load_split(dataset, tmp_path, role)
 
 
 def test_where_videos_are_found(tmp_path):
@@ -458,47 +443,36 @@ def test_didemo_takes_the_listed_videos_and_30_seconds(folders, tmp_path):
         load_split("didemo", tmp_path, "val")
 
 
-@pytest.mark.parametrize("chosen", [{"video8": 2}, {"video8": 1.0}, {"video8": "x"}, {}], ids=str)
-def test_frozens_caption_numbers_are_checked(folders, tmp_path, chosen):
+def test_frozens_caption_numbers_are_checked(folders, tmp_path):
     (tmp_path / "MSRVTT").symlink_to(folders(build_msrvtt_frozen) / "MSRVTT")
     lines(tmp_path / "val_list_jsfusion.txt", "video8")
-    (tmp_path / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps(chosen))
-    with pytest.raises(UserError, match="val_list_jsfusion.txt, line 1: 'video8' has no caption"):
-        load_split("msrvtt", tmp_path, "test")
+    for chosen in ({"video8": 2}, {"video8": "x"}, {}):
+        (tmp_path / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps(chosen))
+        with pytest.raises(UserError, match="jsfusion.txt, line 1: 'video8' has no caption number"):
+            load_split("msrvtt", tmp_path, "test")
 
 
-TWO_SPLITS = [dict(video_id="v", split="test"), dict(video_id="v", split="train")]
-BAD_CAPTION = dict(videos=TWO_SPLITS[:1], sentences=[dict(video_id="v", caption=3)])
-STRANGER = dict(videos=TWO_SPLITS[:1], sentences=[dict(video_id="w", caption="x")])
-NO_SPLIT = dict(videos=[TWO_SPLITS[0], dict(video_id="w")])
+BAD_CAPTION = dict(
+    videos=[dict(video_id="v", split="test")], sentences=[dict(video_id="v", caption=3)]
+)
+NO_SPLIT = dict(videos=[dict(video_id="w")])
 LATE_ANSWER = [dict(video="video1", caption=["a", "b"], answer=7)]
 NO_ANSWER = dict(qid=0, clip_name="video1", options=["a", "b"])
 MALFORMED = {  # (data set, role, file): (its text, what is said of it), …
     ("msrvtt", "train", "MSRVTT_train.9k.csv"): [
         ("video\nvideo1\n", "line 1: the header 'video' has no video_id"),
         ("video_id\nvideo1\nvideo77\n", "line 3: 'video77' has no caption"),
-        ("video_id\nvideo1\nvideo1\n", "line 3: 'video1' stands there twice"),
-        ("video_id\n", "no samples in it"),
-    ],
-    ("msrvtt", "test", "MSRVTT_JSFUSION_test.csv"): [
-        (
-            "key,vid_key,video_id,sentence\nret0,msr8,video8\n",
-            "line 2: 3 columns, the header has 4; expected key, vid_key, video_id, sentence",
-        ),
     ],
     ("msrvtt-full", "val", "MSRVTT_data.json"): [
         ('{"videos": [\n{]', "not valid JSON .line 2.; expected an object with"),
         ('{"videos": []}', "no entries in it; expected .* video_id, split"),
-        (json.dumps(NO_SPLIT), "videos.1.: the entry has no split; expected video_id, split"),
+        (json.dumps(NO_SPLIT), "videos.0.: the entry has no split; expected video_id, split"),
         (json.dumps(BAD_CAPTION), "sentences.0.: caption is 3, not a text; expected video_id"),
-        (json.dumps(STRANGER), "sentences.0.: 'w' is not among the file's videos"),
-        (json.dumps(dict(videos=TWO_SPLITS)), "videos.1.: v is in two splits"),
     ],
     ("msvd", "test", "captions_msvd.json"): [
-        ('{"a": ["x"], "a": []}', "'a' stands there twice"),
         ("[]", "expected {video: .sentence"),
         ('{"v8_1_8": "x"}', "entry 'v8_1_8': not a list; expected a list of sentences"),
-        ('{"v8_1_8": ["x", 5]}', r"entry 'v8_1_8'\[1\]: a word or sentence is 5"),
+        ('{"v8_1_8": ["x", 5]}', "entry 'v8_1_8': a word or sentence is 5"),
     ],
     ("msvd", "test", "test_list.txt"): [
         ("v8_1_8\n\nv9\n", "line 3: 'v9' has no caption"),
@@ -513,14 +487,6 @@ MALFORMED = {  # (data set, role, file): (its text, what is said of it), …
             "a_0-1\tb\tc\td\te\tf\na b\tc\n",
             "line 2: 2 columns; expected CLIP_ID, START_ALIGNED, .*, SENTENCE, separated by tabs",
         ),
-        ("CLIP\tb\tc\td\te\tf\n", "line 1: CLIP_ID is 'CLIP'"),
-    ],
-    ("webvid", "val", "results_2M_val.csv"): [
-        ("videoid,name\n1,x\n", "line 1: the header .* has no page_dir"),
-    ],
-    ("cc3m", "val", "Validation_GCC-1.1.0-Validation.tsv"): [
-        ("a dog\thttp://x/1\na cat\n", "line 2: 1 columns; expected"),
-        ("a dog\tx\n", "line 1: 'x' is no address"),
     ],
     ("msrvtt-mc", "test", "msrvtt_mc_test.tsv"): [
         ("vid_key\ta1\ta2\ta3\ta4\nx\n", "line 1: the header .* has no a5"),
@@ -542,8 +508,6 @@ WHOLE = {
     "msvd": build_msvd_json,
     "didemo": build_didemo,
     "lsmdc": build_lsmdc,
-    "webvid": build_webvid,
-    "cc3m": build_cc3m,
 }
 
 
@@ -553,7 +517,7 @@ def test_malformed_files_are_refused_with_their_line(folders, tmp_path, place):
     if dataset in WHOLE:
         for path in folders(WHOLE[dataset]).iterdir():
             (tmp_path / path.name).symlink_to(path)
-    (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).unlink()
     for text, says in MALFORMED[place]:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=says) as caught:
@@ -574,13 +538,13 @@ OUTSIDE = {  # (data set, role, file): its text with the name of a video in it
 }
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret", "a/../../b"])
 @pytest.mark.parametrize("place", OUTSIDE, ids=" ".join)
-def test_no_annotation_leaves_the_data_root(tmp_path, place, name):
+def test_no_annotation_leaves_the_data_root(tmp_path, place):
     dataset, role, file = place
-    lines(tmp_path / file, OUTSIDE[place].replace("NAME", name))
-    with pytest.raises(UserError, match=f"{file}, .*: the video .* lies outside of the data root"):
-        load_split(dataset, tmp_path, role)
+    for name in ("/etc/passwd", "../../secret"):
+        lines(tmp_path / file, OUTSIDE[place].replace("NAME", name))
+        with pytest.raises(UserError, match=f"{file}.*: the video .* lies outside of the data"):
+            load_split(dataset, tmp_path, role)
 
 
 # ---- multiple choice -----------------------------------------------------------------------------
@@ -597,24 +561,6 @@ def test_the_three_forms_of_msrvtt_mc_ask_the_same(folders, tmp_path, form):
     assert questions[3].video == video
 
 
-def test_answers_that_count_from_one(tmp_path):
-    path = tmp_path / "other.jsonl"
-    rows = [dict(qid=i, clip_name="video1", options=list("abcde"), answer=i + 1) for i in range(5)]
-    lines(path, *map(json.dumps, rows))
-    assert [question.answer for question in load_msrvtt_mc(Folder(tmp_path), path)] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
-
-    # 0 and 5: neither way of counting
-    lines(path, *map(json.dumps, [*rows, rows[0] | dict(answer=0)]))
-    with pytest.raises(UserError, match="other.jsonl, line 5: answer is 5"):
-        load_msrvtt_mc(Folder(tmp_path), path)
-
-
 def test_questions(tmp_path):
     path = tmp_path / "mc.jsonl"
     good = dict(video="videos/a.mp4", options=["a dog", "a cat"], answer=1, kind="noun")
@@ -622,17 +568,17 @@ def test_questions(tmp_path):
     expected = Question(str(tmp_path / "videos/a.mp4"), ["a dog", "a cat"], 1, "noun")
     assert load_questions(path) == [expected]
 
-    wrongs = [dict(answer=2), dict(answer=True), dict(answer="1"), dict(kind=0)]
-    wrongs += [dict(options=["a"]), dict(options="ab"), dict(options=[1, 2])]
-    for wrong in wrongs:
+    for wrong, says in (
+        (dict(answer=2), "answer is 2"),
+        (dict(answer=True), "answer is True"),
+        (dict(kind=0), "kind is 0"),
+        (dict(options=["a"]), "options must be a list of two or more"),
+        (dict(options="ab"), "options is 'ab'"),
+        (dict(options=[1, 2]), "an option is 1"),
+    ):
         lines(path, json.dumps(good), json.dumps(good | wrong))
-        with pytest.raises(UserError, match=f"mc.jsonl, line 2: {next(iter(wrong))}"):
+        with pytest.raises(UserError, match=f"mc.jsonl, line 2: {says}"):
             load_questions(path)
-
-    del good["answer"]
-    lines(path, json.dumps(good))
-    with pytest.raises(UserError, match="has no answer; expected video, kind, options, answer"):
-        load_questions(path)
 
 
 # ---- is it whole? --------------------------------------------------------------------------------
@@ -672,45 +618,31 @@ def test_check_counts_and_lists_what_is_missing_or_broken(folders, tmp_path):
     assert problems[4][-1] == "its files list 6 captions, the protocol has 27,763"
 
     # empty files are always found, others if the sample holds them
-    drawn = set()
-    for seed in range(8):
-        rows, _ = check_dataset("msvd", tmp_path, sample=1, seed=seed)
-        drawn.add(rows[2]["broken"])
-    assert drawn == {1, 2}
     rows, _ = check_dataset("msvd", tmp_path, sample=0)
-    assert rows[0]["decoded"] == 0
+    assert (rows[0]["decoded"], rows[2]["broken"]) == (0, 1)
 
 
-def check_command(*words):
-    command = [sys.executable, "-m", "datasets.check", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_check_command(folders, tmp_path, monkeypatch, capsys):
+    def check(*words) -> int:
+        monkeypatch.setattr(sys, "argv", ["check", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            check_main()
+        return end.value.code
 
-
-def test_check_command(folders, tmp_path):
     out = tmp_path / "list.csv"
-    done = check_command("csv", "--root", folders(build_csv), "--out", out)
-    assert done.returncode == 0 and "csv: whole" in done.stdout
+    assert check("csv", "--root", folders(build_csv), "--out", out) == 0
+    assert "csv: whole" in capsys.readouterr().out
     assert out.read_text().split() == ["split,status,video,reason"]
 
-    done = check_command("lsmdc", "--root", folders(build_lsmdc), "--sample", 2, "--out", out)
-    assert done.returncode == 1
-    assert "lsmdc: not whole; results on it are not comparable" in done.stdout
+    assert check("lsmdc", "--root", folders(build_lsmdc), "--sample", 2, "--out", out) == 1
+    assert "lsmdc: not whole; results on it are not comparable" in capsys.readouterr().out
     with open(out) as file:
         reasons = [row["reason"] for row in csv.DictReader(file)]
     expected = "its files list 3 {}, the protocol has 1,000"
     assert reasons == [expected.format(what) for what in ("videos", "captions")]
 
 
-def test_check_command_says_what_it_needs():
-    for words, says in (
-        (["msrvtt"], "--root"),
-        (["nothing", "--root", "."], "nothing: no such data set"),
-    ):
-        done = check_command(*words)
-        assert done.returncode == 2 and says in done.stderr
-
-
-# ---- train and evaluate on each ------------------------------------------------------------------
+# ---- train and evaluate --------------------------------------------------------------------------
 
 
 def train_tiny(out: Path, **config):
@@ -731,44 +663,33 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-# the forms differ in what they read, which is tested above: here one of each data set
-@pytest.mark.parametrize("dataset", EXPECTED)
-def test_train_and_evaluate(folders, tmp_path, cache, dataset):
-    build, _ = BUILDERS[dataset]
-    root, run, out = folders(build), tmp_path / "run", tmp_path / "eval"
-    checkpoint = train_tiny(run, dataset=dataset, data_root=str(root), cache=cache)
-    assert checkpoint.step == 2 and checkpoint.config["dataset"] == dataset
-    has_val = "validation" in (run / "log.jsonl").read_text()
-    assert has_val == ("val" in DATASETS[dataset].videos)
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory, cache):
+    """The folder of a run on MSR-VTT's 9k list."""
+    folder = tmp_path_factory.mktemp("run")
+    train_tiny(folder, dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache)
+    assert "validation" not in (folder / "log.jsonl").read_text()  # 1k-A has none
+    return folder
 
-    task = "msrvtt" if dataset == "msrvtt-7k" else dataset
-    if task not in TASKS:
-        assert task in ("webvid", "cc3m")  # for training only
-        return
-    sim_file = tmp_path / "sim.npz"
-    record = evaluate_tiny(run, task, root, cache, out=str(out), sim_out=str(sim_file))
-    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == record
-    assert KEYS <= set(record)
-    captions = sum(len(EXPECTED[dataset](i, "test")) for i in NUMBERS["test"])
+
+@pytest.mark.parametrize("task", ["msrvtt", "msrvtt-full", "msvd", "didemo", "lsmdc"])
+def test_evaluate(folders, tmp_path, cache, run, task):
+    build, _ = BUILDERS[task]
+    record = evaluate_tiny(run, task, folders(build), cache, out=str(tmp_path))
+    captions = sum(len(EXPECTED[task](i, "test")) for i in NUMBERS["test"])
     counts = [record[name] for name in ("videos", "captions", "missing", "broken")]
     assert counts == [3, captions, 0, 0]
-    assert record["protocol"].startswith(DATASETS[task].protocol)
-    assert record["checkpoint_sha256"] == checkpoint.sha256
+    assert record["protocol"].startswith(DATASETS[task].protocol) and "t2v_R@1" in record
 
     official = f"3 of {DATASETS[task].videos['test']:,} videos"
     assert record["note"].startswith(official)
     assert "comparable (the files list 3" in record["note"]
-    assert official in (out / "report.html").read_text(encoding="utf-8")
-    saved = np.load(sim_file)
-    assert saved["sim"].shape == (captions, 3)
-    assert len(json.loads(str(saved["captions"]))) == captions
+    assert official in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache):
+def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache, run):
     """By the names of the videos, from whichever data set and container they come."""
-    checkpoint = train_tiny(
-        tmp_path / "first", dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache
-    )
+    checkpoint = load_checkpoint(run)
     assert len(checkpoint.trained_on.names) == 8
     assert checkpoint.trained_on.counts == {"msrvtt": [8, 9000]}
     lines(tmp_path / "own.csv", "video,caption", *(f"video{i}.avi,a dog" for i in range(6, 9)))
@@ -777,26 +698,25 @@ def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache):
 
     # what a run starts from counts too, and fewer weights do not forget
     own = dict(dataset="csv", data=str(folders(build_csv) / "train.csv"))
-    train_tiny(tmp_path / "then", init=str(tmp_path / "first"), cache=cache, **own)
+    train_tiny(tmp_path / "then", init=str(run), cache=cache, **own)
     export_checkpoint(tmp_path / "then", tmp_path / "small.safetensors")
-    for run in (tmp_path / "first", tmp_path / "small.safetensors"):
-        data = str(tmp_path / "own.csv")
-        config = EvalConfig(checkpoint=str(run), task="csv", data=data, device="cpu", cache=cache)
-        note = evaluate(config)["note"]
-        assert "2 of these 3 videos bear names that it was trained on: not comparable" in note
-        assert "trained on 8 of 9,000 videos of msrvtt" in note
+    config = EvalConfig(task="csv", data=str(tmp_path / "own.csv"), device="cpu", cache=cache)
+    config.checkpoint = str(tmp_path / "small.safetensors")
+    note = evaluate(config)["note"]
+    assert "2 of these 3 videos bear names that it was trained on: not comparable" in note
+    assert "trained on 8 of 9,000 videos of msrvtt" in note
     record = evaluate_tiny(tmp_path / "then", "msrvtt", folders(build_msrvtt), cache)
     assert record["trained_videos"] == {"msrvtt": [8, 9000], "csv": [6, 6]}
     assert "bear names" not in record["note"]
 
 
-def test_the_official_number_is_comparable(folders, tmp_path, cache, monkeypatch):
+def test_the_official_number_is_comparable(folders, tmp_path, cache, run, monkeypatch):
     """The same tiny set with a protocol of its size: no note. With a video less: N of M."""
-    root, run = folders(build_lsmdc), tmp_path / "run"
+    root = folders(build_lsmdc)
     monkeypatch.setitem(DATASETS["lsmdc"].videos, "test", 3)
     monkeypatch.setitem(DATASETS["lsmdc"].captions, "test", 3)
-    train_tiny(run, dataset="lsmdc", data_root=str(root), cache=cache)
-    assert evaluate_tiny(run, "lsmdc", root, cache)["note"] == ""
+    note = "trained on 8 of 9,000 videos of msrvtt"
+    assert evaluate_tiny(run, "lsmdc", root, cache)["note"] == note
     assert (run / "eval-lsmdc-test/metrics.json").is_file()
 
     copy_files(root, tmp_path)
@@ -804,26 +724,21 @@ def test_the_official_number_is_comparable(folders, tmp_path, cache, monkeypatch
         film_folder = lsmdc_clip(i)[:13]
         (tmp_path / film_folder).symlink_to(root / film_folder)
     record = evaluate_tiny(run, "lsmdc", tmp_path, cache, max_broken=0.5)
-    assert record["note"] == "2 of 3 videos, 2 of 3 captions: not comparable (1 missing)"
+    assert record["note"] == f"2 of 3 videos, 2 of 3 captions: not comparable (1 missing); {note}"
 
 
-def test_msrvtt_mc_is_accuracy_only(folders, tmp_path, cache):
+def test_msrvtt_mc_is_accuracy_only(folders, tmp_path, cache, run):
     build_mc(tmp_path, "tsv")
     (tmp_path / "videos").symlink_to(folders(build_msrvtt) / "videos")
-    run, out = tmp_path / "run", tmp_path / "eval"
-    train_tiny(run, dataset="msrvtt", data_root=str(folders(build_msrvtt)), cache=cache)
-    sim_file = tmp_path / "sim.npz"
-    record = evaluate_tiny(run, "msrvtt-mc", tmp_path, cache, out=str(out), sim_out=str(sim_file))
+    out = tmp_path / "eval"
+    record = evaluate_tiny(run, "msrvtt-mc", tmp_path, cache, out=str(out))
     assert 0 <= record["mc_accuracy"] <= 100
     assert not [name for name in record if name.startswith(("t2v", "v2t", "mc_accuracy_"))]
     assert [record[name] for name in ("videos", "captions", "questions")] == [3, 0, 4]
     assert "4 of 2,990 questions: not comparable (the files list 4 questions)" in record["note"]
 
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "Multiple choice" in page
-    assert "Text to video" not in page
-    saved = np.load(sim_file)
-    assert saved["option_scores"].shape == (4, 5) and saved["answers"].tolist() == [4, 4, 4, 0]
+    assert "Multiple choice" in page and "Text to video" not in page
     with pytest.raises(UserError, match="--dsl: 0 captions"):
         evaluate_tiny(run, "msrvtt-mc", tmp_path, cache, out=str(out), dsl=True)
 
@@ -833,9 +748,8 @@ def test_command_lines_name_what_they_need(tmp_path):
         ("msvd", "--dataset msvd: needs --data-root"),
         ("csv", "--dataset csv: needs --data FILE"),
     ):
-        command = [sys.executable, "train.py", "--dataset", dataset, "--out", tmp_path / "run"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+        with pytest.raises(UserError, match=says):
+            train_tiny(tmp_path / "run", dataset=dataset)
 
 
 def test_videos_and_images_train_together_from_one_frame_on(tmp_path, cache):
@@ -900,26 +814,9 @@ def test_the_real_captions_by_both_readers(role, count):
 
 
 @needs_clips
-def test_the_real_clips_are_checked_and_evaluated(tmp_path, cache):
+def test_the_real_clips_are_checked():
     rows, problems = check_dataset("msrvtt-full", CLIPS, sample=20)
     names = ("listed", "missing", "broken", "decoded")
     found = [[row[name] for name in names] for row in rows]
     assert found == [[3151, 0, 0, 20], [244, 0, 0, 20], [0, 0, 0, 0]]
     assert {status for _, status, _, _ in problems} == {"count"}
-
-    document = json.loads((CLIPS / "MSRVTT_data.json").read_text())
-    chosen = []
-    for part in ("train", "validate"):
-        chosen += [video for video in document["videos"] if video["split"] == part][:12]
-    names = {video["video_id"] for video in chosen}
-    sentences = [sentence for sentence in document["sentences"] if sentence["video_id"] in names]
-    lines(tmp_path / "MSRVTT_data.json", json.dumps(dict(videos=chosen, sentences=sentences)))
-    (tmp_path / "videos").symlink_to((CLIPS / "videos").resolve())
-
-    run = tmp_path / "run"
-    train_tiny(run, dataset="msrvtt-full", data_root=str(tmp_path), cache=cache)
-    record = evaluate_tiny(
-        run, "msrvtt-full", tmp_path, cache, split="val", out=str(tmp_path / "eval")
-    )
-    assert [record[name] for name in ("videos", "captions", "missing")] == [12, 240, 0]
-    assert record["note"].startswith("12 of 497 videos, 240 of 9,940 captions: not comparable")

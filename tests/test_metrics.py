@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,13 +16,7 @@ from eval import (
     retrieval_ranks,
     similarity,
     summarize,
-    values_per_query,
 )
-
-
-def ranked(text_emb, video_emb, video_of_text):
-    return summarize(retrieval_ranks(text_emb, video_emb, video_of_text))
-
 
 KEYS = {f"{d}_{m}" for d in ("t2v", "v2t") for m in ("R@1", "R@5", "R@10", "MdR", "MnR")}
 
@@ -33,20 +28,19 @@ def brute_force_ranks(sim, video_of_text):
     def rank(right, wrong):
         return 1 + sum(1.0 if s > right else 0.5 if s == right else 0.0 for s in wrong)
 
-    t2v = [
-        rank(sim[i][video_of_text[i]], [sim[i][j] for j in range(n_video) if j != video_of_text[i]])
-        for i in range(n_text)
-    ]
-    v2t, grouped = [], []
+    t2v, v2t, grouped = [], [], []
+    for row, right in zip(sim, video_of_text):
+        t2v.append(rank(row[right], [s for j, s in enumerate(row) if j != right]))
     for j in range(n_video):
-        mine = [i for i in range(n_text) if video_of_text[i] == j]
-        wrong = [sim[i][j] for i in range(n_text) if video_of_text[i] != j]
+        column = [row[j] for row in sim]
+        mine = [s for s, video in zip(column, video_of_text) if video == j]
+        wrong = [s for s, video in zip(column, video_of_text) if video != j]
         if mine:
-            v2t.append(min(rank(sim[i][j], wrong) for i in mine))
+            v2t.append(min(rank(s, wrong) for s in mine))
             best = {}  # of each video
-            for i in range(n_text):
-                best[video_of_text[i]] = max(best.get(video_of_text[i], sim[i][j]), sim[i][j])
-            grouped.append(rank(best[j], [best[g] for g in best if g != j]))
+            for s, video in zip(column, video_of_text):
+                best[video] = max(best.get(video, s), s)
+            grouped.append(rank(best.pop(j), best.values()))
     several = dict(v2t_grouped=grouped) if len(v2t) < n_text else {}
     return dict(t2v=t2v, v2t=v2t) | several
 
@@ -63,65 +57,46 @@ def brute_force_metrics(sim, video_of_text):
 
 
 def unit_rows(n, width, seed):
-    return torch.nn.functional.normalize(
-        torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1
-    )
+    return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 # ---- by hand -------------------------------------------------------------------------------------
 
 
 def test_one_caption_a_video_by_hand():
-    sim = np.array(
-        [
-            [0.9, 0.1, 0.2],  # right video first:            rank 1
-            [0.8, 0.3, 0.3],  # one better, one tie:          rank 2.5
-            [0.4, 0.5, 0.6],
-        ]
-    )  # first:                        rank 1
+    sim = [
+        [0.9, 0.1, 0.2],  # right video first: rank 1
+        [0.8, 0.3, 0.3],  # one better, one tie: rank 2.5
+        [0.4, 0.5, 0.6],  # first: rank 1
+    ]
     metrics = retrieval_metrics(sim, [0, 1, 2])
-    assert set(metrics) == KEYS and all(type(value) is float for value in metrics.values())
-    assert metrics["t2v_R@1"] == pytest.approx(200 / 3)
-    assert (
-        metrics["t2v_R@5"] == 100
-        and metrics["t2v_MdR"] == 1
-        and metrics["t2v_MnR"] == pytest.approx(1.5)
-    )
+    t2v = {"t2v_R@1": 200 / 3, "t2v_R@5": 100, "t2v_R@10": 100, "t2v_MdR": 1, "t2v_MnR": 1.5}
     # columns: .9 leads; .3 loses to .5; .6 leads
-    assert metrics["v2t_R@1"] == pytest.approx(200 / 3) and metrics["v2t_MnR"] == pytest.approx(
-        4 / 3
-    )
+    v2t = {"v2t_R@1": 200 / 3, "v2t_R@5": 100, "v2t_R@10": 100, "v2t_MdR": 1, "v2t_MnR": 4 / 3}
+    assert metrics == pytest.approx(t2v | v2t)
+    assert all(type(value) is float for value in metrics.values())
 
 
 def test_several_captions_by_hand():
     """Video 0 has captions 0, 1, 2; video 1 has caption 3; video 2 has none."""
-    sim = np.array(
-        [
-            [0.2, 0.9, 0.1],  # video 0 loses to video 1:         2
-            [0.7, 0.1, 0.8],  # video 0 loses to video 2:         2
-            [0.7, 0.0, 0.0],  # first:                            1
-            [0.5, 0.4, 0.4],
-        ]
-    )  # one better, one tie:              2.5
+    sim = [
+        [0.2, 0.9, 0.1],  # video 0 loses to video 1: 2
+        [0.7, 0.1, 0.8],  # video 0 loses to video 2: 2
+        [0.7, 0.0, 0.0],  # first: 1
+        [0.5, 0.4, 0.4],  # one better, one tie: 2.5
+    ]
     metrics = retrieval_metrics(sim, [0, 0, 0, 1])
-    assert (
-        metrics["t2v_MnR"] == pytest.approx(7.5 / 4)
-        and metrics["t2v_MdR"] == 2
-        and metrics["t2v_R@1"] == 25
-    )
+    assert (metrics["t2v_MnR"], metrics["t2v_MdR"], metrics["t2v_R@1"]) == (7.5 / 4, 2, 25)
     # video 0: its best caption (.7, twice: they do not compete) against .5 -> 1
     # video 1: .4 against .9 -> 2;  video 2 asks nothing
-    assert metrics["v2t_R@1"] == 50 and metrics["v2t_MnR"] == 1.5
+    assert (metrics["v2t_MnR"], metrics["v2t_R@1"]) == (1.5, 50)
 
 
 def test_constant_scores_as_chance():
-    metrics = retrieval_metrics(np.full((1000, 1000), 0.3, dtype=np.float32), np.arange(1000))
+    metrics = summarize(retrieval_ranks(np.ones((1000, 7)), np.ones((1000, 7)), np.arange(1000)))
     for way in ("t2v", "v2t"):
-        assert (
-            metrics[f"{way}_R@10"] == 0 and metrics[f"{way}_MdR"] == metrics[f"{way}_MnR"] == 500.5
-        )
-    embedded = ranked(np.ones((50, 7)) / 3, np.ones((50, 7)) / 3, np.arange(50))
-    assert embedded == retrieval_metrics(np.zeros((50, 50)), np.arange(50))
+        assert metrics[f"{way}_R@10"] == 0
+        assert metrics[f"{way}_MdR"] == metrics[f"{way}_MnR"] == 500.5
 
 
 # ---- against the definition ----------------------------------------------------------------------
@@ -139,50 +114,38 @@ def test_agrees_with_brute_force(data):
     assert retrieval_metrics(sim, video_of_text) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("tile", [3, 64, 1000])
+@pytest.mark.parametrize("tile", [3, 1000])
 def test_tiles_do_not_change_a_single_rank(tile, monkeypatch):
     """Duplicated captions and videos, several captions a video, silent videos: bit for bit."""
     monkeypatch.setattr("eval.TILE", tile)
     rng = np.random.default_rng(0)
     video = unit_rows(61, 33, 0)[torch.from_numpy(rng.integers(0, 61, 83))]
     video_of_text = rng.integers(0, 70, 211)  # videos 70..82 have no caption
-    text = torch.nn.functional.normalize(video[video_of_text] + 0.4 * unit_rows(211, 33, 1), dim=1)
+    text = F.normalize(video[video_of_text] + 0.4 * unit_rows(211, 33, 1), dim=1)
     text[5], text[200] = text[6], text[6]
-    sim = similarity(text, video)
     found = retrieval_ranks(text, video, video_of_text)
-    expected = brute_force_ranks(sim.tolist(), video_of_text.tolist())
+    expected = brute_force_ranks(similarity(text, video).tolist(), video_of_text.tolist())
     assert {way: ranks.tolist() for way, ranks in found.items()} == expected
     assert any(rank % 1 for rank in expected["t2v"]), "no tie: the test lost its point"
-    metrics = ranked(text, video, video_of_text)
-    assert metrics == retrieval_metrics(sim, video_of_text)
 
 
-def test_scores_are_exact_whatever_the_order():
+def test_scores_are_exact_whatever_the_order_and_scale():
     text, video = 3 * unit_rows(64, 768, 0), unit_rows(64, 768, 1) / 5
-    sim, order = (
-        similarity(text, video),
-        torch.randperm(768, generator=torch.Generator().manual_seed(0)),
-    )
+    sim = similarity(text, video)
+    order = torch.randperm(768, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sim, similarity(text[:, order], video[:, order]))
     assert torch.equal(sim[3:4, 7:8], similarity(text, video[:8])[3:4, 7:8])
+    assert torch.equal(sim, similarity(1024 * text, video / 1024))
     exact = text.double() @ video.double().T
     assert (sim - exact).abs().max() < (text @ video.T - exact).abs().max()  # nearer than fp32
-
-
-def test_scale_of_embeddings_does_not_matter():
-    text, video = unit_rows(50, 16, 0), unit_rows(50, 16, 1)
-    expected = ranked(text, video, range(50))
-    assert ranked(1024 * text, video / 4096, range(50)) == expected
 
 
 def test_arrays_tensors_lists_and_types_agree():
     sim = np.random.default_rng(0).integers(-8, 8, (12, 5)).astype(np.float32) / 8
     video_of_text = np.arange(12) % 5
     expected = retrieval_metrics(sim, video_of_text)
-    locked = np.asfortranarray(sim)
-    locked.flags.writeable = False
     tensors = torch.tensor(sim, requires_grad=True), torch.tensor(sim).bfloat16()
-    for other in (sim.tolist(), locked, sim.astype(np.float16), *tensors):
+    for other in (sim.tolist(), np.asfortranarray(sim), sim.astype(np.float16), *tensors):
         assert retrieval_metrics(other, torch.from_numpy(video_of_text)) == expected
 
 
@@ -193,16 +156,12 @@ def test_dual_softmax_by_hand():
     """Video 0 pleases both captions; that caption 0 wants it more leaves video 1 to caption 1."""
     sim = torch.tensor([[0.9, 0.2], [0.7, 0.6]], dtype=torch.float64)
     assert retrieval_metrics(sim, [0, 1])["t2v_R@1"] == 50
-    share = lambda a, b: np.exp(10 * a) / (np.exp(10 * a) + np.exp(10 * b))  # noqa: E731
-    assert 0.7 * share(0.7, 0.9) < 0.6 * share(0.6, 0.2)  # 0.08 < 0.59: row 1 turns around
     metrics = summarize(dual_softmax_ranks(sim, [0, 1], scale=10.0))
-    assert (
-        set(metrics) == {f"dsl_{key}" for key in KEYS}
-        and metrics["dsl_t2v_R@1"] == metrics["dsl_v2t_R@1"] == 100
-    )
+    assert set(metrics) == {f"dsl_{key}" for key in KEYS}
+    assert metrics["dsl_t2v_R@1"] == metrics["dsl_v2t_R@1"] == 100
 
 
-@pytest.mark.parametrize("scale", [0.0, 5.0, 100.0])
+@pytest.mark.parametrize("scale", [0.0, 100.0])
 def test_dual_softmax_agrees_with_its_definition(scale):
     rng = np.random.default_rng(0)
     text, video = unit_rows(23, 8, 0), unit_rows(9, 8, 1)
@@ -215,8 +174,8 @@ def test_dual_softmax_agrees_with_its_definition(scale):
     for way, axis in (("t2v", 0), ("v2t", 1)):
         scores = sim * weights / weights.sum(axis=axis, keepdims=True)
         # to 12 digits: two ways to compute exp may differ in the last
-        rounded = [[float(f"{score:.11e}") for score in row] for row in scores.tolist()]
-        found = brute_force_metrics(rounded, video_of_text.tolist())
+        rounded = np.vectorize(lambda score: float(f"{score:.11e}"))(scores)
+        found = brute_force_metrics(rounded.tolist(), video_of_text.tolist())
         expected |= {f"dsl_{key}": value for key, value in found.items() if key.startswith(way)}
     ranks = dual_softmax_ranks(torch.from_numpy(sim), video_of_text, scale)
     assert summarize(ranks) == pytest.approx(expected)
@@ -225,14 +184,16 @@ def test_dual_softmax_agrees_with_its_definition(scale):
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_scores_are_refused(bad):
     sim = np.eye(4)
     sim[2, 1] = bad
     with pytest.raises(UserError, match="sim: NaN or infinity"):
         retrieval_metrics(sim, range(4))
     with pytest.raises(UserError, match="video embeddings: NaN or infinity"):
-        ranked(np.eye(4), sim, range(4))
+        retrieval_ranks(np.eye(4), sim, range(4))
+    with pytest.raises(UserError, match="multiple choice: NaN"):
+        multiple_choice_points(sim, [0] * 4)
 
 
 @pytest.mark.parametrize("video_of_text", [[0, 1], [0, 1, 5], [0, -1, 2], []])
@@ -241,28 +202,17 @@ def test_impossible_pairs_are_refused(video_of_text):
         retrieval_metrics(np.eye(3), video_of_text)
 
 
-# ---- multiple choice -----------------------------------------------------------------------------
+# ---- multiple choice, and how sure a number is ---------------------------------------------------
 
 
 def test_multiple_choice_by_hand():
-    scores = np.array([[0.9, 0.1, 0.2], [0.5, 0.6, 0.4], [0.3, 0.3, 0.1], [0.1, 0.2, 0.3]])
+    scores = [[0.9, 0.1, 0.2], [0.5, 0.6, 0.4], [0.3, 0.3, 0.1], [0.1, 0.2, 0.3]]
     points = multiple_choice_points(scores, [0, 0, 1, 2], ["noun", "verb", "verb", "noun"])
     # a tie of two: half
-    assert summarize(points) == {
-        "mc_accuracy": 62.5,
-        "mc_accuracy_noun": 100,
-        "mc_accuracy_verb": 25,
-    }
-
-
-def test_multiple_choice_of_a_constant_model_is_chance():
-    points = multiple_choice_points(torch.ones(40, 5), np.arange(40) % 5)
-    assert summarize(points) == {"mc_accuracy": 20}
-    with pytest.raises(UserError, match="multiple choice: NaN"):
-        multiple_choice_points([[0, np.nan]], [0])
-
-
-# ---- how sure a number is ------------------------------------------------------------------------
+    expected = {"mc_accuracy": 62.5, "mc_accuracy_noun": 100, "mc_accuracy_verb": 25}
+    assert summarize(points) == expected
+    constant = multiple_choice_points(torch.ones(40, 5), np.arange(40) % 5)
+    assert summarize(constant) == {"mc_accuracy": 20}
 
 
 def test_bootstrap_agrees_with_its_definition():
@@ -272,11 +222,3 @@ def test_bootstrap_agrees_with_its_definition():
     means = [values[rng.integers(0, 300, 300)].mean() for _ in range(4000)]
     assert bootstrap(values) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.5)
     assert bootstrap(np.full(9, 100.0)) == [100, 100]
-
-
-def test_the_mean_of_each_query_is_the_metric():
-    outcomes = retrieval_ranks(unit_rows(90, 8, 0), unit_rows(30, 8, 1), np.arange(90) % 30)
-    outcomes |= multiple_choice_points(np.random.default_rng(0).random((20, 5)), np.zeros(20, int))
-    metrics = summarize(outcomes)
-    for name, values in values_per_query(outcomes).items():
-        assert values.mean() == pytest.approx(metrics[name])

@@ -22,35 +22,19 @@ ROWS = [
 ]
 
 
-def as_csv() -> str:
-    lines = ["video,length,caption"]
-    for video, caption in ROWS:
-        quoted = caption.replace('"', '""')
-        lines.append(f'{video},3,"{quoted}"')
-    return "\n\n".join(lines)  # with blank lines
-
-
-def as_jsonl() -> str:
-    lines = [json.dumps(dict(video=video, caption=text, more=[1])) for video, text in ROWS]
-    return "\n".join(lines) + "\n"
-
-
-def as_json() -> str:
-    """As VindLU and UMT have it; a caption may be a list."""
-    rows = [dict(video=video, caption=[text]) for video, text in ROWS]
-    return json.dumps(rows, indent=1)
-
-
+CSV = [f'{video},3,"{caption.replace(chr(34), 2 * chr(34))}"' for video, caption in ROWS]
+CSV = "\n\n".join(["video,length,caption", *CSV])  # with blank lines
 SAME = {
-    "own.csv": as_csv(),
-    "semicolons.csv": as_csv()
-    .replace("video,length,caption", "Video;Length; Caption")
-    .replace(",3,", ";3;"),
-    "tabs.csv": as_csv()
-    .replace("video,length,caption", "VIDEO\tlength\tcaption")
-    .replace(",3,", "\t3\t"),
-    "own.jsonl": as_jsonl(),
-    "own.json": as_json(),
+    "own.csv": CSV,
+    "semicolons.csv": CSV.replace("video,length,caption", "Video;Length; Caption").replace(
+        ",3,", ";3;"
+    ),
+    "tabs.csv": CSV.replace("video,length,caption", "VIDEO\tlength\tcaption").replace(
+        ",3,", "\t3\t"
+    ),
+    "own.jsonl": "\n".join(json.dumps(dict(video=v, caption=text, more=[1])) for v, text in ROWS),
+    # as VindLU and UMT have it; a caption may be a list
+    "own.json": json.dumps([dict(video=v, caption=[text]) for v, text in ROWS], indent=1),
 }
 
 
@@ -64,16 +48,14 @@ def test_all_forms_say_the_same(tmp_path, name, text):
     assert split.video_of_caption.dtype == np.int64
 
 
-@pytest.mark.parametrize("dataset", ["toy", "csv"])
-@pytest.mark.parametrize("role", ["train", "val", "test"])
-def test_a_folder_holds_its_splits(tmp_path, dataset, role):
-    (tmp_path / f"{role}.csv").write_text(f"video,caption\nv.mp4,{role}\n")
-    assert load_split(dataset, tmp_path, role).captions == [role]
+def test_a_folder_holds_its_splits(tmp_path):
+    for role in ("train", "val", "test"):
+        (tmp_path / f"{role}.csv").write_text(f"video,caption\nv.mp4,{role}\n")
+        assert load_split("csv", tmp_path, role).captions == [role]
 
 
 BAD_CSV = [  # content, what is said of it
     (b"", "the file is empty"),
-    (b" \n\n", "the file is empty"),
     (b"video,caption\n", "no samples"),
     (b"path,text\na.mp4,b\n", "line 1: the header 'path,text' has no video or caption"),
     (
@@ -81,7 +63,6 @@ BAD_CSV = [  # content, what is said of it
         "line 3: 1 columns, the header has 2; expected video, caption",
     ),
     (b"video,caption\na.mp4,a dog, running\n", "line 2: 3 columns"),
-    (b"video,caption\n,\n", "line 2: video is empty"),
     (b'video,caption\na.mp4,x\na.mp4,"open\n' + b"b.mp4,y\n" * 9, "line 3: not valid csv"),
     (b"video,caption\na.mp4,x\nb.mp4,caf\xe9\n", "line 3: not UTF-8"),
     (b"video,caption\n ,x\n", "line 2: video is empty"),
@@ -94,7 +75,6 @@ BAD_JSONL = [
     (b"[" * 100_000, "line 1: not valid JSON"),
     (b'{"video": "a"}\n', "line 1: the entry has no caption; expected video, caption"),
     (b'{"video": "a", "caption": "x\\ud800"}\n', "line 1: caption holds half of a character"),
-    (b'{"video": "a", "caption": "b", "video": "c"}\n', "line 1: 'video' stands there twice"),
     (
         b'{"video": "a\\n.mp4", "caption": "b"}\n',
         "line 1: the video 'a\\n.mp4' has control characters",
@@ -130,9 +110,7 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     path = tmp_path / "long.csv"
     path.write_bytes(b"video,caption\n" + b"a.mp4,x\n" * 1000 + b"b.mp4,\xff\n")
     rows = read_csv(path, ["video", "caption"])
-    for _ in range(1000):
-        where, _ = next(rows)
-    assert where == f"{path}, line 1001"
+    assert [next(rows)[0] for _ in range(1000)][-1] == f"{path}, line 1001"
     with pytest.raises(UserError, match="line 1002: not UTF-8"):
         next(rows)
 
@@ -174,32 +152,19 @@ def test_with_a_root_paths_are_relative_to_it(tmp_path):
 # ---- pickles -------------------------------------------------------------------------------------
 
 
-def pickle_of_python2(value) -> bytes:
-    """What Python 2's pickle.dump(value, protocol=2) writes of dicts, lists and byte strings."""
-
-    def body(value):
-        if isinstance(value, dict):
-            return b"}(" + b"".join(body(key) + body(part) for key, part in value.items()) + b"u"
-        if isinstance(value, list):
-            return b"](" + b"".join(map(body, value)) + b"e"
-        return b"U" + bytes([len(value)]) + value
-
-    return b"\x80\x02" + body(value) + b"."
-
-
 def test_texts_of_python_2_become_text(tmp_path):
-    path = tmp_path / "old.pkl"
-    words = {b"v_1_2": [[b"a", b"caf\xc3\xa9"], [b"caf\xe9"]], b"w": [[b"x"]]}
-    path.write_bytes(pickle_of_python2(words))
-    assert pickle.loads(path.read_bytes(), encoding="bytes") == words  # the helper is right
-    assert read_pickle(path, "") == {"v_1_2": [["a", "café"], ["café"]], "w": [["x"]]}
+    """{"v": ["caf\\xc3\\xa9", "caf\\xe9"]}: one text in UTF-8, one in Latin-1."""
+    old = b"\x80\x02}(U\x01v](U\x05caf\xc3\xa9U\x04caf\xe9eu."
+    (tmp_path / "old.pkl").write_bytes(old)
+    assert pickle.loads(old, encoding="bytes") == {b"v": [b"caf\xc3\xa9", b"caf\xe9"]}
+    assert read_pickle(tmp_path / "old.pkl", "") == {"v": ["café", "café"]}
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_texts_of_every_protocol(tmp_path, protocol):
+def test_texts_of_every_protocol(tmp_path):
     captions = {"v": [["Ünï", "猫"]]}
-    (tmp_path / "new.pkl").write_bytes(pickle.dumps(captions, protocol))
-    assert read_pickle(tmp_path / "new.pkl", "") == captions
+    for protocol in range(6):
+        (tmp_path / "new.pkl").write_bytes(pickle.dumps(captions, protocol))
+        assert read_pickle(tmp_path / "new.pkl", "") == captions
 
 
 def test_a_pickle_runs_no_code(tmp_path):

@@ -1,20 +1,26 @@
-"""README.md and docs/: every command that a reader may type is run here as it is written, on tiny
+r"""README.md and docs/: every command that a reader may type is run here as it is written, on tiny
 data.
 
 A command is what stands after `python` in an indented line or between backquotes. `STORIES` holds
-each of them, with the words that make it small; a command that is missing there, or that no page
-has any more, fails a test. The few that cannot run in seconds say where they do run.
+each of them; a command that is missing there, or that no page has any more, fails a test:
+
+    $ a command              + words added here, which make it small
+    = what it must leave or print            an indented line goes on with the one above
+
+The commands of a story need each other. `ELSEWHERE` are the few that cannot run in seconds: where
+they run instead (a file, and what stands there). Commands run in this process, one after the other:
+thirty starts of Python with PyTorch would take minutes.
 """
 
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_clip import MERGES, openai_file
 from test_datasets import build_msrvtt
 
@@ -22,141 +28,141 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 SMALL = "--steps 2 --eval-every 1 --batch-size 8 --workers 1"
 
-# {what is told: [(command, words added here, what it must leave or print)]}; a story's commands
-# need each other
-STORIES = {
-    "one minute": [
-        ('knowledge.py "two dogs chase a ball"', "", "chase ball"),
-        ("eval.py --task toy", "--data . --out results/toy", "results/toy/report.html"),
-    ],
-    "own videos": [
-        (
-            "train.py --dataset csv --data train.csv --val-data val.csv --out runs/mine",
-            SMALL,
-            "runs/mine/curves.png",
-        ),
-        (
-            "eval.py --task csv --data val.csv --checkpoint runs/mine",
-            "--out results/mine",
-            "results/mine/metrics.json",
-        ),
-        (
-            "eval.py --task search --videos FOLDER --query "
-            '"a dog runs on the beach" --checkpoint runs/mine',
-            "",
-            "train",
-        ),
-        (
-            "-m bench.latent",
-            "base=runs/mine all=runs/mine --data . --out pictures --batch-size 16",
-            "pictures/latent-map.png",
-        ),
-    ],
-    "benchmarks": [
-        ("-m datasets.check msrvtt --root MSRVTT --out problems.csv", "", "problems.csv"),
-        (
-            "train.py --dataset msrvtt --data-root MSRVTT --preset small --out runs/9k",
-            SMALL + " --num-frames 2",
-            "runs/9k/curves.png",
-        ),
-        (
-            "eval.py --task msrvtt --data-root MSRVTT --checkpoint runs/9k",
-            "--out results",
-            "not comparable",
-        ),
-    ],
-    "from CLIP": [
-        ("-m training.clip FOLDER", "", "OpenAI layout"),
-        (
-            "eval.py --task msrvtt --data-root MSRVTT --checkpoint FOLDER",
-            "--out zero",
-            "never trained on videos",
-        ),
-        (
-            "train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr "
-            "1e-4",
-            SMALL + " --num-frames 2 --out runs/clip",
-            "runs/clip/curves.png",
-        ),
-    ],
-    "benches": [
-        ("-m bench.knowledge", "--million 0.001", "ms CPU"),
-        ("-m bench.toyworld --train 1500", "--train 20", "videos/s"),
-        ("-m bench.data --repeats 3", "--captions 0.01 --repeats 1", "cache"),
-    ],
-    "more benches": [
-        ("-m bench.search --toy cache/toy", "--toy .", "20 other scenes claim a match"),
-        (
-            "-m bench.search --videos 20000 --presets toy --queries 10",
-            "--videos 200 --queries 2 --presets toy",
-            "128",
-        ),
-        (
-            "-m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1",
-            "--batch 8 --chunks 0,4 --frames 4",
-            "4",
-        ),
-        ("-m bench.eval --toy cache/toy", "--toy .", "CPU s, of which embedding"),
-        ("-m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1", "--sizes 300", "300"),
-        ("-m bench.contrastive --device cpu --sizes 16384", "--sizes 256 --dim 32", "256"),
-        ("-m bench.scaling", "", "GFLOP"),
-        ("-m bench.text", "--functions clean", "clean"),
-        ("-m bench.open_clip", "", "50"),
-        (
-            "-m bench.shards --batch 16 --run-steps 16",
-            "--samples 200 --shards 2 --links 2 --steps 10 --run-steps 4 --clips 10 --batch 8 "
-            "--rounds 1 --out shards.jsonl",
-            "share_of_waiting",
-        ),
-    ],
-    "against transformers": [
-        (
-            "-m bench.clip --layers L --batch 1",
-            "--frames 1 --rounds 1 --captions 50",
-            "transformers",
-        ),
-    ],
-}
-ELSEWHERE = {  # where it runs instead: a file, and what stands there
-    "train.py": (".ci/run", "train, shortened"),
-    "-m pytest": (".ci/run", "pytest"),
-    'train.py --dataset shards --data "WEBVID/{00000..02480}.tar::CC3M/{00000..00331}.tar" '
-    '--val-data "WEBVID-VAL/{00000..00004}.tar" --preset base --gpus 8 --workers 12 --cache-gb '
-    "500": (
-        "tests/test_shards.py",
-        "def test_ranks_share_the_index_and_the_batches(",
-    ),
-    "-m bench.knowledge_width --captions train.csv": ("docs/kernel.md", "one run, seed 0"),
-    "-m bench.gpu": ("tests/test_kernels_aot.py", "def test_the_gpu_session_runs_what_a_cpu_can("),
-    "train.py --seed $seed --out runs/toy-$seed": ("bench/results/toy-seed0.json", "commit"),
-    "eval.py --compare A B": ("tests/test_eval.py", "def test_two_results_side_by_side("),
-    "eval.py --compare runs/toy-0 runs/toy-1": (
-        "tests/test_eval.py",
-        "def test_two_results_side_by_side(",
-    ),
-    "train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12 "
-    "--gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6 "
-    "--weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt": (
-        "docs/finetune.md",
-        "**Not run**",
-    ),
-    "-m bench.ablation --seeds 5 --split test -- --num-frames 4 --steps 400 --eval-every 100": (
-        "tests/test_ablation.py",
-        "def test_a_real_run_leaves_its_line(",
-    ),
-    "-m bench.ablation --table": (
-        "tests/test_ablation.py",
-        "def test_the_page_says_what_the_records_say(",
-    ),
-    "-m bench.real_features": ("tests/test_real_features.py", "run_all("),
-    "-m bench.real_features --table": (
-        "tests/test_ablation.py",
-        "def test_the_page_says_what_the_records_say(",
-    ),
-    "-m bench.scaling --measure": ("docs/scaling.md", "one run"),
-    "-m bench.tile_walk": ("docs/kernel.md", "tile_walk.svg"),
-    "-m bench.aot": ("tests/test_kernels_aot.py", "aot"),
-}
+STORIES = f"""
+# one minute
+$ knowledge.py "two dogs chase a ball"
+= chase ball
+$ eval.py --task toy
++ --data . --out results/toy
+= results/toy/report.html
+
+# own videos
+$ train.py --dataset csv --data train.csv --val-data val.csv --out runs/mine
++ {SMALL}
+= runs/mine/curves.png
+$ eval.py --task csv --data val.csv --checkpoint runs/mine
++ --out results/mine
+= results/mine/metrics.json
+$ eval.py --task search --videos FOLDER --query "a dog runs on the beach" --checkpoint runs/mine
+= train
+$ -m bench.latent
++ base=runs/mine all=runs/mine --data . --out pictures --batch-size 16
+= pictures/latent-map.png
+
+# benchmarks
+$ -m datasets.check msrvtt --root MSRVTT --out problems.csv
+= problems.csv
+$ train.py --dataset msrvtt --data-root MSRVTT --preset small --out runs/9k
++ {SMALL} --num-frames 1
+= runs/9k/curves.png
+$ eval.py --task msrvtt --data-root MSRVTT --checkpoint runs/9k
++ --out results
+= not comparable
+
+# from CLIP
+$ -m training.clip FOLDER
+= OpenAI layout
+$ eval.py --task msrvtt --data-root MSRVTT --checkpoint FOLDER
++ --out zero
+= never trained on videos
+$ train.py --dataset msrvtt --data-root MSRVTT --init FOLDER --encoder-lr 1e-6 --lr 1e-4
++ {SMALL} --num-frames 2 --out runs/clip
+= runs/clip/curves.png
+
+# benches
+$ -m bench.knowledge
++ --million 0.001 --captions train.csv
+= ms CPU
+$ -m bench.toyworld --train 1500
++ --train 20
+= videos/s
+$ -m bench.data --repeats 3
++ --captions 0.01 --repeats 1 --clips 1
+= cache
+$ -m bench.search --toy cache/toy
++ --toy .
+= 20 other scenes claim a match
+$ -m bench.search --videos 20000 --presets toy --queries 10
++ --videos 200 --queries 2 --presets toy
+= 128
+$ -m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1
++ --batch 8 --chunks 0,4 --frames 4
+= 4
+$ -m bench.eval --toy cache/toy
++ --toy .
+= CPU s, of which embedding
+$ -m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1
++ --sizes 300
+= 300
+$ -m bench.contrastive --device cpu --sizes 16384
++ --sizes 256 --dim 32
+= 256
+$ -m bench.scaling
+= GFLOP
+$ -m bench.text
++ --functions clean
+= clean
+$ -m bench.open_clip
+= 50
+$ -m bench.shards --batch 16 --run-steps 16
++ --samples 200 --shards 2 --links 2 --steps 10 --run-steps 4 --clips 10 --batch 8 --rounds 1
+  --out shards.jsonl
+= share_of_waiting
+
+# against transformers
+$ -m bench.clip --layers L --batch 1
++ --frames 1 --rounds 1 --captions 50
+= transformers
+"""
+ELSEWHERE = """
+$ train.py
+= .ci/run: train, shortened
+$ -m pytest
+= .ci/run: pytest
+$ train.py --dataset shards --data "WEBVID/{00000..02480}.tar::CC3M/{00000..00331}.tar"
+  --val-data "WEBVID-VAL/{00000..00004}.tar" --preset base --gpus 8 --workers 12 --cache-gb 500
+= tests/test_shards.py: def test_ranks_share_the_index_and_the_batches(
+$ -m bench.knowledge_width --captions train.csv
+= docs/kernel.md: one run, seed 0
+$ -m bench.gpu
+= tests/test_extras.py: def test_the_gpu_session_runs_what_a_cpu_can(
+$ train.py --seed $seed --out runs/toy-$seed
+= bench/results/toy-seed0.json: commit
+$ eval.py --compare A B
+= tests/test_eval.py: def test_two_results_side_by_side(
+$ eval.py --compare runs/toy-0 runs/toy-1
+= tests/test_eval.py: def test_two_results_side_by_side(
+$ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-frames 12
+  --gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6
+  --weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt
+= docs/finetune.md: **Not run**
+$ -m bench.ablation --seeds 5 --split test -- --num-frames 4 --steps 400 --eval-every 100
+= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
+$ -m bench.ablation --table
+= tests/test_ablation.py: def test_the_page_says_what_the_records_say(
+$ -m bench.real_features
+= tests/test_real_features.py: run_all(
+$ -m bench.real_features --table
+= tests/test_ablation.py: def test_the_page_says_what_the_records_say(
+$ -m bench.scaling --measure
+= docs/scaling.md: one run
+$ -m bench.tile_walk
+= docs/kernel.md: tile_walk.svg
+$ -m bench.aot
+= tests/test_kernels_aot.py: aot
+"""
+
+
+def read_commands(story: str) -> list[dict[str, str]]:
+    """One {"$": command, "+": words, "=": result} per command."""
+    found = []
+    for line in re.sub(r"\n  +", " ", story).splitlines():
+        mark, _, rest = line.partition(" ")
+        if mark == "$":
+            found.append({"+": ""})
+        if found and line:
+            found[-1][mark] = rest
+    return found
 
 
 def commands_of(page: Path) -> set[str]:
@@ -171,15 +177,13 @@ def commands_of(page: Path) -> set[str]:
 def test_every_command_of_the_pages_is_known_here():
     pages = {ROOT / "README.md", *ROOT.glob("docs/*.md")} - {ROOT / "docs" / "LOG.md"}  # history
     told = set.union(*map(commands_of, pages))
-    assert told == {command for story in STORIES.values() for command, _, _ in story} | set(
-        ELSEWHERE
-    )
+    assert told == {command["$"] for command in read_commands(STORIES + ELSEWHERE)}
 
 
-@pytest.mark.parametrize("command", ELSEWHERE)
-def test_what_cannot_run_here_runs_elsewhere(command):
-    file, word = ELSEWHERE[command]
-    assert word in (ROOT / file).read_text(encoding="utf-8")
+def test_what_cannot_run_here_runs_elsewhere():
+    for command in read_commands(ELSEWHERE):
+        file, _, word = command["="].partition(": ")
+        assert word in (ROOT / file).read_text(encoding="utf-8"), command["$"]
 
 
 @pytest.fixture(scope="module")
@@ -196,53 +200,47 @@ def place(tiny_world, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("story", STORIES)
-def test_the_commands_do_what_the_page_says(story, place):
-    if story == "against transformers":
-        pytest.importorskip(
-            "transformers", reason="transformers, which is compared with, is not installed"
-        )
-    folder = place / ("weights" if story == "from CLIP" else "videos")  # what FOLDER is
-    for command, small, left in STORIES[story]:
-        if command == "-m bench.knowledge" and not SHARED.is_dir():
+def run_command(words: list[str], monkeypatch) -> int:
+    """What `python` would do with these words; the exit status."""
+    monkeypatch.setattr(sys, "argv", [words[0], *words[2 if words[0] == "-m" else 1 :]])
+    torch.set_grad_enabled(True)  # a bench may have turned it off
+    try:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("story", STORIES.split("\n# ")[1:], ids=lambda story: story.split("\n")[0])
+def test_the_commands_do_what_the_page_says(story, place, monkeypatch, capfd):
+    if story.startswith("against transformers"):
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for what a bench starts itself
+    folder = place / ("weights" if story.startswith("from CLIP") else "videos")
+    for command in read_commands(story):
+        if command["$"] == "-m bench.knowledge" and not SHARED.is_dir():
             continue  # the captions that it scores are in ../shared
-        words = [
-            str(folder) if word == "FOLDER" else "1" if word == "L" else word
-            for word in shlex.split(f"{command} {small}")
-        ]
-        script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
-        done = subprocess.run(
-            [sys.executable, *script],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-        )
-        incomplete = command.startswith(
-            "-m datasets.check"
-        )  # MSRVTT has 11 videos, and the status says so
-        assert done.returncode == incomplete, (
-            f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-        assert left in done.stdout or (place / left).is_file(), f"{command}: {done.stdout[-2000:]}"
+        words = shlex.split(f"{command['$']} {command['+']}")
+        stands_for = {"FOLDER": str(folder), "L": "1"}
+        status = run_command([stands_for.get(word, word) for word in words], monkeypatch)
+
+        shown = capfd.readouterr().out
+        # MSRVTT has 11 videos, and the status says so
+        assert status == command["$"].startswith("-m datasets.check"), f"{command['$']}: {shown}"
+        assert command["="] in shown or (place / command["="]).is_file(), f"{command['$']}: {shown}"
 
 
-def test_the_lines_of_python_embed_a_video(place, tmp_path):
+def test_the_lines_of_python_embed_a_video(place, tmp_path, monkeypatch, capsys):
     """The README's lines, with the shipped weights and a video that is there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text[text.index("    from data import open_cache") :].split("\n\nThe benchmarks")[0]
-    lines = [line[4:] for line in block.splitlines() if line.startswith("    ")]
-    code = "\n".join(
-        lines[: lines.index("print(similarity(text_emb, video_emb))  # [2, 1], cosines") + 1]
-    )
-    video = next((place / "videos").glob("test_*.mp4"))
+    block = text[text.index("    from data import open_cache") :]
+    code = block[: block.index("\n\nFrom other folders")].replace("\n    ", "\n").strip()
     code = code.replace("runs/mine", str(ROOT / "weights" / "toy.safetensors"))
-    code = code.replace("clip.mp4", str(video))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
-    )
-    assert done.returncode == 0 and done.stdout.count("[") == 3, done.stderr
+    code = code.replace("clip.mp4", str(next((place / "videos").glob("test_*.mp4"))))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.count("[") == 3

@@ -11,7 +11,7 @@ import pytest
 
 from datasets.split import Question, Split
 from eval import multiple_choice_points, outcome_facts, retrieval_ranks, summarize
-from report.page import KS, Results, guess, picture, shown, write_report
+from report.page import Results, picture, shown, write_report
 from videos.decode import write_video
 
 EVIL = (
@@ -56,14 +56,12 @@ def videos(tmp_path_factory):
 
 
 def make_page(
-    folder, videos, captions, *, embed=None, questions=(), note="", broken=None, **kwargs
+    folder, videos, captions, *, sim=None, questions=(), note="", broken=None, **kwargs
 ) -> str:
-    """A page of one caption a video.
-
-    embed: the similarity of caption and video. By default, neighbours are confused.
-    """
+    """A page of one caption a video. sim: by default, neighbours are confused."""
     n = len(captions)
-    sim = np.eye(n) + 1.2 * np.diag(np.arange(n - 1) % 2, k=1) if embed is None else embed
+    if sim is None:
+        sim = np.eye(n) + 1.2 * np.diag(np.arange(n - 1) % 2, k=1)
     split = Split(videos[:n], list(captions), np.arange(n), broken or {})
     outcomes = retrieval_ranks(sim, np.eye(n), np.arange(n))
     scores = np.tile([0.1, 0.9, 0.3, 0.2, 0.0], (len(questions), 1))
@@ -115,12 +113,8 @@ def test_page_needs_nothing_from_outside(page, videos):
             assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg")
     assert linked <= {f"file://{video}" for video in videos} and len(linked) > 6
     assert not re.search("url\\(|@import|https?:", page)
-    policy = [
-        attributes["content"] for _, attributes in parsed.elements if "http-equiv" in attributes
-    ]
-    assert policy == [
-        "default-src 'none'; img-src data:; media-src file:; style-src 'unsafe-inline'"
-    ]
+    policy = "default-src 'none'; img-src data:; media-src file:; style-src 'unsafe-inline'"
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in parsed.elements
 
 
 def test_browsers_play_what_they_can_decode_in_place(videos, tmp_path):
@@ -139,54 +133,24 @@ def test_browsers_play_what_they_can_decode_in_place(videos, tmp_path):
 def test_page_can_be_read_by_all(page):
     parsed = Page(page)
     images = [attributes for tag, attributes in parsed.elements if tag == "img"]
-    tags = [tag for tag, _ in parsed.elements]
     assert len(images) > 30
     assert all(image["alt"].strip() and image["width"] and image["height"] for image in images)
-    assert ("html", {"lang": "en"}) in parsed.elements and tags.count("h1") == 1
+    assert ("html", {"lang": "en"}) in parsed.elements
     for tag, attributes in parsed.elements:
         assert tag != "th" or attributes["scope"] in ("row", "col")
     assert "prefers-color-scheme: dark" in page and "max-width: 640px" in page
     # never by colour alone
     for words in ("✓ right", "✗ wrong", "◀ chosen", "✓ answered right", "✗ answered wrong"):
         assert words in parsed.text
-
-
-def test_a_page_says_nothing_that_is_empty(page):
-    assert "None" not in page and "[0.0" not in page and "(empty" not in page
-    assert "training seed" not in page and "torch 2" in page
+    # nothing that is empty
+    assert "None" not in page and "[0.0" not in page and "training seed" not in page
+    assert "torch 2" in page
 
 
 def test_pictures_are_jpegs_of_four_moments_and_a_page_of_noise_stays_small(page, videos):
     jpeg = base64.b64decode(picture(videos[1]))
     assert cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR).shape == (208, 208, 3)
     assert page.count("<img") > 50 and len(page.encode()) < 3_000_000
-
-
-def test_colours_have_contrast(page):
-    """Text colours reach WCAG AA (4.5 : 1) on both of their backgrounds, in both themes."""
-
-    def luminance(code):
-        code = code if len(code) == 6 else "".join(2 * c for c in code)
-        channels = [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
-
-    themes = re.findall(r":root \{([^}]*)\}", page)
-    assert len(themes) == 2
-    for theme in themes:
-        colours = {name: luminance(code) for name, code in re.findall(r"--(\w+): #(\w+)", theme)}
-        for text, grounds in dict(
-            ink=("bg", "card", "bar", "warn"),
-            soft=("bg", "card"),
-            ok=("bg", "card", "bar"),
-            no=("card",),
-            blue=("bg", "card"),
-        ).items():
-            for ground in grounds:
-                low, high = sorted((colours[text], colours[ground]))
-                assert (high + 0.05) / (low + 0.05) >= 4.5, (
-                    f"{text} on {ground}: {(high + 0.05) / (low + 0.05):.2f}"
-                )
 
 
 def test_hostile_captions_and_paths_stay_text(videos, tmp_path):
@@ -211,17 +175,10 @@ def test_long_lists_are_folded(videos, tmp_path):
     assert folded.count("<li>") == 1000 and "… and 200 more" in folded
 
 
-@pytest.mark.parametrize(
-    "text, seen",
-    [
-        ("a  b\n\tc", "a b c"),
-        ("\x07", "\\u0007"),
-        ("x" * 500, "x" * 220 + " …"),
-        ("", ""),
-    ],
-)
-def test_shown(text, seen):
-    assert shown(text) == seen
+def test_text_is_shown_on_one_line():
+    assert shown("a  b\n\tc") == "a b c"
+    assert shown("\x07") == "\\u0007"
+    assert shown("x" * 500) == "x" * 220 + " …"
 
 
 def test_misses_come_first_and_the_worst_before_others(videos, tmp_path):
@@ -229,7 +186,7 @@ def test_misses_come_first_and_the_worst_before_others(videos, tmp_path):
     sim[np.diag_indices(12)] = 0.5
     sim[3, [0, 1, 2, 5, 6, 7]] = 0.75  # the video of caption 3 stands at rank 7
     sim[4, [0]] = 0.75  # that of caption 4 at rank 2
-    page = make_page(tmp_path, videos, CAPTIONS, embed=sim, queries=1)
+    page = make_page(tmp_path, videos, CAPTIONS, sim=sim, queries=1)
     titles = ("Missed by most", "Missed", "Taken for", "Found", "The run")
     places = [page.index(f"<h2>{title}</h2>") for title in titles]
     assert places == sorted(places)
@@ -244,26 +201,12 @@ def test_what_is_taken_for_what_is_counted(videos, tmp_path):
     captions = ["a dog chases a cat", "a cat chases a dog", "a horse sleeps", "a pig sleeps"]
     sim = np.eye(4)
     sim[0, 1] = sim[2, 3] = sim[3, 2] = 2  # roles swapped; horse and pig mixed up
-    page = make_page(tmp_path, videos, captions, embed=sim)
+    page = make_page(tmp_path, videos, captions, sim=sim)
     text = Page(page[page.index("<h2>Taken for") - 9 : page.index("<h2>Found") - 9]).text
     lines = {line.replace("\xa0", " ") for line in text.splitlines()}
     assert {"horse10.0pig × 1", "pig10.0horse × 1"} <= lines  # noun, captions, R@1, taken for
     assert {"sleep20.0", "chase250.0"} <= lines  # the verb is in both
     assert "chase cat10.0chase dog × 1" in lines and "chase dog1100.0" in lines
-
-
-def test_a_guess_of_several_captions_is_what_random_ranks_reach():
-    rng, counts = np.random.default_rng(0), np.array([1, 2, 5, 20] * 5)
-    n, hits = counts.sum(), np.zeros((400, 50))
-    for trial in hits:
-        order = rng.permutation(np.repeat(np.arange(20), counts))
-        for video in range(20):
-            best = np.flatnonzero(order == video)[0]  # no caption of its own stands before
-            trial[best:] += 5
-    seen = KS[KS <= 50]
-    assert guess(n, counts)[: len(seen)] == pytest.approx(hits.mean(axis=0)[seen - 1], abs=2)
-    one_right = dict(zip(KS.tolist(), guess(8, np.ones(3))))
-    assert [one_right[k] for k in (1, 4, 8, 1000)] == pytest.approx([12.5, 50, 100, 100])
 
 
 def test_unreadable_video_does_not_stop_the_page(videos, tmp_path):
