@@ -159,24 +159,9 @@ QUESTIONS = {
 def test_damaged_questions(name, tmp_path):
     path = tmp_path / name
 
-<<<<<<< HEAD
     def read():
         is_own = name == "q.jsonl"
         questions = load_questions(path) if is_own else load_msrvtt_mc(Folder(tmp_path), path)
-=======
-    @quick
-    @given(damaged(QUESTIONS[name]))
-    def check(content):
-        path.write_bytes(content)
-        try:
-            if name == "q.jsonl":
-                questions = load_questions(path)
-            else:
-                questions = load_msrvtt_mc(Folder(tmp_path))
-        except UserError as error:
-            one_line(error)
-            return
->>>>>>> help2-e
         pairs = []
         for question in questions:
             assert 0 <= question.answer < len(question.options)
@@ -219,17 +204,6 @@ def test_pickles_of_plain_data_in_odd_shapes(data, tmp_path):
     one_line(error.value)
 
 
-<<<<<<< HEAD
-=======
-def test_a_number_of_five_thousand_digits(tmp_path):
-    path = tmp_path / "msrvtt_mc_test.tsv"
-    path.write_bytes(QUESTIONS["msrvtt_mc_test.tsv"].replace(b"\t3\n", b"\t" + b"9" * 5000 + b"\n"))
-    with pytest.raises(UserError, match="answer is '999") as error:
-        load_msrvtt_mc(Folder(tmp_path))
-    one_line(error.value)
-
-
->>>>>>> help2-e
 # ---- what this code wrote itself, and a disk or a stranger changed -------------------------------
 
 
