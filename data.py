@@ -15,20 +15,22 @@ and B - 1 wrong ones, and these are what the other samples of the batch say. In 
 dog chases a cat" meets "a man plays the guitar": any single word tells them apart. Whether the
 model knows who chases whom is asked only when "a cat chases a dog" is in the same batch. Among
 thousands of captions chance almost never puts it there. `KnowledgeBatchSampler` does: part of each
-batch are groups of samples that share much knowledge. The rest stays random.
+batch are groups of samples that the model mixes up and knowledge calls different. The rest stays
+random.
 
 **Decoded once, or while training.** Where the frames of all videos fit into the cache,
 `keep_decodable` decodes them before the first step, and `read_batches` finds them there. Where they
 do not (2.5 million videos take 6 TB), it lets processes decode them. Both see the same pixels.
 
-Everything random is a pure function of (seed, epoch, sample). A resumed run, or one on another
-number of processes, sees the same batches and the same frames. No picture is flipped or turned:
-captions say "left" and "upside down".
+Everything random is a pure function of (seed, epoch, sample), and which samples meet, of the model
+at the start of the epoch. A resumed run, or one on another number of processes, sees the same
+batches and the same frames. No picture is flipped or turned: captions say "left" and "upside down".
 
     python data.py FILE.csv     a random and a guided batch (without a file: of made-up captions)
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import sys
@@ -46,7 +48,7 @@ from captions.tokenizer import Tokenizer
 from cli import UserError, run
 from datasets.published import load_split
 from datasets.split import Split
-from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids
+from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids, unit_rows
 from videos.cache import FrameCache, Want
 from videos.decode import VideoError, frame_indices
 from videos.workers import guard, prefetch
@@ -268,230 +270,132 @@ class BatchReader:
 
 
 class KnowledgeBatchSampler:
-    """Batches in which groups of samples share knowledge; every sample at most once per epoch.
+    """Batches in which groups of samples are hard to tell apart; each at most once per epoch.
 
-    An epoch is planned as a whole, by sorting. Nothing of size N × N is ever made. The steps, one
-    method each:
+    An epoch is planned as a whole, one method a step:
 
-    1. `plan`                a shuffle; from batch `guided_from` of the run on with groups
-    2. `sort_as_dictionary`  sort the samples so that neighbours in the list share concepts
-    3. `group_neighbours`    in each stretch of neighbours: an anchor, and what shares most with it
-    4. `deal`                the groups go evenly to the batches, all other samples fill the rest
+    1. `plan`          a shuffle. Some samples become anchors, and the caller names for each anchor
+                       its hardest captions: those that the model mixes up with its own
+    2. `drop_true`     knowledge says which of them are no negatives: what a caption says may be
+                       true of the anchor's video, too
+    3. `make_groups`   an anchor and the hardest of what is left
+    4. `deal`          the groups go evenly to the batches, all other samples fill the rest
 
-    Overlap here is that of nouns and verbs (weights = ConceptVocab.word_idf). What shares every
-    word with "a dog chases a cat" and says something else is "a cat chases a dog", its hardest
-    negative. By κ "a cow chases a cat" is nearer, since it shares the relation too; groups by κ
-    hold even fewer such pairs than random batches do (docs/LOG.md). Paper: "knowledge-guided
-    sampling" of "hard negatives" is all that the abstract says; the way is our own.
+    Paper: "knowledge-guided sampling" of "hard negatives" is all that the abstract says; the way is
+    our own. Groups of captions that share most words, without a model, teach less (docs/LOG.md).
     """
-
-    STRETCH = 64  # neighbours that a group is chosen from: more find higher overlaps, and cost more
-    LETTERS = 12  # concepts of a sample that planning looks at, the rarest first
-    # the smallest overlap with the anchor, by round: the closest captions meet first
-    FLOORS = [0.4] * 4 + [0.3] * 4 + [0.2] * 3 + [0.1] * 2 + [0.0] * 2
 
     def __init__(
         self,
         held: csr_array,
-        weights: np.ndarray,
         video_id: np.ndarray,
-        meaning_id: np.ndarray,
         *,
         batch_size: int,
         seed: int = 0,
         guided_share: float = 0.5,
-        guided_from: int = 0,
         group_size: int = 4,
     ):
-        """held [N, K], sparse: the concepts of each sample. weights [K]. The ids are [N].
+        """held [N, K], sparse: the concepts of each sample; video_id [N].
 
         batch_size: of the whole batch, which all processes share. Raises UserError where it is more
         than there are samples.
         """
         size = held.shape[0]
-        assert size == len(video_id) == len(meaning_id), (size, len(video_id), len(meaning_id))
         if not 0 < batch_size <= size:
             raise UserError(
                 f"--batch-size {batch_size}: must be from 1 to {size}, the samples of the data set"
             )
-
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.groups_per_batch = round(guided_share * batch_size) // group_size
-        self.guided_from, self.group_size = guided_from, group_size
+        self.group_size = group_size
 
-        self.video_id, self.meaning_id = np.asarray(video_id), np.asarray(meaning_id)
-        self.num_concepts = held.shape[1]
-        # one more, of weight 0, for empty places
-        self.weights = np.append(weights, 0).astype(np.float32)
-        self.ids, self.inverse_norm = self.rarest_concepts(held)
-
-    def rarest_concepts(self, held: csr_array) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 [N, P], 1 / norm [N]): each sample's P rarest concepts, and its length.
-
-        The length is that of the whole vector. Empty places hold the id K. A sample without
-        concepts has 1 / norm = 0.
-        """
-        square_norm = held @ self.weights[:-1].astype(np.float64) ** 2
-        norm = np.sqrt(square_norm).astype(np.float32)
-        inverse_norm = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
-
-        # number the concepts by rarity: then each row in ascending order begins with its rarest
-        by_rarity = np.argsort(-self.weights[:-1], kind="stable")
-        ranked = held[:, by_rarity].tocsr()
-        ranked.sort_indices()
-
-        row_length = np.diff(ranked.indptr)
-        row = np.repeat(np.arange(self.size), row_length)
-        place = np.arange(ranked.nnz) - ranked.indptr[row]  # 0, 1, 2, … within each row
-        num_places = min(self.LETTERS, max(1, row_length.max(initial=0)))
-        ids = np.full((self.size, num_places), self.num_concepts, np.int32)
-        fits = place < num_places
-        ids[row[fits], place[fits]] = by_rarity[ranked.indices[fits]]
-        return ids, inverse_norm
+        self.held, self.video_id = held, np.asarray(video_id)
+        self.num_said = held.sum(axis=1)  # [N], concepts of each caption
+        # what all captions of a video say of it, [videos, K]
+        ones = np.ones(size, np.float32)
+        self.known = csr_array((ones, (self.video_id, np.arange(size)))) @ held
+        self.known.data[:] = 1
 
     def __len__(self) -> int:
         """Batches per epoch. What does not fill one is left out: other samples each epoch."""
         return self.size // self.batch_size
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """The samples, int64 [batch_size], of each batch of the epoch from number `start` on."""
-        order = self.plan(epoch)
-        for number in range(start, len(self)):
-            yield order[number * self.batch_size : (number + 1) * self.batch_size]
+    def plan(
+        self, epoch: int, num_batches: int | None = None, find_hardest: Callable | None = None
+    ) -> np.ndarray:
+        """Samples in the order of the epoch, int64 [num_batches * batch_size]: its batches.
 
-    def plan(self, epoch: int) -> np.ndarray:
-        """All samples in the order of the epoch, int64 [N]. Its pieces are the batches."""
+        find_hardest(anchors [A], pool [P]) -> [A, k] samples of the pool, the hardest first, −1 for
+        none. Without it, or without a guided share, the order is a plain shuffle.
+        """
+        num_batches = len(self) if num_batches is None else num_batches
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.size)
+        pool = rng.permutation(self.size)[: num_batches * self.batch_size]
+        wanted = num_batches * self.groups_per_batch
+        if find_hardest is None or not wanted:
+            return pool
 
-        num_plain = min(max(0, self.guided_from - epoch * len(self)), len(self))
-        num_guided = len(self) - num_plain
-        num_groups = num_guided * self.groups_per_batch
-        if num_groups == 0:
-            return order
+        # some get into the group of another one before their turn; 256: a share for each rank
+        anchors = pool[: max(2 * wanted, 256)]
+        hardest = self.drop_true(anchors, find_hardest(anchors, pool))
+        groups = self.make_groups(anchors, hardest, wanted)
+        return self.deal(rng.permutation(groups), pool, num_batches)
 
-        plain, rest = np.split(order, [num_plain * self.batch_size])
-        groups = self.find_groups(rest, num_groups, rng)
-        return np.concatenate([plain, self.deal(groups, rest, num_guided)])
+    def drop_true(self, anchors: np.ndarray, hardest: np.ndarray) -> np.ndarray:
+        """`hardest` with −1 for what is no negative of the anchor's video.
 
-    def find_groups(self, pool: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-        """At most `wanted` disjoint groups of the samples in `pool`, the closest first.
-
-        Returns [G, group_size]. Each round sorts the samples that have no group yet into a new
-        dictionary, and takes groups of less overlap. A caption like no other never gets a group: it
-        has no hard negatives.
+        That is a caption that says nothing but what the captions of that video say, too: "a dog
+        runs" is no negative of "a black dog runs".
         """
-        pool = pool[self.inverse_norm[pool] > 0]
-        found = [np.empty((0, self.group_size), np.int64)]
-        missing = wanted
+        left = hardest.copy()
+        for start in range(0, len(anchors), 4096):  # their vectors take some hundred MB
+            row, place = np.nonzero(hardest[start : start + 4096] >= 0)
+            row += start
+            other = hardest[row, place]
+            video = self.video_id[anchors[row]]
+            num_true = self.known[video].multiply(self.held[other]).sum(axis=1)
+            is_true = (num_true == self.num_said[other]) | (video == self.video_id[other])
+            left[row[is_true], place[is_true]] = -1
+        return left
 
-        for floor in self.FLOORS:
-            if missing == 0 or len(pool) < self.group_size:
-                break
-            dictionary = self.sort_as_dictionary(pool, rng)
-            groups = self.group_neighbours(dictionary, missing, floor)
-
-            # shuffled, or one batch would get all groups of a concept
-            groups = rng.permutation(groups)[:missing]
-            found.append(groups)
-            missing -= len(groups)
-            pool = pool[~np.isin(pool, groups)]
-
-        return np.concatenate(found)
-
-    def sort_as_dictionary(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The pool in the order of a dictionary whose alphabet of concepts is new each time.
-
-        Each concept draws a number from the exponential distribution of rate w_c, and the alphabet
-        is their order. So the first letter of a caption is concept c with probability w_c / Σ w,
-        and two captions share it with probability Σ_common w / Σ_either w: weighted min-wise
-        hashing (Broder 1997; Ioffe 2010).
-        """
-        K = self.num_concepts
-        draws = rng.exponential(size=K) / np.maximum(self.weights[:-1], 1e-6)
-        letter = np.full(K + 1, K, np.int32)  # the empty place K comes last
-        letter[np.argsort(draws)] = np.arange(K)
-        spelling = np.sort(letter[self.ids[pool]], axis=1)  # [n, P]
-
-        # as many first letters as 63 bits hold, in one number: it sorts faster than rows do
-        bits = K.bit_length()
-        key = np.zeros(len(pool), np.int64)
-        for letters in spelling.T[: 63 // bits]:
-            key = (key << bits) | letters
-        return pool[np.argsort(key, kind="stable")]
-
-    def group_neighbours(self, dictionary: np.ndarray, wanted: int, floor: float) -> np.ndarray:
-        """About `wanted` groups from the dictionary's stretches, or fewer: [G, group_size]."""
-        width = min(self.STRETCH, len(dictionary))
-        stretches = dictionary[: len(dictionary) // width * width].reshape(-1, width)  # [M, width]
-        enough = -(-wanted // len(stretches))  # groups per stretch, rounded up
-        per_stretch = min(width // self.group_size, enough)
-
-        at_once = max(1, 2**22 // len(self.weights))  # their anchors' vectors take 16 MB
-        parts = np.split(stretches, range(at_once, len(stretches), at_once))
-        return np.concatenate([self.group_stretches(part, per_stretch, floor) for part in parts])
-
-    def group_stretches(self, stretches: np.ndarray, per_stretch: int, floor: float) -> np.ndarray:
-        """Up to `per_stretch` groups of each stretch [M, W], all stretches in step.
-
-        Returns [G, group_size].
-        """
-        stretch = np.arange(len(stretches))
-        video, meaning = self.video_id[stretches], self.meaning_id[stretches]  # [M, W]
-        is_free = np.ones(stretches.shape, bool)
-        may_lead = np.ones(stretches.shape, bool)
+    def make_groups(self, anchors: np.ndarray, hardest: np.ndarray, wanted: int) -> np.ndarray:
+        """At most `wanted` disjoint groups [G, group_size]: an anchor and its hardest free ones."""
+        is_free = np.ones(self.size, bool)
         groups = []
+        for anchor, others in zip(anchors, hardest):
+            if len(groups) == wanted:
+                break
+            others = others[others >= 0]
+            others = others[is_free[others]]
+            _, first = np.unique(self.video_id[others], return_index=True)  # each video once
+            others = others[np.sort(first)][: self.group_size - 1]
+            if is_free[anchor] and len(others) == self.group_size - 1:
+                groups.append([anchor, *others])
+                is_free[groups[-1]] = False
+        return np.array(groups, np.int64).reshape(-1, self.group_size)
 
-        for _ in range(per_stretch):
-            # the anchor: the first free sample that was no anchor yet
-            place = np.argmax(is_free & may_lead, axis=1)  # [M]
-            is_whole = is_free[stretch, place]
-            may_lead[stretch, place] = False
-            overlap = self.overlaps(stretches[stretch, place], stretches)
-            overlap[~is_free] = 0
+    def deal(self, groups: np.ndarray, pool: np.ndarray, num_batches: int) -> np.ndarray:
+        """All of `pool` in order: each batch begins with its share of the groups."""
+        is_free = np.ones(self.size, bool)
+        is_free[groups] = False
+        others = pool[is_free[pool]]
 
-            # the others join one by one: most overlap, and no false negative of any member
-            members = [place]
-            for _ in range(self.group_size - 1):
-                same_video = video == video[stretch, place][:, None]
-                same_meaning = meaning == meaning[stretch, place][:, None]
-                overlap[same_video | same_meaning] = 0
-                place = np.argmax(overlap, axis=1)
-                is_whole &= overlap[stretch, place] > floor
-                members.append(place)
-
-            places = np.stack(members, axis=1)[is_whole]  # [G, group_size]
-            rows = stretch[is_whole][:, None]
-            is_free[rows, places] = False
-            groups.append(stretches[rows, places])
-
-        return np.concatenate(groups)
-
-    def overlaps(self, anchors: np.ndarray, stretches: np.ndarray) -> np.ndarray:
-        """Overlap of each anchor [M] with the samples of its own stretch [M, W]: [M, W]."""
-        row = np.arange(len(anchors))[:, None]
-        anchor_vector = np.zeros((len(anchors), len(self.weights)), np.float32)  # [M, K + 1]
-        anchor_vector[row, self.ids[anchors]] = self.shares(anchors)
-        at_concepts = anchor_vector[row[:, :, None], self.ids[stretches]]  # [M, W, P]
-        return np.einsum("mwp,mwp->mw", at_concepts, self.shares(stretches))
-
-    def shares(self, samples: np.ndarray) -> np.ndarray:
-        """The entries of the samples' unit vectors at their `ids`: [..., P]."""
-        return self.weights[self.ids[samples]] * self.inverse_norm[samples][..., None]
-
-    def deal(self, groups: np.ndarray, rest: np.ndarray, num_batches: int) -> np.ndarray:
-        """All of `rest` in order: each batch begins with its share of the groups."""
-        others = rest[~np.isin(rest, groups)]
-
-        # batch i gets the groups from ends[i] to ends[i + 1]: as even as whole groups can be
-        ends = (np.arange(num_batches + 1) * len(groups) + num_batches - 1) // num_batches
         order, used = [], 0
-        for first, last in itertools.pairwise(ends):
-            guided = groups[first:last].ravel()
+        for share in np.array_split(groups, num_batches):
+            guided = share.ravel()
             num_others = self.batch_size - len(guided)
             order += [guided, others[used : used + num_others]]
             used += num_others
-        return np.concatenate([*order, others[used:]])
+        return np.concatenate(order)
+
+
+def find_overlapping(words: csr_array, anchors: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """Where there is no model: the 64 captions of the pool that share most with each anchor.
+
+    words: unit rows of the concepts that count (knowledge.unit_rows). For small sets: [A, P].
+    """
+    overlap = (words[anchors] @ words[pool].T).toarray()
+    return pool[np.argsort(-overlap, axis=1, kind="stable")[:, :64]]
 
 
 # ---- demo ----------------------------------------------------------------------------------------
@@ -509,12 +413,13 @@ def main():
 
     knowledge = extract_many(split.captions, progress=False)
     vocab = ConceptVocab.build(knowledge, min_count=1)
-    held, meaning = vocab.encode(knowledge), meaning_ids(split.captions, knowledge)
-    samples = (held, vocab.word_idf, split.video_of_caption, meaning)
-    for share in (0.0, 0.5):
-        sampler = KnowledgeBatchSampler(*samples, batch_size=12, guided_share=share, group_size=6)
-        print(f"a batch with guided share {share}:")
-        for sample in next(sampler.batches(epoch=0)):
+    held = vocab.encode(knowledge)
+    find_hardest = functools.partial(find_overlapping, unit_rows(held, vocab.word_idf))
+    how = dict(batch_size=12, guided_share=0.5, group_size=6)
+    sampler = KnowledgeBatchSampler(held, split.video_of_caption, **how)
+    for name, find in (("random", None), ("guided", find_hardest)):
+        print(f"a {name} batch:")
+        for sample in sampler.plan(epoch=0, find_hardest=find)[:12]:
             print(f"    {split.captions[sample]}")
 
 

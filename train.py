@@ -34,7 +34,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +65,9 @@ from datasets.published import DATASETS, load_split
 from datasets.shards import load_shards
 from datasets.split import Split, TrainedOn
 from datasets.tasks import Task
-from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
+from eval import EvalConfig, embed_texts, evaluate, evaluate_retrieval, machine_facts
+from kernels import knowledge_nce_stats
+from kernels.distributed import gather, share_sizes
 from knowledge import ConceptVocab, Knowledge, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig, build_config
@@ -76,6 +78,7 @@ from training.processes import Ranks, StopSignals, launch
 from training.run import Run
 
 GRAD_CLIP = 1.0  # largest gradient norm
+MINED = 32  # hardest captions that a sample's group is chosen from
 
 
 # the groups of --help
@@ -86,9 +89,9 @@ class MethodFlags(LossConfig):
     skp_weight: float = 0.5  # SKP: weight of the concept prediction (more: nouns; less: R@1)
     beta: float = 1.0  # KCL: how much shared knowledge raises a negative's logit
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
-    guided_share: float = 0.5  # KCL: share of a batch that is sampled by knowledge …
-    guided_from: float = 0.6  # … after this share of the steps (earlier it buys nothing) …
-    group_size: int = 4  # … in groups of so many
+    guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
+    guided_from: float = 0.6  # … after this share of the steps …
+    group_size: int = 8  # … of so many each
 
 
 @dataclass
@@ -192,13 +195,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 3. the loop -----------------------------------------------------------------------------
     idf = torch.from_numpy(data.vocab.idf).to(ranks.device)
-    batches = read_batches(
-        data.samples,
-        plan_batches(config, ranks, data.sampler, run.step),
-        seed=config.seed,
-        workers=config.workers,
-        max_broken=config.max_broken,
-    )
+    batches = read_epochs(config, ranks, run, towers)
     with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
             batch = run.next_batch(batches)
@@ -326,13 +323,10 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
     )
     sampler = KnowledgeBatchSampler(
         samples.held,
-        vocab.word_idf,
         samples.video_id,
-        samples.meaning_id,
         batch_size=config.batch_size,
         seed=config.seed,
         guided_share=config.guided_share,
-        guided_from=round(config.guided_from * config.steps),
         group_size=config.group_size,
     )
     if show:
@@ -406,19 +400,6 @@ def load_splits(config: TrainConfig, show: bool) -> tuple[Split, Split | None]:
     return train_split, load_split(name, root, "val", videos_root=videos) if has_val else None
 
 
-def plan_batches(config, ranks: Ranks, sampler: KnowledgeBatchSampler, step: int) -> Iterator[Job]:
-    """What to load for `step`, `step` + 1, …: a resumed run skips without reading."""
-    stages = num_frames(config)
-    while True:
-        epoch, number = divmod(step, len(sampler))
-        for batch in sampler.batches(epoch, start=number):
-            stage = min(step * len(stages) // config.steps, len(stages) - 1)
-            shares = np.array_split(batch, ranks.world_size)
-            first = step % len(sampler) * len(batch) + sum(map(len, shares[: ranks.rank]))
-            yield Job(shares[ranks.rank], first, epoch, stages[stage])
-            step += 1
-
-
 def num_frames(config: TrainConfig) -> list[int]:
     """T of each equal share of the steps.
 
@@ -481,6 +462,114 @@ def build_optimizers(model: CLOP, config: TrainConfig) -> list[torch.optim.Optim
         options = [dict(params=matrices, scale=config.muon_lr / config.lr)]
         optimizers.append(torch.optim.Muon(options, weight_decay=config.weight_decay))
     return optimizers
+
+
+# ---- 3. epochs -----------------------------------------------------------------------------------
+
+
+class Epoch(NamedTuple):
+    """Steps that are planned at once."""
+
+    number: int
+    first: int  # step
+    end: int  # the step after the last
+    is_guided: bool
+
+
+def epoch_of(step: int, config: TrainConfig, num_batches: int) -> Epoch:
+    """The epoch of a step. The first guided step begins a new one."""
+    guided_from = round(config.guided_from * config.steps) if config.guided_share else config.steps
+    is_guided = step >= guided_from
+    begin, end = (guided_from, config.steps) if is_guided else (0, guided_from)
+    count = (step - begin) // num_batches
+    first = begin + count * num_batches
+    number = count + (math.ceil(guided_from / num_batches) if is_guided else 0)
+    return Epoch(number, first, min(first + num_batches, end), is_guided)
+
+
+def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator[dict]:
+    """The batches of this rank from the run's step on. What is planned is in `run.order`."""
+    samples, sampler = run.data.samples, run.data.sampler
+    reading = dict(seed=config.seed, workers=config.workers, max_broken=config.max_broken)
+
+    def find_hardest(anchors, pool):
+        return mine(run, towers, anchors, pool, reading)
+
+    while run.step < config.steps:
+        epoch = epoch_of(run.step, config, len(sampler))
+        if run.step == epoch.first or run.order is None:
+            mining = find_hardest if epoch.is_guided else None
+            run.order = sampler.plan(epoch.number, epoch.end - epoch.first, mining)
+        jobs = plan_batches(config, ranks, run.order, epoch, run.step)
+        with contextlib.closing(read_batches(samples, jobs, **reading)) as batches:
+            yield from batches
+
+
+def plan_batches(
+    config: TrainConfig, ranks: Ranks, order: np.ndarray, epoch: Epoch, first_step: int
+) -> Iterator[Job]:
+    """What this rank loads from the first step on, to the end of the epoch."""
+    stages, B = num_frames(config), config.batch_size
+    for step in range(first_step, epoch.end):
+        stage = min(step * len(stages) // config.steps, len(stages) - 1)
+        place = (step - epoch.first) * B
+        shares = np.array_split(order[place : place + B], ranks.world_size)
+        first = place + sum(map(len, shares[: ranks.rank]))
+        yield Job(shares[ranks.rank], first, epoch.number, stages[stage])
+
+
+@torch.no_grad()
+def mine(run: Run, towers, anchors: np.ndarray, pool: np.ndarray, reading: dict) -> np.ndarray:
+    """The captions of the pool [P] that the model takes soonest for those of each anchor's video.
+
+    Returns samples, int64 [A, MINED], the hardest first; −1 where there is none. Each rank embeds
+    its share of the samples and mines for its share of the anchors, by the op of the loss.
+    """
+    config, ranks, samples = run.config, run.ranks, run.data.samples
+    started = time.perf_counter()
+    others = np.setdiff1d(pool, anchors)
+    columns = np.concatenate([anchors, others])  # of the anchors first: row i's own is column i
+
+    def my_share(x):
+        return np.array_split(x, ranks.world_size)[ranks.rank]
+
+    def of_all(x, total):
+        return gather(x, share_sizes(total, ranks.world_size))
+
+    # anchors as they are trained: videos with captions; of the others only the captions
+    mine = my_share(anchors)
+    T = num_frames(config)[-1]
+    chunks = np.split(mine, range(config.batch_size, len(mine), config.batch_size))
+    jobs = [Job(chunk, 0, 0, T) for chunk in chunks]
+    embedded = []
+    for batch in read_batches(samples, jobs, **reading):
+        batch = {name: x.to(ranks.device) for name, x in batch.items()}
+        embedded.append(embed(towers, batch, slice(None), config)[:2])
+    video_emb, text_emb = map(torch.cat, zip(*embedded))
+    captions = [samples.split.captions[i] for i in my_share(others)]
+    other_emb = embed_texts(run.model, samples.tokenizer, captions).to(text_emb)
+    text_emb = of_all(text_emb, len(anchors)), of_all(other_emb, len(others))
+    text_emb = torch.cat(text_emb)
+
+    ids = np.stack([samples.video_id[columns], samples.meaning_id[columns]], axis=1)
+    ids = torch.from_numpy(ids).to(ranks.device)
+    first = sum(share_sizes(len(anchors), ranks.world_size)[: ranks.rank])
+    found = []
+    for start in range(0, len(mine), 1024):
+        rows = slice(start, start + 1024)
+        offset = first + start
+        stats = knowledge_nce_stats(
+            video_emb[rows],
+            text_emb,
+            run.model.logit_scale,
+            signature=(ids[offset : offset + len(video_emb[rows])], ids),
+            offset=offset,
+            k=MINED,
+        )
+        found.append(stats.mined.v2t_index)
+    index = of_all(torch.cat(found), len(anchors)).cpu().numpy()
+    run.say(f"mined {len(anchors)} samples in {time.perf_counter() - started:.0f} s")
+    return np.where(index < 0, -1, columns[index])
 
 
 # ---- 3. a step -----------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from bench.scaling import cost, limits
 from captions.tokenizer import Tokenizer
 from cli import parse_config, run
 from data import KnowledgeBatchSampler, load_videos
-from knowledge import unit_rows
 from videos.cache import FrameCache
 from videos.decode import frame_indices, read_frames, write_video
 from videos.decode import square as cut_square
@@ -281,7 +280,7 @@ def bench_tokenizer(repeats: int):
 
 
 def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
-    """(held, idf, video_id, meaning_id): 0 to 10 Zipf concepts a caption, one caption a video."""
+    """(held, video_id): 0 to 10 Zipf concepts a caption, one caption a video."""
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(1, num_concepts + 1)
     ladder = np.cumsum(popularity / popularity.sum())
@@ -298,86 +297,27 @@ def zipf_captions(size: int, num_concepts: int = 4096) -> tuple:
     ids = np.concatenate(parts)
     ends = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     held = csr_array((np.ones(len(ids), np.float32), ids, ends), shape=(size, num_concepts))
-    idf = np.log((1 + size) / (1 + np.bincount(ids, minlength=num_concepts))).astype(np.float32)
-    return held, idf, np.arange(size), np.arange(size)
-
-
-def mean_overlap(world: tuple, rows: np.ndarray) -> float:
-    """κ of the first of each row with the others, mean; `rows` [G, n] are samples."""
-    vectors = unit_rows(world[0][rows.ravel()], world[1]).toarray().reshape(*rows.shape, -1)
-    return np.einsum("gk,gmk->gm", vectors[:, 0], vectors[:, 1:]).mean().item()
-
-
-def walk_posting_lists(
-    world: tuple, wanted: int, group_size: int, longest: int = 512
-) -> np.ndarray:
-    """The direct way, anchor by anchor: candidates are the free samples in the lists of its three
-    rarest concepts.
-    """
-    held, idf = world[:2]
-    sets = np.split(held.indices, held.indptr[1:-1])
-    by_concept = held.tocsc()
-    lists = np.split(by_concept.indices, by_concept.indptr[1:-1])
-    rng = np.random.default_rng(0)
-    vectors = [idf[sets[i]] / max(1e-6, np.linalg.norm(idf[sets[i]])) for i in range(len(sets))]
-    free, groups = np.ones(len(sets), bool), []
-    for anchor in rng.permutation(len(sets)):
-        rare = sets[anchor][np.argsort(-idf[sets[anchor]])[:3]]
-        if not free[anchor] or not len(rare):
-            continue
-        candidates = np.concatenate(
-            [lists[c] if len(lists[c]) <= longest else rng.choice(lists[c], longest) for c in rare]
-        )
-        candidates = np.unique(candidates[free[candidates] & (candidates != anchor)])
-        of_anchor = dict(zip(sets[anchor].tolist(), vectors[anchor].tolist()))
-        overlap = [
-            sum(of_anchor.get(c, 0) * w for c, w in zip(sets[i].tolist(), vectors[i].tolist()))
-            for i in candidates
-        ]
-        if len(candidates) >= group_size - 1:
-            groups.append(
-                np.append(anchor, candidates[np.argsort(overlap)[::-1][: group_size - 1]])
-            )
-            free[groups[-1]] = False
-        if len(groups) == wanted:
-            break
-    return np.stack(groups)
+    return held, np.arange(size)
 
 
 def bench_planning(millions: float):
-    group_size, share = 8, 0.5
+    """All of an epoch's plan but the model: its candidates are drawn at random here."""
+    size = int(millions * 1e6)
+    held, video = zipf_captions(size)
+    rng = np.random.default_rng(1)
+
+    def find_hardest(anchors, pool):
+        return pool[rng.integers(0, len(pool), (len(anchors), 32))]
+
+    start = time.perf_counter()
+    sampler = KnowledgeBatchSampler(held, video, batch_size=1024, guided_share=0.5, group_size=8)
+    sampler.plan(0, find_hardest=find_hardest)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     print(
-        f"\nplanning an epoch: Zipf concepts, groups of {group_size}, guided share {share}, "
-        "batches of 1,024\n"
-        "                              seconds    µs a caption    peak memory    κ in groups    κ "
-        "at random"
+        f"\nplanning an epoch of {size:,} captions, Zipf concepts, batches of 1,024, half of each "
+        f"in groups of 8: {seconds:.1f} s, peak memory {peak:.2f} GiB"
     )
-    small = zipf_captions(20_000)
-    for name, size in (("posting lists", 20_000), ("ours", 20_000), ("ours", int(millions * 1e6))):
-        world = small if size == 20_000 else zipf_captions(size)
-        wanted = int(size // 1024 * 1024 * share) // group_size
-        start = time.perf_counter()
-        if name == "ours":
-            sampler = KnowledgeBatchSampler(
-                *world, batch_size=1024, guided_share=share, group_size=group_size
-            )
-            plan = sampler.plan(0)
-            seconds = time.perf_counter() - start
-            groups = (
-                plan[: size // 1024 * 1024].reshape(-1, 1024)[:16, :512].reshape(-1, group_size)
-            )
-        else:
-            groups = walk_posting_lists(world, wanted, group_size)
-            seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-        chance = mean_overlap(
-            world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size)
-        )
-        print(
-            f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} "
-            "GiB "
-            f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}"
-        )
 
 
 def main():

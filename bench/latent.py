@@ -26,16 +26,17 @@ latent-batches.png      κ and the similarity matrix of a random and of a guided
 The gallery is --split; gradient share and batches are of training captions. Nothing is trained.
 """
 
-from dataclasses import dataclass
+from dataclasses import functools
 from pathlib import Path
 from typing import Literal
 
+import dataclass
 import numpy as np
 import torch
 from tyro.conf import Positional
 
 from cli import UserError, parse_config, run
-from data import KnowledgeBatchSampler, keep_decodable, open_cache
+from data import KnowledgeBatchSampler, find_overlapping, keep_decodable, open_cache
 from datasets.published import load_split
 from datasets.split import Split
 from eval import embed_texts, embed_videos
@@ -177,18 +178,18 @@ def load_space(word: str, config: LatentConfig) -> Space:
     knowledge = extract_many(train.captions, cache=Path(config.cache) / "knowledge")
     vocab = checkpoint.concept_vocab
     held = vocab.encode(knowledge)
+    sampler = KnowledgeBatchSampler(
+        held,
+        train.video_of_caption,
+        batch_size=config.batch_size,
+        guided_share=1.0,
+        group_size=config.group_size,
+    )
+    find = functools.partial(find_overlapping, unit_rows(held, vocab.word_idf))
     batches = []
-    for share in (0.0, 1.0):
-        sampler = KnowledgeBatchSampler(
-            held,
-            vocab.word_idf,
-            train.video_of_caption,
-            meaning_ids(train.captions, knowledge),
-            batch_size=config.batch_size,
-            guided_share=share,
-            group_size=config.group_size,
-        )
-        batches.append(embed_batch(checkpoint, train, next(sampler.batches(0)), config))
+    for hardest in (None, find):
+        plan = sampler.plan(epoch=0, num_batches=1, find_hardest=hardest)
+        batches.append(embed_batch(checkpoint, train, plan, config))
     return Space(
         name,
         checkpoint.model.logit_scale.exp().item(),

@@ -29,6 +29,7 @@ With ../shared/msrvtt_mini: 3,151 training clips, 63,020 captions, "244-clip val
 sampled frames, and half of the clips with two of them: not comparable with published numbers.
 """
 
+import functools
 import math
 import os
 import time
@@ -233,20 +234,28 @@ class Heads(nn.Module):
         return video_emb, text_emb, self.concept_head(unit_variance)
 
 
-def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, epochs=1, seed=0):
+def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed=0):
     """train.py's sampler, with the fields of a variant."""
-    steps = epochs * (len(side.text) // batch_size)
     return KnowledgeBatchSampler(
         vocab.encode(side.knowledge),
-        vocab.word_idf,
         side.video_of_text,
-        side.meaning,
         batch_size=batch_size,
         seed=seed,
         guided_share=fields["guided_share"],
-        guided_from=round(fields["guided_from"] * steps),
         group_size=fields["group_size"],
     )
+
+
+@torch.no_grad()
+def find_hardest(heads, side: Side, anchors, pool) -> np.ndarray:
+    """The captions of the pool that the heads take soonest for those of each anchor's video."""
+    heads.eval()
+    text_emb = heads(side.video[:1], side.text[pool])[1]
+    video_emb = heads(side.video[side.video_of_text[anchors]], side.text[:1])[0]
+    found = [rows @ text_emb.T for rows in video_emb.split(1024)]
+    hardest = torch.cat([sim.topk(64, dim=1).indices for sim in found])
+    heads.train()
+    return pool[hardest.numpy()]
 
 
 def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, seed: int):
@@ -263,7 +272,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
-    sampler = make_sampler(side, vocab, fields, config.batch_size, config.epochs, seed)
+    sampler = make_sampler(side, vocab, fields, config.batch_size, seed)
     steps = config.epochs * len(sampler)
 
     def share_of_lr(step):
@@ -275,7 +284,9 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     losses = LossConfig(**loss_fields)
 
     for epoch in range(config.epochs):
-        for samples in sampler.batches(epoch):
+        is_guided = epoch >= fields["guided_from"] * config.epochs and epoch
+        find = functools.partial(find_hardest, heads, side) if is_guided else None
+        for samples in np.split(sampler.plan(epoch, find_hardest=find), len(sampler)):
             videos = side.video_of_text[samples]
             concepts = torch.from_numpy(held[samples].toarray())
             signature = np.stack([videos, side.meaning[samples]], axis=1)
@@ -307,31 +318,6 @@ def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]
         scores = torch.einsum("nke,ne->nk", options, video)
         metrics |= summarize(multiple_choice_points(scores, np.zeros(len(questions), np.int64)))
     return metrics
-
-
-def describe_batches(side: Side, vocab: ConceptVocab, fields: dict, batch_size: int) -> dict:
-    """What the negatives of 20 batches are like.
-
-    Mean κ, mean κ of each caption's nearest, false negatives per caption. False negatives (same
-    video or meaning) are counted, and left out of both κ. fields: of a variant.
-    """
-    unit = unit_rows(vocab.encode(side.knowledge), vocab.idf)
-    # from the first batch on: this is about guided batches, not about when they begin
-    sampler = make_sampler(side, vocab, fields | dict(guided_from=0), batch_size)
-    mean, nearest, false = [], [], []
-    for samples, _ in zip(sampler.batches(0), range(20)):
-        video, meaning = side.video_of_text[samples], side.meaning[samples]
-        same = (video[:, None] == video) | (meaning[:, None] == meaning)
-        rows = unit[samples]
-        kappa = np.where(same, 0, (rows @ rows.T).toarray())  # [B, B]
-        mean.append(kappa.sum() / max(1, (~same).sum()))
-        nearest.append(kappa.max(axis=1).mean())
-        false.append(same.sum() / len(same) - 1)
-    return dict(
-        kappa=round(float(np.mean(mean)), 4),
-        nearest_kappa=round(float(np.mean(nearest)), 4),
-        false_negatives=round(float(np.mean(false)), 3),
-    )
 
 
 # ---- all runs ------------------------------------------------------------------------------------
@@ -372,7 +358,6 @@ def run_all(config: FeatureConfig, load=load_sides) -> None:
             variant=name,
             seed=seed,
             metrics={key: round(value, 4) for key, value in metrics.items()},
-            batches=describe_batches(train, vocab, fields, config.batch_size),
             logit_scale=round(heads.logit_scale.exp().item(), 3),
             seconds=round(seconds, 1),
             config=shared | fields,
@@ -385,12 +370,12 @@ def run_all(config: FeatureConfig, load=load_sides) -> None:
 
 
 def make_tables(results: str) -> str:
-    """Markdown: for each group of runs that may be compared its settings, tables and batches."""
+    """Markdown: for each group of runs that may be compared its settings and tables."""
     texts = []
     for runs in group_runs(read_runs(results), lambda record: settings(record["config"])):
         shown = {name: title for name, title in HEADINGS.items() if name in runs[0]["metrics"]}
         tables = markdown_tables(runs, shown, order_variants(runs, VARIANTS))
-        texts.append(f"{describe_group(runs)}\n\n{tables}\n\n{describe_sampling(runs)}")
+        texts.append(f"{describe_group(runs)}\n\n{tables}")
     if not texts:
         raise UserError(f"{results}: holds no runs yet; leave out --table to do them")
     return "\n\n".join(texts)
@@ -408,20 +393,6 @@ def describe_group(runs: list[dict]) -> str:
         f"captions, {first['questions']:,} questions; {chosen}; {seconds:.0f} s per run, "
         f"{first['hardware']}; commit {commits}"
     )
-
-
-def describe_sampling(runs: list[dict]) -> str:
-    """A line for each way to sample batches: what their negatives are like."""
-    lines = set()
-    for record in runs:
-        config, batches = record["config"], record["batches"]
-        lines.add(
-            f"- guided share {config['guided_share']}, groups of {config['group_size']}: mean κ of "
-            f"a batch's negatives {batches['kappa']:.3f}, of each caption's nearest "
-            f"{batches['nearest_kappa']:.3f}; {batches['false_negatives']:.2f} false negatives per "
-            "caption"
-        )
-    return "\n".join(sorted(lines))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """data.py: batches depend on their samples only; what the sampler promises."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from data import (
     Job,
     KnowledgeBatchSampler,
     PairDataset,
+    find_overlapping,
     keep_decodable,
     prepare_video,
     read_batches,
 )
 from datasets.published import load_split
 from datasets.split import Split
-from knowledge import ConceptVocab, extract_many, meaning_ids, unit_rows
+from knowledge import ConceptVocab, extract_many, unit_rows
 from videos.cache import FrameCache
 from videos.decode import write_video
 from videos.workers import prefetch
@@ -170,159 +172,97 @@ def test_prefetch_keeps_the_order_reads_ahead_and_stops_early():
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
-def make_world(concepts_of_sample, weights, video=None, meaning=None):
-    """What a sampler takes: held [N, K], weights [K], video_id [N], meaning_id [N]."""
-    ends = np.cumsum([0, *map(len, concepts_of_sample)])
-    columns = np.array([c for concepts in concepts_of_sample for c in concepts], np.int32)
-    shape = (len(concepts_of_sample), len(weights))
-    held = csr_array((np.ones(len(columns), np.float32), columns, ends), shape=shape)
-    alone = np.arange(len(concepts_of_sample))
-    video = alone if video is None else video
-    meaning = alone if meaning is None else meaning
-    return held, np.array(weights, np.float32), video, meaning
-
-
-def zipf_world(size, num_concepts=300, longest=8):
-    """One to five captions per video; popular and rare concepts; some captions know nothing."""
-    rng = np.random.default_rng(0)
-    popularity = 1 / np.arange(1, num_concepts + 1)
-    popularity /= popularity.sum()
-    known = []
-    for _ in range(size):
-        drawn = rng.choice(num_concepts, rng.integers(0, longest), p=popularity)
-        known.append(tuple(np.unique(drawn).tolist()))
-
-    counts = np.bincount(np.concatenate(known).astype(int), minlength=num_concepts)
-    video = np.repeat(np.arange(size), rng.integers(1, 6, size))[:size]
-    number = {}
-    keys = [concepts or ("nothing", i) for i, concepts in enumerate(known)]
-    meaning = np.array([number.setdefault(key, len(number)) for key in keys])
-    return make_world(known, np.log((1 + size) / (1 + counts)), video, meaning)
-
-
-WORLD = zipf_world(3000)
-
-
-def make_sampler(world=WORLD, **kwargs):
-    options = dict(batch_size=64, seed=0, guided_share=0.5, group_size=4)
-    return KnowledgeBatchSampler(*world, **(options | kwargs))
-
-
-def overlap(world, samples):
-    """Overlap of all pairs of these samples, [n, n], by its definition in knowledge.py."""
-    rows = unit_rows(world[0][samples], world[1]).toarray()
-    return rows @ rows.T
-
-
-def groups_of(batch, share=0.5, group_size=4):
-    return batch[: int(share * len(batch)) // group_size * group_size].reshape(-1, group_size)
-
-
-@pytest.mark.parametrize(
-    "options", [dict(guided_share=1.0), dict(group_size=7), dict(batch_size=8, group_size=8)]
-)
-def test_every_sample_exactly_once(options):
-    for size in (64, 300):
-        sampler = make_sampler(zipf_world(size), **options)
-        assert sorted(sampler.plan(2).tolist()) == list(range(size))
-        batches = list(sampler.batches(epoch=2))
-        assert len(batches) == len(sampler) == size // sampler.batch_size
-        assert {len(batch) for batch in batches} == {sampler.batch_size}
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    plans = {}
-    for seed, epoch in itertools.product((0, 1), (0, 1, 2)):
-        plans[seed, epoch] = make_sampler(seed=seed).plan(epoch).tobytes()
-    assert len(set(plans.values())) == 6
-
-    # in any order, from any batch on
-    sampler = make_sampler(seed=1)
-    for epoch in (2, 0, 1):
-        assert sampler.plan(epoch).tobytes() == plans[1, epoch]
-    whole = list(sampler.batches(epoch=2))
-    assert np.array_equal(list(sampler.batches(epoch=2, start=20)), whole[20:])
-
-
-@pytest.mark.parametrize("world", [WORLD, zipf_world(3000, num_concepts=12, longest=4)])
-def test_no_false_negatives_in_a_group(world):
-    rng = np.random.default_rng(0)
-    groups = make_sampler(world).find_groups(np.arange(3000), 300, rng)  # [G, 4]
-    assert 20 < len(groups) <= 300
-    assert len(np.unique(groups)) == groups.size
-    assert all((overlap(world, group)[0] > 0).all() for group in groups)  # with the anchor
-    for ids in (world[2][groups], world[3][groups]):
-        assert (np.diff(np.sort(ids, axis=1), axis=1) != 0).all()
-
-
-def test_groups_share_knowledge_and_the_rest_is_random():
-    guided, loose = [], []
-    for batch in make_sampler().batches(epoch=0):
-        guided += [overlap(WORLD, group)[0, 1:].mean() for group in groups_of(batch)]
-        loose.append(overlap(WORLD, batch[32:])[np.triu_indices(32, 1)].mean())
-    assert np.mean(guided) > 0.4 and np.mean(loose) < 0.1
-
-
-def test_the_same_words_in_other_roles_meet_first():
+@pytest.fixture(scope="module")
+def scenes():
+    """(captions, held, words): 120 scenes of six animals and four verbs, each alone in a video."""
     who, does = "dog cat girl boy robot horse".split(), "chases pushes follows lifts".split()
-    scenes = [scene for scene in itertools.product(who, does, who) if scene[0] != scene[2]]
-    captions = ["a {} {} a {}".format(*scene) for scene in scenes]
+    found = [scene for scene in itertools.product(who, does, who) if scene[0] != scene[2]]
+    captions = ["a {} {} a {}".format(*scene) for scene in found]
     knowledge = extract_many(captions, progress=False)
     vocab = ConceptVocab.build(knowledge)
-    held, meaning = vocab.encode(knowledge), meaning_ids(captions, knowledge)
-
-    def share_of_swaps(weights):
-        world = (held, weights, np.arange(120), meaning)
-        (batch,) = make_sampler(world, batch_size=120, guided_share=1.0).batches(0)
-        pairs = [(captions[a].split(), captions[b].split()) for a, b, *_ in batch.reshape(-1, 4)]
-        return np.mean([sorted(a) == sorted(b) for a, b in pairs])
-
-    assert share_of_swaps(vocab.word_idf) > 0.9
-    assert share_of_swaps(vocab.idf) < 0.2
+    held = vocab.encode(knowledge)
+    return captions, held, functools.partial(find_overlapping, unit_rows(held, vocab.word_idf))
 
 
-def test_a_batch_mixes_groups_of_different_knowledge():
-    sampler = make_sampler(make_world([[i % 2] for i in range(3000)], [1, 1]))
-    anchors = np.array([groups_of(batch)[:, 0] % 2 for batch in sampler.batches(0)])  # [46, 8]
-    is_uniform = anchors.min(axis=1) == anchors.max(axis=1)
-    assert is_uniform.sum() <= 3  # chance: 46 / 128
+def make_sampler(held, video=None, **other):
+    options = dict(batch_size=24, seed=0, guided_share=0.5, group_size=4)
+    video = np.arange(held.shape[0]) if video is None else video
+    return KnowledgeBatchSampler(held, video, **options | other)
 
 
-def test_without_guidance_it_is_a_plain_shuffle():
-    expected = np.random.default_rng((4, 7)).permutation(3000)
-    assert (make_sampler(seed=4, guided_share=0.0).plan(7) == expected).all()
-    nothing_known = make_sampler(make_world([[]] * 500, [1, 1]), seed=4)
-    assert (nothing_known.plan(7) == np.random.default_rng((4, 7)).permutation(500)).all()
+@pytest.mark.parametrize("options", [dict(guided_share=1.0), dict(group_size=7), dict(seed=5)])
+def test_every_sample_exactly_once(scenes, options):
+    _, held, find = scenes
+    sampler = make_sampler(held, **options)
+    assert len(sampler) == 5
+    assert sorted(sampler.plan(2, find_hardest=find).tolist()) == list(range(120))
+    part = sampler.plan(2, 3, find)
+    assert len(part) == len(set(part.tolist())) == 3 * 24
 
 
-def test_the_first_batches_have_no_groups():
-    plain = make_sampler(guided_share=0.0)
-    sampler = make_sampler(guided_from=46 + 10)  # 46 batches per epoch
-    assert (sampler.plan(0) == plain.plan(0)).all()
-    assert (sampler.plan(1)[:640] == plain.plan(1)[:640]).all()
-    assert (sampler.plan(2) == make_sampler().plan(2)).all()
-    near = []
-    for batch in sampler.batches(1):
-        near.append(np.mean([overlap(WORLD, group)[0, 1:].mean() for group in groups_of(batch)]))
-    assert max(near[:10]) < min(near[10:])
+def test_the_order_is_a_function_of_seed_and_epoch(scenes):
+    _, held, find = scenes
+    plans = set()
+    for seed, epoch in itertools.product((0, 1), (0, 1, 2)):
+        plan = make_sampler(held, seed=seed).plan(epoch, find_hardest=find).tobytes()
+        assert plan == make_sampler(held, seed=seed).plan(epoch, find_hardest=find).tobytes()
+        plans.add(plan)
+    assert len(plans) == 6
 
 
-def test_scarce_groups_are_dealt_out_evenly():
-    world = make_world([[i // 40] if i < 80 else [] for i in range(3000)], [1, 1])
-    plan = make_sampler(world).plan(0)
-    counts = [(plan[i : i + 64] < 80).sum() for i in range(0, 3000, 64)]
-    assert set(counts) == {0, 4} and sum(counts) == 80  # 20 groups of 4 in 46 full batches
-    assert counts[-1] == 0  # the ragged tail has none
-    assert max(np.diff(np.flatnonzero(counts))) <= 3
+def test_a_group_is_an_anchor_with_the_hardest_that_are_left(scenes):
+    captions, held, find = scenes
+    plan = make_sampler(held).plan(0, find_hardest=find)
+    same_words = 0
+    for batch in plan.reshape(5, 24):
+        for group in batch[:12].reshape(3, 4):
+            first, *others = [sorted(captions[i].split()) for i in group]
+            assert all(len(set(first) & set(other)) >= 3 for other in others)  # "a" and two words
+            same_words += first == others[0]
+    assert same_words >= 10  # of 15: the same words in other roles are the hardest
+
+
+def test_what_may_be_true_of_the_video_joins_no_group():
+    captions = ["a red dog runs", "a dog runs", "a black dog runs", "a red cat runs", "123 !"]
+    captions += ["a big red dog is running", "a dog sleeps"]
+    video = np.array([0, 1, 2, 3, 4, 0, 5])
+    knowledge = extract_many(captions, progress=False)
+    held = ConceptVocab.build(knowledge, min_count=1).encode(knowledge)
+    sampler = make_sampler(held, video, batch_size=2)
+    all_of_them = np.tile(np.arange(7), (7, 1))
+    left = sampler.drop_true(np.arange(7), all_of_them)
+    allowed = [set(row[row >= 0].tolist()) for row in left]
+    assert allowed[0] == {2, 3, 6}  # 1 says less, 5 is of the same video, 4 says nothing
+    assert allowed[1] == {0, 2, 3, 5, 6}  # "a red dog runs" is not known of the second video
+    assert (sampler.drop_true(np.arange(7), all_of_them * 0 - 1) == -1).all()
+
+
+def test_captions_of_one_video_do_not_meet_in_a_group(scenes):
+    _, held, find = scenes
+    video = np.arange(120) // 2
+    plan = make_sampler(held, video, guided_share=1.0).plan(0, find_hardest=find)
+    groups = [batch[:20].reshape(5, 4) for batch in plan.reshape(5, 24)]
+    whole = [group for group in np.concatenate(groups) if len(set(video[group])) == 4]
+    assert len(whole) >= 20
+
+
+def test_without_guidance_it_is_a_plain_shuffle(scenes):
+    _, held, find = scenes
+    expected = np.random.default_rng((4, 7)).permutation(120)
+    assert (make_sampler(held, seed=4).plan(7) == expected).all()
+    assert (make_sampler(held, seed=4, guided_share=0).plan(7, find_hardest=find) == expected).all()
+    nothing = csr_array((120, 3), dtype=np.float32)  # captions that say nothing are all dropped
+    plan = make_sampler(nothing, seed=4).plan(7, find_hardest=find)
+    assert (plan == expected).all()
 
 
 @pytest.mark.parametrize("batch_size", [0, 4000])
-def test_a_batch_size_that_does_not_fit_is_one_line(batch_size):
+def test_a_batch_size_that_does_not_fit_is_one_line(scenes, batch_size):
     with pytest.raises(UserError, match=f"--batch-size {batch_size}"):
-        make_sampler(batch_size=batch_size)
+        make_sampler(scenes[1], batch_size=batch_size)
 
 
 def test_demo_runs(folder):
     command = [sys.executable, "data.py", str(folder / "train.csv")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "a batch with guided share 0.5" in done.stdout and "chases a" in done.stdout
+    assert "a guided batch" in done.stdout and "chases a" in done.stdout

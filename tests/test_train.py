@@ -1,6 +1,5 @@
 """train.py: learns, resumes exactly, and answers each kind of bad input with one line."""
 
-import itertools
 import json
 import math
 import os
@@ -12,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_array
 
 import train
 from cli import UserError
-from data import KnowledgeBatchSampler
 from eval import EvalConfig, evaluate
 from train import TrainConfig
 from training.checkpoint import load_checkpoint
@@ -91,14 +88,14 @@ def test_frames_curriculum_is_a_function_of_the_step(tiny_world, tmp_path, cache
 
 
 def test_frames_of_each_step():
-    sampler = KnowledgeBatchSampler(
-        csr_array((20, 3), dtype=np.float32), np.ones(3), np.arange(20), np.arange(20), batch_size=4
-    )
-    config = TrainConfig(num_frames="1, 4,8", steps=10)
-    jobs = itertools.islice(
-        train.plan_batches(config, Ranks(0, 1, torch.device("cpu")), sampler, 2), 10
-    )
-    assert [job.num_frames for job in jobs] == [1] * 2 + [4] * 3 + [8] * 5
+    config = TrainConfig(num_frames="1, 4,8", steps=10, batch_size=2)
+    epoch = train.epoch_of(2, config, num_batches=10)
+    jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), np.arange(20), epoch, 2)
+    assert [job.num_frames for job in jobs] == [1] * 2 + [4] * 2  # then guided batches begin
+    epoch = train.epoch_of(6, config, num_batches=10)
+    assert epoch == (1, 6, 10, True)
+    jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), np.arange(8), epoch, 7)
+    assert [(job.first, job.num_frames) for job in jobs] == [(2, 8), (4, 8), (6, 8)]
     for wrong in ("", "8,4", "0,8", "-1,8", "one,8", "1,,8", "1;8", "8," * 2000 + "8"):
         with pytest.raises(UserError, match="--num-frames .*expected a number"):
             train.num_frames(TrainConfig(num_frames=wrong))

@@ -29,6 +29,7 @@ class Run:
         self.model, self.optimizers = model, optimizers
         self.data = data  # its tokenizer, vocab, trained_on and fingerprint()
         self.step, self.saved = 0, None
+        self.order = None  # of the samples, in this epoch
         self.progress = dict(data=data.fingerprint(), best=None, skipped=0, skipped_in_a_row=0)
         self.steps_logged, self.seconds, self.seconds_waited = 0, 0.0, 0.0  # since the last line
 
@@ -53,6 +54,7 @@ class Run:
             )
 
         self.model.load_state_dict(found.model.state_dict())
+        self.order = found.training.pop("order").numpy()
         restore_optimizers(self.optimizers, self.model, found.training)
         self.step, self.saved, self.progress = found.step, found.path, found.progress
         self.say(f"{self.saved}: goes on from step {self.step} of {self.config.steps}")
@@ -124,6 +126,7 @@ class Run:
 
             self.log.flush_to_disk()
             training = optimizer_tensors(self.optimizers, self.model)
+            training["order"] = torch.from_numpy(self.order)
             self.saved = self.write_checkpoint(f"step-{self.step:06d}", training)
             if not self.log.path.exists():
                 raise UserError(
