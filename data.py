@@ -222,7 +222,7 @@ class BatchReader:
     seed: int
     max_broken: float
     broken: dict[str, str] = field(default_factory=dict)  # {path: reason}, so far
-    num_read: int = 0
+    num_read: int = 0  # about: threads may lose a count
 
     def load(self, job: Job) -> dict[str, torch.Tensor]:
         samples, video = [], []
