@@ -260,13 +260,13 @@ def bench_input(paths: list[str], folder: Path, repeats: int) -> None:
 # ---- tokenizer -----------------------------------------------------------------------------------
 
 
-def bench_tokenizer(repeats: int):
+def bench_tokenizer(count: int, repeats: int):
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "ing", "er", "ou")]
     words = np.array(["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(30_000)])
-    chosen = np.minimum(rng.zipf(1.3, (180_000, 10)), len(words)) - 1
+    chosen = np.minimum(rng.zipf(1.3, (count, 10)), len(words)) - 1
     captions = [" ".join(row) for row in words[chosen]]
-    print("\ntokenizer: 180,000 made-up captions of 10 words")
+    print(f"\ntokenizer: {count:,} made-up captions of 10 words")
     for vocab_size in (4096, 8192):
         start = time.perf_counter()
         tokenizer = Tokenizer.train(captions, vocab_size)
@@ -352,9 +352,11 @@ def bench_planning(millions: float):
         "                              seconds    µs a caption    peak memory    κ in groups    κ "
         "at random"
     )
-    small = zipf_captions(20_000)
-    for name, size in (("posting lists", 20_000), ("ours", 20_000), ("ours", int(millions * 1e6))):
-        world = small if size == 20_000 else zipf_captions(size)
+    many = int(millions * 1e6)
+    few = min(20_000, many)
+    small = zipf_captions(few)
+    for name, size in (("posting lists", few), ("ours", few), ("ours", many)):
+        world = small if size == few else zipf_captions(size)
         wanted = int(size // 1024 * 1024 * share) // group_size
         start = time.perf_counter()
         if name == "ours":
@@ -394,7 +396,7 @@ def main():
         bench_cache(Path(folder), config.repeats)
         bench_input(paths, Path(folder), config.repeats)
     bench_planning(config.captions)
-    bench_tokenizer(config.repeats)
+    bench_tokenizer(min(180_000, int(config.captions * 1e6)), config.repeats)
 
 
 if __name__ == "__main__":
