@@ -259,13 +259,13 @@ def bench_input(paths: list[str], folder: Path, repeats: int) -> None:
 # ---- tokenizer -----------------------------------------------------------------------------------
 
 
-def bench_tokenizer(repeats: int):
+def bench_tokenizer(count: int, repeats: int):
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "ing", "er", "ou")]
     words = np.array(["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(30_000)])
-    chosen = np.minimum(rng.zipf(1.3, (180_000, 10)), len(words)) - 1
+    chosen = np.minimum(rng.zipf(1.3, (count, 10)), len(words)) - 1
     captions = [" ".join(row) for row in words[chosen]]
-    print("\ntokenizer: 180,000 made-up captions of 10 words")
+    print(f"\ntokenizer: {count:,} made-up captions of 10 words")
     for vocab_size in (4096, 8192):
         start = time.perf_counter()
         tokenizer = Tokenizer.train(captions, vocab_size)
@@ -318,6 +318,37 @@ def bench_planning(millions: float):
         f"\nplanning an epoch of {size:,} captions, Zipf concepts, batches of 1,024, half of each "
         f"in groups of 8: {seconds:.1f} s, peak memory {peak:.2f} GiB"
     )
+<<<<<<< HEAD
+=======
+    many = int(millions * 1e6)
+    few = min(20_000, many)
+    small = zipf_captions(few)
+    for name, size in (("posting lists", few), ("ours", few), ("ours", many)):
+        world = small if size == few else zipf_captions(size)
+        wanted = int(size // 1024 * 1024 * share) // group_size
+        start = time.perf_counter()
+        if name == "ours":
+            sampler = KnowledgeBatchSampler(
+                *world, batch_size=1024, guided_share=share, group_size=group_size
+            )
+            plan = sampler.plan(0)
+            seconds = time.perf_counter() - start
+            groups = (
+                plan[: size // 1024 * 1024].reshape(-1, 1024)[:16, :512].reshape(-1, group_size)
+            )
+        else:
+            groups = walk_posting_lists(world, wanted, group_size)
+            seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+        chance = mean_overlap(
+            world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size)
+        )
+        print(
+            f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} "
+            "GiB "
+            f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}"
+        )
+>>>>>>> help2-e
 
 
 def main():
@@ -334,7 +365,7 @@ def main():
         bench_cache(Path(folder), config.repeats)
         bench_input(paths, Path(folder), config.repeats)
     bench_planning(config.captions)
-    bench_tokenizer(config.repeats)
+    bench_tokenizer(min(180_000, int(config.captions * 1e6)), config.repeats)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ latent-batches.png      κ and the similarity matrix of a random and of a guided
 The gallery is --split; gradient share and batches are of training captions. Nothing is trained.
 """
 
-from dataclasses import functools
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import dataclass
 import numpy as np
 import torch
 from tyro.conf import Positional
