@@ -318,37 +318,6 @@ def bench_planning(millions: float):
         f"\nplanning an epoch of {size:,} captions, Zipf concepts, batches of 1,024, half of each "
         f"in groups of 8: {seconds:.1f} s, peak memory {peak:.2f} GiB"
     )
-<<<<<<< HEAD
-=======
-    many = int(millions * 1e6)
-    few = min(20_000, many)
-    small = zipf_captions(few)
-    for name, size in (("posting lists", few), ("ours", few), ("ours", many)):
-        world = small if size == few else zipf_captions(size)
-        wanted = int(size // 1024 * 1024 * share) // group_size
-        start = time.perf_counter()
-        if name == "ours":
-            sampler = KnowledgeBatchSampler(
-                *world, batch_size=1024, guided_share=share, group_size=group_size
-            )
-            plan = sampler.plan(0)
-            seconds = time.perf_counter() - start
-            groups = (
-                plan[: size // 1024 * 1024].reshape(-1, 1024)[:16, :512].reshape(-1, group_size)
-            )
-        else:
-            groups = walk_posting_lists(world, wanted, group_size)
-            seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-        chance = mean_overlap(
-            world, np.random.default_rng(1).permutation(size)[:8000].reshape(-1, group_size)
-        )
-        print(
-            f"    {name:14s} {size:9,d} {seconds:9.1f} {1e6 * seconds / size:15.1f} {peak:11.2f} "
-            "GiB "
-            f"{mean_overlap(world, groups[:1000]):14.3f} {chance:14.3f}"
-        )
->>>>>>> help2-e
 
 
 def main():
