@@ -536,37 +536,29 @@ def mine(run: Run, towers, anchors: np.ndarray, pool: np.ndarray, reading: dict)
     def of_all(x, total):
         return gather(x, share_sizes(total, ranks.world_size))
 
-    # anchors as they are trained: videos with captions; of the others only the captions
-    mine = my_share(anchors)
-    T = num_frames(config)[-1]
-    chunks = np.split(mine, range(config.batch_size, len(mine), config.batch_size))
-    jobs = [Job(chunk, 0, 0, T) for chunk in chunks]
-    embedded = []
+    captions = [samples.split.captions[i] for i in my_share(columns)]
+    text_emb = embed_texts(run.model, samples.tokenizer, captions).to(ranks.device)
+    text_emb = of_all(text_emb, len(columns))
+
+    rows = my_share(anchors)
+    chunks = np.split(rows, range(config.batch_size, len(rows), config.batch_size))
+    jobs = [Job(chunk, 0, 0, num_frames(config)[-1]) for chunk in chunks]
+    parts = []
     for batch in read_batches(samples, jobs, **reading):
         batch = {name: x.to(ranks.device) for name, x in batch.items()}
-        embedded.append(embed(towers, batch, slice(None), config)[:2])
-    video_emb, text_emb = map(torch.cat, zip(*embedded))
-    captions = [samples.split.captions[i] for i in my_share(others)]
-    other_emb = embed_texts(run.model, samples.tokenizer, captions).to(text_emb)
-    text_emb = of_all(text_emb, len(anchors)), of_all(other_emb, len(others))
-    text_emb = torch.cat(text_emb)
+        parts.append(embed(towers, batch, slice(None), config)[0])
+    video_emb = torch.cat(parts).to(text_emb.dtype)
 
     ids = np.stack([samples.video_id[columns], samples.meaning_id[columns]], axis=1)
     ids = torch.from_numpy(ids).to(ranks.device)
-    first = sum(share_sizes(len(anchors), ranks.world_size)[: ranks.rank])
+    place = sum(share_sizes(len(anchors), ranks.world_size)[: ranks.rank])
     found = []
-    for start in range(0, len(mine), 1024):
-        rows = slice(start, start + 1024)
-        offset = first + start
-        stats = knowledge_nce_stats(
-            video_emb[rows],
-            text_emb,
-            run.model.logit_scale,
-            signature=(ids[offset : offset + len(video_emb[rows])], ids),
-            offset=offset,
-            k=MINED,
-        )
+    for part in video_emb.split(1024):
+        own_ids = ids[place : place + len(part)]
+        how = dict(signature=(own_ids, ids), offset=place, k=MINED)
+        stats = knowledge_nce_stats(part, text_emb, run.model.logit_scale, **how)
         found.append(stats.mined.v2t_index)
+        place += len(part)
     index = of_all(torch.cat(found), len(anchors)).cpu().numpy()
     run.say(f"mined {len(anchors)} samples in {time.perf_counter() - started:.0f} s")
     return np.where(index < 0, -1, columns[index])

@@ -194,7 +194,7 @@ def test_curves_of_a_log_can_be_drawn_again(tmp_path):
 
 def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path, cache):
     train.train(settings(tiny_world, tmp_path, cache, steps=1))
-    with pytest.raises(UserError, match=r"other settings \(--lr 0.001 → 0.5\)"):
+    with pytest.raises(UserError, match=r"other settings \(--lr 0.003 → 0.5\)"):
         train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=0.5))
     assert log_of(tmp_path)[-1]["step"] == 1  # nothing was lost
 
