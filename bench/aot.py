@@ -144,7 +144,7 @@ def compile_slab(name: str, tile: Tile, dtype: str, arch: int) -> Report:
     types |= dict.fromkeys(("x_weight", "y_weight"), "*fp32")
     types |= {"y_first": "i32"}
     types |= {"slab": matrix(dtype, tile.streamed, tile.owned, tile.tma)}
-    launch = dict(num_warps=tile.warps, num_stages=tile.stages)
+    launch = dict(num_warps=tile.warps, num_stages=tile.stages, maxnreg=255)
     return compile_kernel(name, slab_kernel, types, constants, arch, **launch)
 
 

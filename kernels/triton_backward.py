@@ -68,9 +68,8 @@ def slab_kernel(
     i, j = tl.swizzle2d(i, j, tl.num_programs(1), tl.num_programs(0), GROUP)
     x0, y0 = j * BX, y_first + i * BY
 
-    scale2, shift = tl.load(scalars), tl.load(scalars + 1)
     z = make_tile(
-        x_rows, y_rows, x_ids, y_ids, marks, scale2, shift, x0, y0, n_x, n_y,
+        x_rows, y_rows, x_ids, y_ids, marks, scalars, x0, y0, n_x, n_y,
         D, IDS, BX, BY, BD, TMA,
     )  # fmt: skip
 
@@ -129,6 +128,7 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
             y_weight=row_weight,
             slab=as_argument(slab, tile.streamed, tile.owned, tile.tma),
             y_first=first,
+            maxnreg=255,  # else ptxas spills some to fit one more block into a multiprocessor
         )
 
         d_video[rows] = multiply(slab[:count], text.rows[:, :columns])

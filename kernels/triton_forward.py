@@ -100,7 +100,6 @@ def forward_kernel(
     i, split = tl.program_id(0), tl.program_id(1)
     x0, start = i * BX, split * split_size
     cols = x0 + tl.arange(0, BX)
-    scale2, shift = tl.load(scalars), tl.load(scalars + 1)
 
     # what stays in registers from tile to tile
     sums = tl.zeros([BY // 16, 8, BX], tl.float32)
@@ -110,7 +109,7 @@ def forward_kernel(
     for y0 in tl.range(start, tl.minimum(start + split_size, n_y), BY, flatten=True):
         # masked before exp2: then fma, exp2 and what follows are one block to the compiler
         z = make_tile(
-            x_rows, y_rows, x_ids, y_ids, marks, scale2, shift, x0, y0, n_x, n_y,
+            x_rows, y_rows, x_ids, y_ids, marks, scalars, x0, y0, n_x, n_y,
             D, IDS, BX, BY, BD, TMA,
         )  # fmt: skip
         e = tl.math.exp2(z)

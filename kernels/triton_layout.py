@@ -222,8 +222,7 @@ def make_tile(
     x_ids,
     y_ids,
     marks,
-    scale2,
-    shift,
+    scalars,
     x0,
     y0,
     n_x,
@@ -243,7 +242,8 @@ def make_tile(
         y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
         x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
         acc = tl.dot(y, x.T, acc, input_precision="ieee")
-    z = tl.fma(acc, scale2, -shift)
+    # the scalars are loaded here: before the product, they would spill registers
+    z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
 
     # ids are compared only where the tile touches a marked cell
     is_marked = 0
