@@ -8,8 +8,10 @@ takes its place.
 
 import importlib.util
 import json
+import pickle
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from training.checkpoint import load_checkpoint
 from training.clip import (
     OPENAI,
     OPENAI_SIZES,
+    interpolate_places,
     is_new,
     read_clip,
     read_pretrained,
@@ -66,13 +69,28 @@ def tower(width, heads, layers, **other):
     return sizes | dict(num_hidden_layers=layers) | other
 
 
-def hugging_face(act="quick_gelu"):
+def text_tower(width, heads, vocab_size, length):
+    marks = dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1)
+    sizes = dict(vocab_size=vocab_size, max_position_embeddings=length)
+    return tower(width, heads, 2, **marks, **sizes)
+
+
+SMALL = dict(vision=tower(48, 4, 3, image_size=32, patch_size=8), text=text_tower(32, 2, 518, 20))
+B32 = dict(
+    vision=tower(768, 12, 2, image_size=224, patch_size=32),
+    text=text_tower(512, 8, 1000, 77),
+    embed_dim=512,
+)
+
+
+def hugging_face(act="quick_gelu", vision=SMALL["vision"], text=SMALL["text"], embed_dim=24):
     transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
-    vision = tower(48, 4, 3, image_size=32, patch_size=8, hidden_act=act)
-    text = tower(32, 2, 2, vocab_size=518, max_position_embeddings=20, hidden_act=act)
-    text |= dict(bos_token_id=516, eos_token_id=517)
-    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)
     torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        vision_config=vision | dict(hidden_act=act),
+        text_config=text | dict(hidden_act=act),
+        projection_dim=embed_dim,
+    )
     return shaken(transformers.CLIPModel(config))
 
 
@@ -111,61 +129,69 @@ def ours_from(path, image_size=None):
     return model
 
 
-def texts_of_all_lengths():
-    """tokens, text_mask [19, 20]: a text of each length from 2 (start and end) on."""
-    tokens = torch.randint(1, 516, (19, 20))
-    tokens[:, 0] = 516
-    ends = torch.arange(1, 20)
-    tokens[torch.arange(19), ends] = 517
-    text_mask = torch.arange(20) <= ends[:, None]
+def texts_of_all_lengths(length, vocab_size):
+    """tokens, text_mask [length - 1, length]: a text of each length from 2 (start and end) on."""
+    tokens = torch.randint(1, vocab_size - 2, (length - 1, length))
+    tokens[:, 0] = vocab_size - 2
+    ends = torch.arange(1, length)
+    tokens[torch.arange(length - 1), ends] = vocab_size - 1
+    text_mask = torch.arange(length) <= ends[:, None]
     return tokens.masked_fill(~text_mask, 0), text_mask
 
 
 # ---- parity --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(act="quick_gelu"), dict(act="gelu"), dict(act="quick_gelu", **B32)],
+    ids=["QuickGELU", "GELU", "two layers of ViT-B/32"],
+)
 @torch.inference_mode()
-def test_embeddings_equal_transformers(tmp_path, act):
-    theirs = hugging_face(act)
+def test_embeddings_equal_transformers(tmp_path, sizes):
+    theirs = hugging_face(**sizes)
     theirs.save_pretrained(tmp_path)
     ours = ours_from(tmp_path)
     assert ours.logit_scale == theirs.logit_scale.clamp(max=MAX_LOGIT_SCALE)
 
-    frames = torch.randn(2, 3, 3, 32, 32)  # [B, T, C, H, W]
+    side = theirs.config.vision_config.image_size
+    frames = torch.randn(2, 3, 3, side, side)  # [B, T, C, H, W]
     features = [theirs.get_image_features(video) for video in frames]
     features = torch.stack([getattr(x, "pooler_output", x) for x in features])
     for t in range(3):
         assert_equal(ours.encode_video(frames[:, t : t + 1]), unit(features[:, t]))
     assert_equal(ours.encode_video(frames), unit(features.mean(1)))  # the mean is not unit yet
 
-    tokens, text_mask = texts_of_all_lengths()
+    text = theirs.config.text_config
+    tokens, text_mask = texts_of_all_lengths(text.max_position_embeddings, text.vocab_size)
     expected = unit(theirs.get_text_features(tokens))
     assert_equal(ours.encode_text(tokens, text_mask), expected)
-    assert_equal(ours.encode_text(tokens[:3, :10], text_mask[:3, :10]), expected[:3])
+    short = text_mask.shape[1] // 2
+    assert_equal(ours.encode_text(tokens[:3, :short], text_mask[:3, :short]), expected[:3])
 
 
+@pytest.mark.parametrize("quick_gelu", [True, False])
 @torch.inference_mode()
-def test_embeddings_equal_open_clip(tmp_path, open_clip):
+def test_embeddings_equal_open_clip(tmp_path, open_clip, quick_gelu):
     vision = open_clip.CLIPVisionCfg(layers=3, width=128, patch_size=8, image_size=32)
     text = open_clip.CLIPTextCfg(context_length=20, vocab_size=518, width=64, heads=1, layers=2)
     torch.manual_seed(0)
-    theirs = shaken(open_clip.CLIP(24, vision, text, quick_gelu=True))
+    theirs = shaken(open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu))
     # as its runs save
     state = {f"module.{name}": t for name, t in theirs.state_dict().items()}
     torch.save(dict(epoch=3, state_dict=state), tmp_path / "epoch_3.pt")
     towers = dict(vision_cfg=dict(width=128), text_cfg=dict(heads=1))
-    config = json.dumps(dict(model_cfg=dict(quick_gelu=True, **towers)))
+    config = json.dumps(dict(model_cfg=dict(quick_gelu=quick_gelu, **towers)))
     (tmp_path / "open_clip_config.json").write_text(config)
 
     ours = ours_from(tmp_path / "epoch_3.pt")
     sizes = ours.config
-    assert (sizes.quick_gelu, sizes.video_heads, sizes.text_heads) == (True, 2, 1)
+    assert (sizes.quick_gelu, sizes.video_heads, sizes.text_heads) == (quick_gelu, 2, 1)
     frames = torch.randn(2, 3, 3, 32, 32)
     features = torch.stack([theirs.encode_image(video) for video in frames])
     assert_equal(ours.encode_video(frames[:, :1]), unit(features[:, 0]))
     assert_equal(ours.encode_video(frames), unit(features.mean(1)))
-    tokens, text_mask = texts_of_all_lengths()
+    tokens, text_mask = texts_of_all_lengths(20, 518)
     assert_equal(ours.encode_text(tokens, text_mask), unit(theirs.encode_text(tokens)))
 
 
@@ -173,14 +199,18 @@ def test_embeddings_equal_open_clip(tmp_path, open_clip):
 def test_places_are_stretched_as_in_transformers(tmp_path):
     theirs = hugging_face()
     theirs.save_pretrained(tmp_path)
-    frames = torch.randn(2, 1, 3, 48, 48)
-    expected = theirs.get_image_features(frames[:, 0], interpolate_pos_encoding=True)
-    assert_equal(ours_from(tmp_path, image_size=48).encode_video(frames), unit(expected))
+    for side in (16, 48):
+        frames = torch.randn(2, 1, 3, side, side)
+        expected = theirs.get_image_features(frames[:, 0], interpolate_pos_encoding=True)
+        assert_equal(ours_from(tmp_path, image_size=side).encode_video(frames), unit(expected))
+    places = torch.randn(17, 5)
+    assert interpolate_places(places, 4).equal(places)
 
 
 # ---- layouts and sizes ---------------------------------------------------------------------------
 
 REAL = {  # preset of CLIP's paper: vision, text, embed_dim, parameters in all
+    "base-patch32": (dict(patch_size=32), {}, 512, 151_277_313),
     "base-patch16": (dict(patch_size=16), {}, 512, 149_620_737),
     "large-patch14": (tower(1024, 16, 24, patch_size=14), tower(768, 12, 12), 768, 427_616_513),
 }
@@ -249,7 +279,7 @@ def test_openais_own_file_in_half_precision(file):
     model = openai_file(file, logit_scale=torch.tensor(4.6055, dtype=torch.float16))
     found = read_clip(file, num_frames=5)
     assert found.sizes.quick_gelu and found.sizes.num_frames == 5
-    assert "from OpenAI's own file" in found.describe()
+    assert found.known_from == "OpenAI's own file" and "QuickGELU" in found.describe()
     # above it no gradient would come back
     assert found.weights.pop("logit_scale") == torch.tensor(MAX_LOGIT_SCALE)
     for name, t in found.weights.items():
@@ -257,15 +287,83 @@ def test_openais_own_file_in_half_precision(file):
         assert t.dtype == torch.float32 and t.equal(expected), name
 
 
+def archive(tensors: dict, path):
+    """A TorchScript archive of modules that hold these, as OpenAI's downloads are."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module = root
+        *folders, last = name.split(".")
+        for folder in folders:
+            if folder not in dict(module.named_children()):
+                module.add_module(folder, torch.nn.Module())
+            module = getattr(module, folder)
+        module.register_buffer(last, tensor)
+    torch.jit.script(root).save(path)
+
+
+def test_openais_archives_are_read_without_their_program(file, monkeypatch):
+    openai_file(file)
+    tensors, path = load_file(file), file.with_name("ViT.pt")
+    archive(tensors | {"visual.transformer.attn_mask": torch.zeros(3, 3)}, path)
+    monkeypatch.setattr(torch.jit, "load", None)
+    found, same = read_clip(path), read_clip(file)
+    assert found.known_from == "OpenAI's own file" and found.sizes == same.sizes
+    assert found.weights.keys() == same.weights.keys()
+    assert all(t.equal(same.weights[name]) for name, t in found.weights.items())
+
+
+class Writer(torch.nn.Module):
+    """`torch.jit.load` of it writes a file."""
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self) -> bool:
+        return self.training
+
+    @torch.jit.export
+    def __setstate__(self, training: bool) -> None:
+        self.training = training
+        torch.save(training, "written")
+
+
+def test_what_an_archive_does_when_it_is_loaded_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Writer()).save("x.pt")
+    refused(tmp_path / "x.pt", "more than tensors")
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
+def test_an_archive_that_would_call_something_is_refused(tmp_path, capsys, member):
+    whole, path = tmp_path / "whole.pt", tmp_path / "x.pt"
+    archive({"a": torch.zeros(2)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            evil = pickle.dumps(Evil()) if name.endswith("data.pkl") else b""
+            target.writestr(name, evil if name.endswith(member) else source.read(name))
+    refused(path, "more than tensors")
+    assert "must never run" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
         ({"visual.extra.weight": torch.zeros(2, 3)}, r"has visual.extra.weight \[2, 3\] where"),
+        ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, r"has visual.layer1"),
         ({"ln_final.bias": None}, r"nothing where it should have text.norm_out.bias \[128\]"),
-        ({"ln_final.bias": torch.zeros(5)}, r"bias \[5\] where it should have text.norm_out.bias"),
+        (
+            {"ln_final.bias": torch.zeros(5)},
+            r"has text.norm_out.bias \[5\] where it should have text.norm_out.bias \[128\]",
+        ),
         ({"token_embedding.weight": None}, "not the tensors of a CLIP .*text.token_embed.weight"),
         ({"visual.class_embedding": None}, "not a CLIP with a vision transformer .it holds"),
         ({"vocab_size": None}, "nothing tells its heads and which GELU.*config.json"),
+        (
+            {"visual.conv1.weight": torch.zeros(100, 3, 8, 8)},
+            "width of 100 cannot have 1 heads|has",
+        ),
     ],
 )
 def test_every_tensor_is_accounted_for(file, changes, said):
@@ -285,9 +383,11 @@ def test_a_lost_part_of_queries_keys_values_is_named(tmp_path):
 @pytest.mark.parametrize(
     "vision, text, said",
     [
-        (dict(hidden_act="gelu"), {}, "hidden_act .*, layer_norm_eps .1e-05"),
-        (dict(layer_norm_eps=1e-6), {}, "layer_norm_eps .*1e-06"),
+        (dict(hidden_act="relu"), {}, "hidden_act relu and quick_gelu"),
+        (dict(hidden_act="gelu"), {}, "hidden_act gelu and quick_gelu"),
+        (dict(layer_norm_eps=1e-6), {}, "layer_norm_eps 1e-06"),
         (dict(num_attention_heads=5), {}, "width of 128 cannot have 5 heads"),
+        ({}, dict(num_attention_heads=2), "width of 128 cannot have 12 heads"),
     ],
 )
 def test_configurations_of_other_models(file, vision, text, said):
@@ -298,12 +398,15 @@ def test_configurations_of_other_models(file, vision, text, said):
         read_clip(file)
 
 
-def test_a_damaged_configuration(file):
+def test_a_configuration_tells_heads_and_gelu(file):
     openai_file(file, vocab_size=None)
+    config = file.with_name("config.json")
     for content in ("{", "[]", '{"model_type": "bert"}'):
-        file.with_name("config.json").write_text(content)
+        config.write_text(content)
         with pytest.raises(UserError, match="config.json: not the configuration"):
             read_clip(file)
+    config.write_text('{"model_cfg": {"quick_gelu": true}}')
+    assert read_clip(file).sizes.quick_gelu
 
 
 class Evil:
@@ -324,8 +427,8 @@ def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
     refused(path, "not a CLIP")
     path.write_bytes(path.read_bytes()[:-100])
     refused(path, "damaged")
-    torch.jit.script(torch.nn.Linear(2, 2)).save(path)  # as OpenAI's downloads
-    refused(path, "more than tensors .*TorchScript.*finetune.md")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    refused(path, "not a CLIP with a vision transformer .it holds .*weight")
     for name in ("x.pt", "x.safetensors"):
         (tmp_path / name).write_text("hello")
         refused(tmp_path / name, "damaged")

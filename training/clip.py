@@ -23,17 +23,20 @@ video model is CLIP applied to each frame:
     video(x) = mean over t of CLIP's image embedding of frame t, before it is scaled to unit length
 
 Loading is safe: safetensors, or a torch file of nothing but tensors (`weights_only=True`). OpenAI's
-.pt downloads are TorchScript, programs with weights inside: they are refused, and docs/finetune.md
-has the line that takes the weights out.
+.pt downloads are TorchScript, programs with weights inside: only the weights are read
+(`ScriptTensors`).
 
     python -m training.clip FOLDER      # what is in a checkpoint of CLIP
 """
 
 import json
 import math
+import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +95,7 @@ OPENAI = {
     "mlp.c_proj": "mlp.2",
 }
 LAYOUTS = {"Hugging Face": HUGGING_FACE, "OpenAI": OPENAI}
+KNOWN_BY = {name: next(iter(table)) for name, table in LAYOUTS.items()}
 # numbers that only OpenAI's own files carry
 OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}
 NO_WEIGHTS = re.compile(r".*attn_mask|.*position_ids|" + "|".join(OPENAI_SIZES))
@@ -110,13 +114,21 @@ class Pretrained:
     path: Path
     sizes: ModelConfig
     weights: dict[str, torch.Tensor]  # float32
-    source: str  # whose names they had, and what told heads and GELU
+    layout: str  # whose names they had
+    known_from: str  # what told heads and GELU
     tokenizer: Tokenizer | None = None
     trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     def describe(self) -> str:
         """One line: what was found, and what told heads and GELU."""
-        return f"{self.path}: {self.source}; {len(self.weights)} tensors; {self.sizes}"
+        s = self.sizes
+        gelu = "QuickGELU" if s.quick_gelu else "exact GELU"
+        return (
+            f"{self.path}: {self.layout} layout, {len(self.weights)} tensors; patches of "
+            f"{s.patch_size} in {s.image_size} px, {s.video_layers} layers of {s.video_width} with "
+            f"{s.video_heads} heads; text {s.text_layers} layers of {s.text_width} with "
+            f"{s.text_heads} heads; {gelu} (from {self.known_from})"
+        )
 
     def load_into(self, model: CLOP) -> list[str]:
         """Copy the weights; the names of the model's other tensors, which stay as they are."""
@@ -144,11 +156,10 @@ def read_pretrained(
     """
     path = Path(path)
     if is_ours(path):
-        found = read_run(path, num_frames)
-    else:
-        found = read_clip(path, num_frames=num_frames)
-        found.tokenizer = Tokenizer.from_clip(found.path.parent, found.sizes.vocab_size)
-    return resize(found, image_size)
+        return resize(read_run(path, num_frames), image_size)
+    found = resize(read_clip(path, num_frames=num_frames), image_size)
+    found.tokenizer = Tokenizer.from_clip(found.path.parent, found.sizes.vocab_size)
+    return found
 
 
 def read_run(path: Path, num_frames: int) -> Pretrained:
@@ -158,8 +169,8 @@ def read_run(path: Path, num_frames: int) -> Pretrained:
     weights = {name: t for name, t in found.model.state_dict().items() if "concept_" not in name}
     steps = math.ceil(num_frames / sizes.frames_per_patch)
     weights["video.time_embed"] = found.model.video.time_embedding(steps).detach()
-    source = "our layout, sizes from the run itself"
-    return Pretrained(found.path, sizes, weights, source, found.tokenizer, found.trained_on)
+    told = ("our", "the run itself", found.tokenizer, found.trained_on)
+    return Pretrained(found.path, sizes, weights, *told)
 
 
 def zero_shot(path: str | Path) -> Checkpoint:
@@ -177,10 +188,7 @@ def zero_shot(path: str | Path) -> Checkpoint:
 
 def is_ours(path: Path) -> bool:
     """Whether this is the folder of a run, or a checkpoint of train.py."""
-    if not path.is_file():
-        return bool(list_checkpoints(path))
-    with open(path, "rb") as file:
-        return b'"clop"' in file.read(1000)  # metadata comes first in a safetensors file
+    return bool(list_checkpoints(path)) or b'"clop"' in read_header(path)
 
 
 def is_clip(path: Path) -> bool:
@@ -188,6 +196,15 @@ def is_clip(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in FILES)
     return path.is_file() and not is_ours(path)
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON at the head of a safetensors file; of another file, whatever stands there."""
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, 100 << 20))
 
 
 def resize(found: Pretrained, image_size: int | None) -> Pretrained:
@@ -200,16 +217,21 @@ def resize(found: Pretrained, image_size: int | None) -> Pretrained:
             f"--image-size {image_size}: not a multiple of the weights' patches of "
             f"{sizes.patch_size} pixels; their own size is {sizes.image_size}"
         )
-
-    # bicubic, without antialiasing, as in `transformers`; the class token keeps its own place
-    side, grid = sizes.image_size // sizes.patch_size, image_size // sizes.patch_size
-    place_embed = found.weights["video.place_embed"]  # [1 + side², D]
-    places = rearrange(place_embed[1:], "(h w) d -> 1 d h w", h=side)
-    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
-    places = torch.cat([place_embed[:1], rearrange(places, "1 d h w -> (h w) d")])
-
+    grid = image_size // sizes.patch_size
+    places = interpolate_places(found.weights["video.place_embed"], grid)
     weights = found.weights | {"video.place_embed": places}
     return replace(found, weights=weights, sizes=replace(sizes, image_size=image_size))
+
+
+def interpolate_places(place_embed: torch.Tensor, grid: int) -> torch.Tensor:
+    """The place embedding [1 + side², D] for another grid of patches: [1 + grid², D].
+
+    Bicubic, without antialiasing, as in `transformers`. The class token keeps its own.
+    """
+    side = math.isqrt(len(place_embed) - 1)
+    places = rearrange(place_embed[1:], "(h w) d -> 1 d h w", h=side)
+    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([place_embed[:1], rearrange(places, "1 d h w -> (h w) d")])
 
 
 # ---- CLIP's files --------------------------------------------------------------------------------
@@ -235,8 +257,7 @@ def read_clip(path: str | Path, *, num_frames: int = 8) -> Pretrained:
     check_weights(file, sizes, weights)
     # fp16's ln 100 lies above the clamp, where the gradient is zero
     weights["logit_scale"] = weights["logit_scale"].clamp(max=MAX_LOGIT_SCALE)
-    source = f"{layout} layout, heads and GELU from {settings.source}"
-    return Pretrained(file, sizes, weights, source)
+    return Pretrained(file, sizes, weights, layout, settings.source)
 
 
 def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -261,12 +282,16 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     try:
         if path.suffix == ".safetensors":
             return path, load_file(path)
+        with zipfile.ZipFile(path) as archive:  # what torch has written since 2020, before CLIP
+            script = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
+            if script:
+                return path, ScriptTensors(archive, script[0].removesuffix("constants.pkl")).read()
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly any
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"{path}: damaged, or a file of more than tensors ({why}); fetch it again, or save the "
-            "model's state_dict() alone (docs/finetune.md)"
+            "model's state_dict() as safetensors"
         ) from error
 
     found = found.get("state_dict", found) if isinstance(found, dict) else {"": found}
@@ -278,10 +303,67 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
+STORAGES = "FloatStorage HalfStorage DoubleStorage LongStorage IntStorage BoolStorage".split()
+
+
+class ScriptTensors(pickle.Unpickler):
+    """The tensors of a TorchScript archive, without its program.
+
+    `torch.jit.load` would compile that program, and run its `__setstate__`, which can write files
+    (tests/test_clip.py). What we need is in two other members: data.pkl, a pickle of the modules
+    with their tensors' shapes, and data/0, data/1, …, their bytes. Its modules become plain
+    objects. Nothing can be called but what `find_class` returns.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(archive.open(f"{folder}data.pkl"))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return SimpleNamespace
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.rebuild
+        if module == "torch.jit._pickle":  # types of lists
+            return self.keep
+        if module == "torch" and name in STORAGES:  # "HalfStorage": torch.half
+            return getattr(torch, name.removesuffix("Storage").lower())
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+    def persistent_load(self, found: tuple) -> torch.Tensor:
+        """The bytes of a tensor, in one dimension."""
+        _, dtype, key, _, _ = found
+        content = self.archive.read(f"{self.folder}data/{key}")
+        return torch.frombuffer(bytearray(content), dtype=dtype)
+
+    def keep(self, value, *_):
+        return value
+
+    def rebuild(self, storage, offset: int, shape: tuple, strides: tuple, *_) -> torch.Tensor:
+        return storage.as_strided(shape, strides, offset)
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """{name: tensor}, as the module's state_dict() names them."""
+        tensors, todo, seen = {}, [("", self.load())], set()
+        while todo:
+            prefix, module = todo.pop()
+            if id(module) in seen:  # a circle would have no end
+                continue
+            seen.add(id(module))
+            for name, value in vars(module).items():
+                if isinstance(value, SimpleNamespace):
+                    todo.append((f"{prefix}{name}.", value))
+                elif isinstance(value, torch.Tensor):
+                    tensors[prefix + name] = value
+        return tensors
+
+
 def find_layout(file: Path, tensors: dict) -> str:
     """A name of LAYOUTS."""
-    for layout, table in LAYOUTS.items():
-        if next(iter(table)) in tensors:
+    for layout, name in KNOWN_BY.items():
+        if name in tensors:
             return layout
     raise UserError(
         f"{file}: not a CLIP with a vision transformer (it holds {shorten(list(tensors))}); --init "
@@ -294,11 +376,11 @@ def take_over(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.
     weights = {}
     for name, tensor in tensors.items():
         if not NO_WEIGHTS.fullmatch(name):
-            weights[rename(name, LAYOUTS[layout])] = tensor.float()
+            weights[rename(name, LAYOUTS[layout])] = tensor.float().contiguous()
 
     if layout == "OpenAI":  # which multiplies from the right
         for name in {"video.project.weight", "text.project.weight"} & weights.keys():
-            weights[name] = weights[name].T
+            weights[name] = weights[name].T.contiguous()
 
     # of three matrices of queries, keys and values one: a larger product is a faster one
     for name in [name for name in weights if ".q_proj." in name]:
@@ -330,18 +412,20 @@ class Settings(NamedTuple):
 
 def read_settings(file: Path, tensors: dict) -> Settings:
     """From the configuration beside the weights. OpenAI's own files need none."""
-    path = file.with_name("config.json")
-    if not path.is_file():
-        path = file.with_name("open_clip_config.json")
-    if not path.is_file():
-        if OPENAI_SIZES <= tensors.keys():
-            return Settings("OpenAI's own file", quick_gelu=True)
+    names = ["config.json", "open_clip_config.json"]
+    if "visual.conv1.weight" in tensors:
+        names.reverse()
+    paths = [file.with_name(name) for name in names if file.with_name(name).is_file()]
+    if not paths and OPENAI_SIZES <= tensors.keys():
+        return Settings("OpenAI's own file", quick_gelu=True)
+    if not paths:
         raise UserError(
             f"{file}: nothing tells its heads and which GELU it was trained with; put its "
             "config.json or open_clip_config.json beside it (OpenAI's weights: "
             '{"model_cfg": {"quick_gelu": true}})'
         )
 
+    path = paths[0]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if "model_cfg" in found:
@@ -352,10 +436,9 @@ def read_settings(file: Path, tensors: dict) -> Settings:
                 text_heads=model.get("text_cfg", {}).get("heads"),
                 video_head_width=model.get("vision_cfg", {}).get("head_width", 64),
             )
-
         # what is not stated has the value that transformers gives it
         towers = [found["vision_config"], found["text_config"]]
-        acts = {tower.get("hidden_act", "quick_gelu") for tower in towers}
+        acts = [tower.get("hidden_act", "quick_gelu") for tower in towers]
         epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in towers}
         video_heads = towers[0].get("num_attention_heads", 12)
         text_heads = towers[1].get("num_attention_heads", 8)
@@ -365,36 +448,39 @@ def read_settings(file: Path, tensors: dict) -> Settings:
             "one from the model's page"
         ) from error
 
-    if acts not in ({"gelu"}, {"quick_gelu"}) or epsilons != {1e-5}:
+    if epsilons != {1e-5}:
+        raise UserError(f"{path}: layer_norm_eps {max(epsilons - {1e-5})}: CLIP's norms have 1e-05")
+    if acts not in (["gelu"] * 2, ["quick_gelu"] * 2):
         raise UserError(
-            f"{path}: hidden_act {acts}, layer_norm_eps {epsilons}: here both towers have gelu, or "
-            "quick_gelu, and CLIP's 1e-05; use the weights of a CLIP"
+            f"{path}: hidden_act {' and '.join(acts)}: both towers here have gelu, or quick_gelu"
         )
-    return Settings(path.name, acts == {"quick_gelu"}, video_heads, text_heads)
+    return Settings(path.name, acts[0] == "quick_gelu", video_heads, text_heads)
 
 
 def read_sizes(weights: dict, settings: Settings, num_frames: int) -> ModelConfig:
     """Sizes, from the shapes of the weights. Raises KeyError where one lacks."""
     width, _, _, patch_size = weights["video.patch_embed.weight"].shape  # [D, C, p, p]
     vocab_size, text_width = weights["text.token_embed.weight"].shape
-    first_products = [name for name in weights if name.endswith(".mlp.0.weight")]
-    video_layers = sum(name.startswith("video.") for name in first_products)
-
     return ModelConfig(
         image_size=patch_size * math.isqrt(len(weights["video.place_embed"]) - 1),
         patch_size=patch_size,
         num_frames=num_frames,
         video_width=width,
-        video_layers=video_layers,
+        video_layers=count_blocks(weights, "video"),
         video_heads=settings.video_heads or width // settings.video_head_width,
         text_width=text_width,
-        text_layers=len(first_products) - video_layers,
+        text_layers=count_blocks(weights, "text"),
         text_heads=settings.text_heads or text_width // 64,
         text_length=len(weights["text.position_embed"]),
         vocab_size=vocab_size,
         embed_dim=len(weights["text.project.weight"]),
         quick_gelu=settings.quick_gelu,
     )
+
+
+def count_blocks(weights: dict, tower: str) -> int:
+    start = f"{tower}.blocks."
+    return len({name.split(".")[2] for name in weights if name.startswith(start)})
 
 
 def check_weights(file: Path, sizes: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
