@@ -24,6 +24,7 @@ from kernels.triton_backward import slab_kernel
 from kernels.triton_forward import LANES, forward_kernel
 from kernels.triton_layout import TILES, Tile, mark_cells
 from kernels.triton_mining import LAUNCH, mining_kernel
+from kernels.triton_warmup import COLS, DEPTH, ROWS, lse_kernel
 
 # compute capability x 10: Ampere, Hopper, data-centre Blackwell
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -87,6 +88,11 @@ def compile_all(arch: int) -> Iterator[Report]:
     )
     types |= dict.fromkeys(("n_rows", "n_cols"), "i32")
     yield compile_kernel("mark cells", mark_cells, types, dict(IDS=IDS), arch, num_warps=8)
+
+    types = dict.fromkeys(("video", "text", "out"), "*fp32") | dict.fromkeys(("m", "D"), "i32")
+    types |= {"scale": "fp32"}
+    constants = dict(ROWS=ROWS, COLS=COLS, DEPTH=DEPTH)
+    yield compile_kernel("warm-up", lse_kernel, types, constants, arch)
 
     for family in FAMILIES[arch]:
         dtype = "fp32" if family == "fp32" else "fp16"

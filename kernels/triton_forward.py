@@ -25,9 +25,6 @@ min/max instructions per logit, no branch, no data movement. With S splits of th
 there are 64·S lanes, and the k hardest hardly ever have three of their number in one lane. Which
 lanes may hide something is known exactly, and repaired: triton_mining.py.
 
-Reading Triton: `tl.arange` numbers the rows of a tile; [:, None] and [None, :] spread them over its
-two axes; `tl.load` takes one address per number; `tl.dot` is the matrix unit.
-
 Splits make enough programs to fill the GPU, and enough lanes. `flatten` fuses the loops over tiles
 and over depth, so that the next tile's rows are on their way while this tile's exponentials are
 computed.

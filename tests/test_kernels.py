@@ -418,6 +418,15 @@ def test_nothing_waits_for_the_gpu(monkeypatch):
     assert not mode.names & {"lift_fresh", "_local_scalar_dense", "nonzero"}
 
 
+@pytest.mark.skipif(INTERPRETED is CUDA, reason="needs a GPU or the interpreter")
+def test_warm_up_kernel():
+    from kernels.triton_warmup import row_lse
+
+    video, text, *_ = problem(64, m=192, dim=64)
+    expected = (20.0 * video.double() @ text.double().T).logsumexp(1)
+    assert (row_lse(video, text, 20.0) - expected).abs().max() <= 1e-5
+
+
 @impls
 def test_extra_texts_are_negatives_of_every_video(impl):
     """Texts without a video: they add columns to the rows' sums, and lose nothing themselves."""
