@@ -96,8 +96,8 @@ $ -m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1
 + --sizes 300
 = 300
 $ -m bench.contrastive --device cpu --sizes 16384
-+ --sizes 256 --dim 32
-= 256
++ --dim 32 --row '{"batch": 256, "mode": "+ top-16", "version": "tiled"}'
+= cpu_s
 $ -m bench.scaling
 = GFLOP
 $ -m bench.text
