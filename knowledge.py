@@ -1,8 +1,8 @@
 """Knowledge: what a caption says, and how much two captions share.
 
-"two dogs chase a ball" becomes
+"two dogs chase a red ball" becomes
 
-    {"noun": ["dog", "ball"], "verb": ["chase"], "relation": ["chase ball"]}
+    noun: dog, ball    verb: chase    relation: chase ball    attribute: two dog, red ball
 
 captions/tagger.py says which words are nouns and verbs, and captions/relations.py which noun a verb
 acts on. Each such piece is a *concept*: "noun:dog", "verb:chase", "relation:chase ball". What many
@@ -20,8 +20,7 @@ With the idf of these four captions:
                             κ = 0.58   a cat chases a dog            a hard negative: other roles
                             κ = 0.18   a dog sleeps
 
-KCL weighs negatives by κ. It composes batches by the overlap of nouns and verbs alone (`word_idf`).
-`meaning_ids` says which pairs are no negatives at all.
+KCL weighs negatives by κ. `meaning_ids` says which pairs are no negatives at all.
 
 Simplified: English only, no parse tree, no synonyms, no coreference ("it" is nothing). How well it
 reads captions: docs/results.md.
@@ -230,7 +229,7 @@ class ConceptVocab:
     names     ["noun:dog", …], by granularity, in each the most frequent first
     counts    int64 [K], how many of the num_captions captions hold each
     idf       float32 [K]
-    word_idf  float32 [K], idf, but 0 for relations
+    word_idf  float32 [K], idf of nouns and verbs, 0 for the pairs that they are in
     log_odds  float32 [K], ln (p / (1 − p)), where the share p of captions hold a concept; with one
               more caption on either side, so that it is never infinite
 
