@@ -74,6 +74,7 @@ from model import CLOP, MAX_LOGIT_SCALE, ModelConfig, build_config
 from training.checkpoint import Checkpoint, resume_checkpoint
 from training.clip import Pretrained, is_new, read_pretrained
 from training.log import plot_curves
+from training.muon import Muon
 from training.processes import Ranks, StopSignals, launch
 from training.run import Run
 
@@ -118,7 +119,7 @@ class ModelFlags:
 @dataclass
 class OptimizerFlags:
     seed: int = 0  # of weights, batch order and frames
-    steps: int = 1200  # optimizer steps
+    steps: int = 600  # optimizer steps
     batch_size: int = 128  # pairs in the global batch, over all processes
     chunk: int = 0  # pairs that a process encodes at a time, same negatives; 0 = all
     lr: float = 3e-3  # peak learning rate of AdamW
@@ -141,7 +142,7 @@ class MachineFlags:
 class OutputFlags:
     out: str = "runs/toy"  # log, checkpoints, plots
     log_every: int = 20  # steps
-    eval_every: int = 240  # steps between validations, each with a checkpoint
+    eval_every: int = 120  # steps between validations, each with a checkpoint
     keep: int = 2  # newest checkpoints that stay; 0 = all
     test: bool = True  # toy: at the end, evaluate on the test gallery
 
@@ -437,9 +438,8 @@ def build_model(config: TrainConfig, data: Data) -> CLOP:
 def build_optimizers(model: CLOP, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW; and Muon for the matrices of the blocks, where they are trained from scratch.
 
-    Muon (https://kellerjordan.github.io/posts/muon/) makes all singular values of a matrix's step
-    equal, so that what is rare in the gradient is learned, too: half of the steps (docs/LOG.md).
-    Each group has its weight decay, and `scale`: its share of --lr.
+    Muon takes half of AdamW's steps (docs/LOG.md). Each group has its weight decay, and `scale`:
+    its share of --lr.
     """
     groups: dict[tuple, list] = {}
     matrices = []
@@ -460,7 +460,7 @@ def build_optimizers(model: CLOP, config: TrainConfig) -> list[torch.optim.Optim
     optimizers = [torch.optim.AdamW(options, betas=(0.9, 0.98), eps=1e-6, fused=True)]
     if matrices:
         options = [dict(params=matrices, scale=config.muon_lr / config.lr)]
-        optimizers.append(torch.optim.Muon(options, weight_decay=config.weight_decay))
+        optimizers.append(Muon(options, weight_decay=config.weight_decay))
     return optimizers
 
 

@@ -95,6 +95,8 @@ HEADINGS = {
     "mc_accuracy_noun": "noun",
     "mc_accuracy_verb": "verb",
     "mc_accuracy_direction": "direction",
+    "mc_accuracy_binding": "binding",
+    "mc_accuracy_count": "count",
 }
 
 
@@ -346,7 +348,8 @@ def make_tables(results: str) -> str:
     for runs in read_groups(results):
         shown = {name: title for name, title in HEADINGS.items() if name in runs[0]["metrics"]}
         pairs = (("all", "skp"), ("all", "kcl"))
-        tables = markdown_tables(runs, shown, order_variants(runs), pairs=pairs)
+        variants = order_variants(runs)
+        tables = markdown_tables(runs, shown, variants, base=variants[0], pairs=pairs)
         texts.append(f"{describe_group(runs)}\n\n{tables}")
     return "\n\n".join(texts)
 
