@@ -73,10 +73,13 @@ class Split:
 
     def describe_captions(self) -> str:
         """What is odd about the captions, in words; "" if nothing is."""
-        latin = re.compile("[A-Za-z]")
+        written = [caption for caption in self.captions if caption.strip()]
+        rows = map(hash, zip(self.video_of_caption.tolist(), self.captions))
+        different = len(np.unique(np.fromiter(rows, np.int64)))  # there may be millions
         counts = {
-            "empty": sum(not text.strip() for text in self.captions),
-            "without a Latin letter": sum(not latin.search(text) for text in self.captions),
+            "empty": len(self.captions) - len(written),
+            "without a Latin letter": sum(not re.search("[A-Za-z]", text) for text in written),
+            "repeated for the same video": len(self.captions) - different,
         }
         odd = [f"{count} {what}" for what, count in counts.items() if count]
         return f"{len(self.captions)} captions: {', '.join(odd)}" if odd else ""

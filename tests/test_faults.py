@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 import knowledge
 import train
 from cli import UserError
+from datasets import toyworld
 from train import TrainConfig
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.log import Log
@@ -331,5 +333,36 @@ def test_an_odd_locale_changes_nothing(tiny_world, tmp_path, cache, whole):
     # the message of the refusal has an arrow
     refused = start(settings(tiny_world, tmp_path, cache, lr=0.5), env=odd)
     _, error = refused.communicate(timeout=300)
-    assert refused.returncode == 2 and "--lr 0.001" in error, error
+    assert refused.returncode == 2 and "--lr 0.003" in error, error
     assert "Traceback" not in error, error
+
+
+def test_killed_rendering_workers_are_replaced(tmp_path):
+    """Three workers are killed while they render; the world is whole all the same."""
+
+    def kill_three():
+        for _ in range(3):
+            while not (workers := set(children.read_text().split()) - before):
+                if done.wait(0.01):
+                    return
+            os.kill(int(min(workers)), signal.SIGKILL)
+            # twice at the same video would be the video's fault: wait until its second try is over
+            enough = len(list(videos.glob("*"))) + 16
+            while len(list(videos.glob("*"))) < enough:
+                if done.wait(0.01):
+                    return
+
+    videos = tmp_path / "world" / "videos"
+    done, main = threading.Event(), threading.get_native_id()
+    children = Path(f"/proc/{os.getpid()}/task/{main}/children")
+    before = set(children.read_text().split())
+    killer = threading.Thread(target=kill_three)
+    killer.start()
+    try:
+        world = toyworld.generate(
+            tmp_path / "world", train=200, val=8, test=8, workers=2, progress=False
+        )
+    finally:
+        done.set()
+        killer.join()
+    assert len(list((world / "videos").glob("*.mp4"))) == 216 and (world / "world.json").exists()

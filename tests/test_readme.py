@@ -86,6 +86,8 @@ $ -m bench.search --toy cache/toy
 $ -m bench.search --videos 20000 --presets toy --queries 10
 + --videos 200 --queries 2 --presets toy
 = 128
+
+# more benches
 $ -m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1
 + --batch 8 --chunks 0,4 --frames 4
 = 4
@@ -96,7 +98,7 @@ $ -m bench.eval --sizes 100000 --matrix-up-to 0 --rounds 1
 + --sizes 300
 = 300
 $ -m bench.contrastive --device cpu --sizes 16384
-+ --dim 32 --row '{"batch": 256, "mode": "+ top-16", "version": "tiled"}'
++ --dim 32 --row '{{"batch": 256, "mode": "+ top-16", "version": "tiled"}}'
 = cpu_s
 $ -m bench.scaling
 = GFLOP
@@ -126,7 +128,7 @@ $ train.py --dataset shards --data "WEBVID/{00000..02480}.tar::CC3M/{00000..0033
 $ -m bench.knowledge_width --captions train.csv
 = docs/kernel.md: one run, seed 0
 $ -m bench.gpu
-= tests/test_extras.py: def test_the_gpu_session_runs_what_a_cpu_can(
+= tests/test_kernels_aot.py: def test_the_gpu_session_runs_what_a_cpu_can(
 $ train.py --seed $seed --out runs/toy-$seed
 = bench/results/toy-seed0.json: commit
 $ eval.py --compare A B
@@ -137,7 +139,13 @@ $ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-
   --gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6
   --weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt
 = docs/finetune.md: **Not run**
-$ -m bench.ablation --seeds 5 --split test -- --num-frames 4 --steps 400 --eval-every 100
+$ train.py --guided-share 0 --beta 0 --no-mask-false-negatives --out runs/skp
+= tests/test_train.py: def test_a_run_learns_and_writes_what_it_promises(
+$ -m bench.ablation --variants "base skp" --seeds 5 --split test
+  -- --num-frames 4 --steps 200 --eval-every 200
+= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
+$ -m bench.ablation --variants "skp all:guided_from=0" --seeds 5 --split test
+  -- --init runs/skp --steps 100 --num-frames 8 --lr 5e-4 --warmup 10 --eval-every 100
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(

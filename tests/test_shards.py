@@ -289,12 +289,13 @@ def test_a_run_on_broken_videos_resumes_bit_by_bit(broken_run, tmp_path, capfd):
     assert f"{count} videos cannot be used" in said.out
 
 
-def test_ranks_share_the_index_and_the_batches(broken_run, tmp_path):
-    """The same run on two processes, by torchrun, with one index."""
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_index_and_the_batches(broken_run, tmp_path, ranks):
+    """The same run on several processes, by torchrun, with one index."""
     several = replace(broken_run, out=str(tmp_path / "run"), cache=str(tmp_path / "cache"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", str(ROOT / "train.py"), *flags(several)],
+        [*torchrun, f"--nproc-per-node={ranks}", str(ROOT / "train.py"), *flags(several)],
         capture_output=True,
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
