@@ -325,8 +325,8 @@ class KnowledgeBatchSampler:
     ) -> np.ndarray:
         """Samples in the order of the epoch, int64 [num_batches * batch_size]: its batches.
 
-        find_hardest(anchors [A], pool [P]) -> [A, k] samples of the pool, the hardest first, −1 for
-        none. Without it, or without a guided share, the order is a plain shuffle.
+        find_hardest(anchors [A], pool [P]) -> [A, k] samples of the pool, the hardest first.
+        Without it, or without a guided share, the order is a plain shuffle.
         """
         num_batches = len(self) if num_batches is None else num_batches
         rng = np.random.default_rng((self.seed, epoch))
@@ -349,13 +349,12 @@ class KnowledgeBatchSampler:
         """
         left = hardest.copy()
         for start in range(0, len(anchors), 4096):  # their vectors take some hundred MB
-            row, place = np.nonzero(hardest[start : start + 4096] >= 0)
-            row += start
-            other = hardest[row, place]
-            video = self.video_id[anchors[row]]
+            rows = slice(start, start + 4096)
+            other = hardest[rows].ravel()
+            video = np.repeat(self.video_id[anchors[rows]], hardest.shape[1])
             num_true = self.known[video].multiply(self.held[other]).sum(axis=1)
             is_true = (num_true == self.num_said[other]) | (video == self.video_id[other])
-            left[row[is_true], place[is_true]] = -1
+            left[rows][is_true.reshape(-1, hardest.shape[1])] = -1
         return left
 
     def make_groups(self, anchors: np.ndarray, hardest: np.ndarray, wanted: int) -> np.ndarray:

@@ -65,21 +65,19 @@ from datasets.published import DATASETS, load_split
 from datasets.shards import load_shards
 from datasets.split import Split, TrainedOn
 from datasets.tasks import Task
-from eval import EvalConfig, embed_texts, evaluate, evaluate_retrieval, machine_facts
-from kernels import knowledge_nce_stats
-from kernels.distributed import gather, share_sizes
+from eval import EvalConfig, evaluate, evaluate_retrieval, machine_facts
 from knowledge import ConceptVocab, Knowledge, concept_vectors, extract_many
 from losses import LossConfig, clop_loss
 from model import CLOP, MAX_LOGIT_SCALE, ModelConfig, build_config
 from training.checkpoint import Checkpoint, resume_checkpoint
 from training.clip import Pretrained, is_new, read_pretrained
 from training.log import plot_curves
+from training.mining import mine
 from training.muon import Muon
 from training.processes import Ranks, StopSignals, launch
 from training.run import Run
 
 GRAD_CLIP = 1.0  # largest gradient norm
-MINED = 32  # hardest captions that a sample's group is chosen from
 
 
 # the groups of --help
@@ -492,8 +490,16 @@ def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator
     samples, sampler = run.data.samples, run.data.sampler
     reading = dict(seed=config.seed, workers=config.workers, max_broken=config.max_broken)
 
+    def embed_samples(rows):
+        """video_emb of these samples, with the last stage's frames."""
+        chunks = np.split(rows, range(config.batch_size, len(rows), config.batch_size))
+        jobs = [Job(chunk, 0, 0, num_frames(config)[-1]) for chunk in chunks]
+        for batch in read_batches(samples, jobs, **reading):
+            batch = {name: x.to(ranks.device) for name, x in batch.items()}
+            yield embed(towers, batch, slice(None), config)[0]
+
     def find_hardest(anchors, pool):
-        return mine(run, towers, anchors, pool, reading)
+        return mine(run, embed_samples, anchors, pool)
 
     while run.step < config.steps:
         epoch = epoch_of(run.step, config, len(sampler))
@@ -516,52 +522,6 @@ def plan_batches(
         shares = np.array_split(order[place : place + B], ranks.world_size)
         first = place + sum(map(len, shares[: ranks.rank]))
         yield Job(shares[ranks.rank], first, epoch.number, stages[stage])
-
-
-@torch.no_grad()
-def mine(run: Run, towers, anchors: np.ndarray, pool: np.ndarray, reading: dict) -> np.ndarray:
-    """The captions of the pool [P] that the model takes soonest for those of each anchor's video.
-
-    Returns samples, int64 [A, MINED], the hardest first; −1 where there is none. Each rank embeds
-    its share of the samples and mines for its share of the anchors, by the op of the loss.
-    """
-    config, ranks, samples = run.config, run.ranks, run.data.samples
-    started = time.perf_counter()
-    others = np.setdiff1d(pool, anchors)
-    columns = np.concatenate([anchors, others])  # of the anchors first: row i's own is column i
-
-    def my_share(x):
-        return np.array_split(x, ranks.world_size)[ranks.rank]
-
-    def of_all(x, total):
-        return gather(x, share_sizes(total, ranks.world_size))
-
-    captions = [samples.split.captions[i] for i in my_share(columns)]
-    text_emb = embed_texts(run.model, samples.tokenizer, captions).to(ranks.device)
-    text_emb = of_all(text_emb, len(columns))
-
-    rows = my_share(anchors)
-    chunks = np.split(rows, range(config.batch_size, len(rows), config.batch_size))
-    jobs = [Job(chunk, 0, 0, num_frames(config)[-1]) for chunk in chunks]
-    parts = []
-    for batch in read_batches(samples, jobs, **reading):
-        batch = {name: x.to(ranks.device) for name, x in batch.items()}
-        parts.append(embed(towers, batch, slice(None), config)[0])
-    video_emb = torch.cat(parts).to(text_emb.dtype)
-
-    ids = np.stack([samples.video_id[columns], samples.meaning_id[columns]], axis=1)
-    ids = torch.from_numpy(ids).to(ranks.device)
-    place = sum(share_sizes(len(anchors), ranks.world_size)[: ranks.rank])
-    found = []
-    for part in video_emb.split(1024):
-        own_ids = ids[place : place + len(part)]
-        how = dict(signature=(own_ids, ids), offset=place, k=MINED)
-        stats = knowledge_nce_stats(part, text_emb, run.model.logit_scale, **how)
-        found.append(stats.mined.v2t_index)
-        place += len(part)
-    index = of_all(torch.cat(found), len(anchors)).cpu().numpy()
-    run.say(f"mined {len(anchors)} samples in {time.perf_counter() - started:.0f} s")
-    return np.where(index < 0, -1, columns[index])
 
 
 # ---- 3. a step -----------------------------------------------------------------------------------

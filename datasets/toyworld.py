@@ -225,11 +225,10 @@ def compositions(split: str) -> dict[str, list[tuple[str, ...]]]:
 @functools.cache
 def taught() -> set[tuple[str, frozenset[str]]]:
     """The compositions of training: (action, its kinds)."""
-    return {
-        (action, frozenset(kinds))
-        for action, dealt in compositions("train").items()
-        for kinds in dealt
-    }
+    found = set()
+    for action, dealt in compositions("train").items():
+        found |= {(action, frozenset(kinds)) for kinds in dealt}
+    return found
 
 
 def pick(rng: np.random.Generator, options):

@@ -234,7 +234,6 @@ def test_what_may_be_true_of_the_video_joins_no_group():
     allowed = [set(row[row >= 0].tolist()) for row in left]
     assert allowed[0] == {2, 3, 6}  # 1 says less, 5 is of the same video, 4 says nothing
     assert allowed[1] == {0, 2, 3, 5, 6}  # "a red dog runs" is not known of the second video
-    assert (sampler.drop_true(np.arange(7), all_of_them * 0 - 1) == -1).all()
 
 
 def test_captions_of_one_video_do_not_meet_in_a_group(scenes):
