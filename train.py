@@ -490,10 +490,11 @@ def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator
     samples, sampler = run.data.samples, run.data.sampler
     reading = dict(seed=config.seed, workers=config.workers, max_broken=config.max_broken)
 
-    def embed_samples(rows):
-        """video_emb of these samples, with the last stage's frames."""
-        chunks = np.split(rows, range(config.batch_size, len(rows), config.batch_size))
-        jobs = [Job(chunk, 0, 0, num_frames(config)[-1]) for chunk in chunks]
+    def embed_samples(rows, place):
+        """video_emb of these samples, the first at this place among those of all ranks."""
+        T, size = num_frames(config)[-1], config.batch_size
+        starts = range(0, len(rows), size)
+        jobs = [Job(rows[i : i + size], place + i, 0, T) for i in starts]
         for batch in read_batches(samples, jobs, **reading):
             batch = {name: x.to(ranks.device) for name, x in batch.items()}
             yield embed(towers, batch, slice(None), config)[0]
