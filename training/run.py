@@ -36,8 +36,8 @@ class Run:
     def resume(self, found: Checkpoint) -> None:
         """Go on from a checkpoint. Raises UserError if it comes of other settings or data."""
         changed = []
-        for name, old in found.config.items():
-            new = getattr(self.config, name, "gone")
+        for name, new in asdict(self.config).items():
+            old = found.config.get(name, "unknown")  # to an older version of this code
             if name not in self.config.FREE and new != old:
                 changed.append(f"--{name.replace('_', '-')} {old} → {new}")
 
