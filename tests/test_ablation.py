@@ -136,7 +136,7 @@ def test_a_real_run_leaves_its_line(tiny_world, tmp_path):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     run_all(make_config(tmp_path, **runs), words)
     (record,) = paired.read_runs(tmp_path / "r.jsonl")
-    assert record["videos"] == 12 and record["questions"] == 12 and record["split"] == "val"
+    assert record["videos"] == 12 and record["questions"] == 64 and record["split"] == "val"
     assert [step for step, _ in record["curve"]] == [1, 2] and record["seconds"] > 0
     assert {"t2v_R@1", "v2t_R@1", "mc_accuracy", "mc_accuracy_noun"} <= record["metrics"].keys()
     assert record["config"]["skp_weight"] == VARIANTS["all"]["skp_weight"]
