@@ -246,7 +246,7 @@ def settings(shards, out, **other):
     files = dict(dataset="shards", data=str(shards / "train-{0..3}.tar"), out=str(out))
     files |= dict(val_data=str(shards / "val-{0..0}.tar"), cache=str(shards / "cache"), workers=2)
     run = dict(steps=4, batch_size=40, num_frames="1,2", warmup=2, log_every=1, eval_every=2)
-    return TrainConfig(**(files | run | dict(guided_from=0.0) | other))
+    return TrainConfig(**(files | run | dict(guided_share=0.0) | other))
 
 
 def numbers_of(out) -> list[tuple]:
