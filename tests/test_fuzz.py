@@ -161,7 +161,7 @@ def test_damaged_questions(name, tmp_path):
 
     def read():
         is_own = name == "q.jsonl"
-        questions = load_questions(path) if is_own else load_msrvtt_mc(Folder(tmp_path), path)
+        questions = load_questions(path) if is_own else load_msrvtt_mc(Folder(tmp_path))
         pairs = []
         for question in questions:
             assert 0 <= question.answer < len(question.options)
