@@ -102,6 +102,8 @@ $ -m bench.contrastive --device cpu --sizes 16384
 = cpu_s
 $ -m bench.scaling
 = GFLOP
+
+# last benches
 $ -m bench.text
 + --functions clean
 = clean
