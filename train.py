@@ -505,7 +505,7 @@ def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator
 
     while run.step < config.steps:
         epoch = epoch_of(run.step, config, len(sampler))
-        if run.step == epoch.first or run.order is None:
+        if run.step == epoch.first:  # else a resumed run has the plan
             mining = find_hardest if epoch.is_guided else None
             run.order = sampler.plan(epoch.number, epoch.end - epoch.first, mining)
         jobs = plan_batches(config, ranks, run.order, epoch, run.step)

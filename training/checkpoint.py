@@ -144,10 +144,12 @@ def load_checkpoint(path: str | Path, device: str = "cpu", *, training: bool = F
     """
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     contents, tensors = read_file(path)
+
     try:
         trained_on = TrainedOn()
         if "trained_on" in tensors:
             trained_on = TrainedOn(tensors["trained_on"].numpy(), dict(contents["trained_on"]))
+
         return Checkpoint(
             model=build_model(contents["model"], below("model.", tensors)).to(device).eval(),
             tokenizer=Tokenizer.from_dict(contents["tokenizer"]),
