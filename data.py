@@ -276,9 +276,8 @@ class KnowledgeBatchSampler:
 
     1. `plan`          a shuffle. Some samples become anchors, and the caller names for each anchor
                        its hardest captions: those that the model mixes up with its own
-    2. `drop_true`     knowledge says which of them are no negatives: what a caption says may be
-                       true of the anchor's video, too
-    3. `make_groups`   an anchor and the hardest of what is left
+    2. `make_groups`   an anchor and the hardest of them that are negatives of each other
+    3. `find_true`     knowledge says which are not: a caption may be true of another's video, too
     4. `deal`          the groups go evenly to the batches, all other samples fill the rest
 
     Paper: "knowledge-guided sampling" of "hard negatives" is all that the abstract says; the way is
@@ -337,25 +336,8 @@ class KnowledgeBatchSampler:
 
         # some get into the group of another one before their turn; 256: a share for each rank
         anchors = pool[: max(2 * wanted, 256)]
-        hardest = self.drop_true(anchors, find_hardest(anchors, pool))
-        groups = self.make_groups(anchors, hardest, wanted)
+        groups = self.make_groups(anchors, find_hardest(anchors, pool), wanted)
         return self.deal(rng.permutation(groups), pool, num_batches)
-
-    def drop_true(self, anchors: np.ndarray, hardest: np.ndarray) -> np.ndarray:
-        """`hardest` with −1 for what is no negative of the anchor's video.
-
-        That is a caption that says nothing but what the captions of that video say, too: "a dog
-        runs" is no negative of "a black dog runs".
-        """
-        left = hardest.copy()
-        for start in range(0, len(anchors), 4096):  # their vectors take some hundred MB
-            rows = slice(start, start + 4096)
-            other = hardest[rows].ravel()
-            video = np.repeat(self.video_id[anchors[rows]], hardest.shape[1])
-            num_true = self.known[video].multiply(self.held[other]).sum(axis=1)
-            is_true = (num_true == self.num_said[other]) | (video == self.video_id[other])
-            left[rows][is_true.reshape(-1, hardest.shape[1])] = -1
-        return left
 
     def make_groups(self, anchors: np.ndarray, hardest: np.ndarray, wanted: int) -> np.ndarray:
         """At most `wanted` disjoint groups [G, group_size]: an anchor and its hardest free ones."""
@@ -364,14 +346,29 @@ class KnowledgeBatchSampler:
         for anchor, others in zip(anchors, hardest):
             if len(groups) == wanted:
                 break
-            others = others[others >= 0]
-            others = others[is_free[others]]
-            _, first = np.unique(self.video_id[others], return_index=True)  # each video once
-            others = others[np.sort(first)][: self.group_size - 1]
-            if is_free[anchor] and len(others) == self.group_size - 1:
-                groups.append([anchor, *others])
+            if not is_free[anchor]:
+                continue
+            candidates = np.concatenate([[anchor], others[is_free[others] & (others != anchor)]])
+            clash = self.find_true(candidates)
+            clash |= clash.T
+            group = [0]  # places among the candidates
+            for place in range(1, len(candidates)):
+                if len(group) < self.group_size and not clash[place, group].any():
+                    group.append(place)
+            if len(group) == self.group_size:
+                groups.append(candidates[group])
                 is_free[groups[-1]] = False
         return np.array(groups, np.int64).reshape(-1, self.group_size)
+
+    def find_true(self, samples: np.ndarray) -> np.ndarray:
+        """Which of these captions (columns) may be true of which of their videos (rows): [n, n].
+
+        It is true if it says nothing but what the captions of that video say, too: "a dog runs" is
+        no negative of "a black dog runs".
+        """
+        video = self.video_id[samples]
+        num_true = (self.known[video] @ self.held[samples].T).toarray()
+        return (num_true == self.num_said[samples]) | (video[:, None] == video)
 
     def deal(self, groups: np.ndarray, pool: np.ndarray, num_batches: int) -> np.ndarray:
         """All of `pool` in order: each batch begins with its share of the groups."""

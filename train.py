@@ -428,7 +428,7 @@ def build_model(config: TrainConfig, data: Data) -> CLOP:
     if num_concepts:
         model.init_concept_bias(torch.from_numpy(data.vocab.log_odds))
     if data.init:
-        new = data.init.load_into(model)
+        new = data.init.load_into(model, data.vocab.names)
         print(f"{data.init.describe()}; newly made: {len(new)} tensors")
     model.use_checkpointing(config.checkpointing)
     return model

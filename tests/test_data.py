@@ -229,11 +229,15 @@ def test_what_may_be_true_of_the_video_joins_no_group():
     knowledge = extract_many(captions, progress=False)
     held = ConceptVocab.build(knowledge, min_count=1).encode(knowledge)
     sampler = make_sampler(held, video, batch_size=2)
-    all_of_them = np.tile(np.arange(7), (7, 1))
-    left = sampler.drop_true(np.arange(7), all_of_them)
-    allowed = [set(row[row >= 0].tolist()) for row in left]
-    assert allowed[0] == {2, 3, 6}  # 1 says less, 5 is of the same video, 4 says nothing
-    assert allowed[1] == {0, 2, 3, 5, 6}  # "a red dog runs" is not known of the second video
+    is_true = sampler.find_true(np.arange(7))
+    assert set(np.flatnonzero(~is_true[0])) == {2, 3, 6}  # 1 says less, 5 is its own, 4 nothing
+    assert set(np.flatnonzero(~is_true[1])) == {0, 2, 3, 5, 6}  # "red" is not known of the second
+
+    hardest = np.array([[1, 4, 5, 2, 3, 6]])  # of sample 0
+    sampler.group_size = 4
+    assert sampler.make_groups(np.array([0]), hardest, 1).tolist() == [[0, 2, 3, 6]]
+    # 1 may be true of the videos of 0 and of 2, so neither is in a group with it
+    assert sampler.make_groups(np.array([1]), np.array([[0, 2, 3, 6]]), 1).tolist() == []
 
 
 def test_captions_of_one_video_do_not_meet_in_a_group(scenes):

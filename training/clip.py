@@ -118,6 +118,7 @@ class Pretrained:
     known_from: str  # what told heads and GELU
     tokenizer: Tokenizer | None = None
     trained_on: TrainedOn = field(default_factory=TrainedOn)
+    concepts: list[str] = field(default_factory=list)  # what an SKP head among them predicts
 
     def describe(self) -> str:
         """One line: what was found, and what told heads and GELU."""
@@ -130,9 +131,15 @@ class Pretrained:
             f"{s.text_heads} heads; {gelu} (from {self.known_from})"
         )
 
-    def load_into(self, model: CLOP) -> list[str]:
-        """Copy the weights; the names of the model's other tensors, which stay as they are."""
-        missing, unexpected = model.load_state_dict(self.weights, strict=False)
+    def load_into(self, model: CLOP, concepts: list[str] = ()) -> list[str]:
+        """Copy the weights; the names of the model's other tensors, which stay as they are.
+
+        SKP's head is copied where it predicts the same concepts.
+        """
+        weights = self.weights
+        if self.concepts != list(concepts) or model.concept_head is None:
+            weights = {name: t for name, t in weights.items() if "concept_" not in name}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
         is_complete = not unexpected and all(is_new(name) for name in missing)
         assert is_complete, f"not accounted for: {unexpected} {missing}"
         return missing
@@ -163,13 +170,13 @@ def read_pretrained(
 
 
 def read_run(path: Path, num_frames: int) -> Pretrained:
-    """The weights of a run, without its SKP head: other captions have another vocabulary."""
+    """The weights of a run."""
     found = load_checkpoint(path)
     sizes = replace(found.model.config, num_frames=num_frames, num_concepts=0)
-    weights = {name: t for name, t in found.model.state_dict().items() if "concept_" not in name}
+    weights = found.model.state_dict()
     steps = math.ceil(num_frames / sizes.frames_per_patch)
     weights["video.time_embed"] = found.model.video.time_embedding(steps).detach()
-    told = ("our", "the run itself", found.tokenizer, found.trained_on)
+    told = ("our", "the run itself", found.tokenizer, found.trained_on, found.concept_vocab.names)
     return Pretrained(found.path, sizes, weights, *told)
 
 

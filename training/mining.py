@@ -1,7 +1,8 @@
 """Which captions does the model take for those of another video? They are KCL's hardest negatives.
 
 DPR, ANCE and their like mine in a second round, too: what a model mixes up is found by the model.
-What knowledge says is true of the video is taken out later (data.KnowledgeBatchSampler.drop_true).
+What knowledge says may be true of a video stays out of its group
+(data.KnowledgeBatchSampler.find_true).
 """
 
 import time
