@@ -24,7 +24,7 @@ from kernels.triton_backward import slab_kernel
 from kernels.triton_forward import LANES, forward_kernel
 from kernels.triton_layout import TILES, Tile, mark_cells
 from kernels.triton_mining import LAUNCH, mining_kernel
-from kernels.triton_warmup import COLS, DEPTH, ROWS, lse_kernel
+from kernels.triton_warmup import lse_kernel
 
 # compute capability x 10: Ampere, Hopper, data-centre Blackwell
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -91,8 +91,7 @@ def compile_all(arch: int) -> Iterator[Report]:
 
     types = dict.fromkeys(("video", "text", "out"), "*fp32") | dict.fromkeys(("m", "D"), "i32")
     types |= {"scale": "fp32"}
-    constants = dict(ROWS=ROWS, COLS=COLS, DEPTH=DEPTH)
-    yield compile_kernel("warm-up", lse_kernel, types, constants, arch)
+    yield compile_kernel("warm-up", lse_kernel, types, {}, arch)
 
     for family in FAMILIES[arch]:
         dtype = "fp32" if family == "fp32" else "fp16"
@@ -119,7 +118,7 @@ def describe_tile(tile: Tile, dtype: str) -> tuple[dict, dict]:
     types |= dict.fromkeys(("x_ids", "y_ids"), "*i32")
     types |= dict.fromkeys(("n_x", "n_y"), "i32")
     sizes = dict(BX=tile.owned, BY=tile.streamed, BD=tile.depth)
-    return types, dict(D=DIM, IDS=IDS, TMA=tile.tma, **sizes)
+    return types, dict(D=DIM, IDS=IDS, **sizes)
 
 
 def compile_forward(name: str, tile: Tile, mine: bool, dtype: str, arch: int) -> Report:

@@ -69,7 +69,7 @@ class Stats(NamedTuple):
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums and logits are float32, or float64 where the embeddings are."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.promote_types(dtype, torch.float32)
 
 
 def number_ids(p: Problem) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,7 +143,7 @@ def reference_stats(p: Problem) -> Stats:
     # pairs that are no negatives: the positives, and those that share any signature id
     masked = torch.zeros_like(logits, dtype=torch.bool)
     masked[rows, columns] = True
-    for row_id, col_id in zip(p.row_ids.unbind(1), p.col_ids.unbind(1)):
+    for row_id, col_id in zip(p.row_ids.T, p.col_ids.T):
         masked |= row_id[:, None] == col_id
 
     negatives = logits.detach().masked_fill(masked, -torch.inf)

@@ -60,7 +60,6 @@ def slab_kernel(
     BX: constexpr,
     BY: constexpr,
     BD: constexpr,
-    TMA: constexpr,
 ):
     """slab[y − y_first, x] = dA_yx, one tile a program; X are the texts, Y the videos."""
     # the axis of programs that runs fastest is 0
@@ -70,13 +69,13 @@ def slab_kernel(
 
     z = make_tile(
         x_rows, y_rows, x_ids, y_ids, marks, scalars, x0, y0, n_x, n_y,
-        D, IDS, BX, BY, BD, TMA,
+        D, IDS, BX, BY, BD,
     )  # fmt: skip
 
     rows, cols = y0 + tl.arange(0, BY), x0 + tl.arange(0, BX)
     weight = tl.load(y_weight + rows)[:, None] + tl.load(x_weight + cols)[None, :]
     d_logits = tl.math.exp2(z) * weight
-    store_tile(slab, i * BY, x0, n_x, d_logits, BY, BX, TMA)
+    store_tile(slab, i * BY, x0, n_x, d_logits, BY, BX)
 
 
 def make_weights(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
