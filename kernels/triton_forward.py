@@ -180,5 +180,5 @@ def triton_forward(p: Problem) -> Stats:
     # without the padding
     row_negatives = log_of_sums(row_sums, video, text, scalars)[:n]
     col_negatives = log_of_sums(col_sums, text, video, scalars)[:m]
-    mined = Mined(v2t[0][:n], v2t[1][:n], t2v[0][:m], t2v[1][:m])
+    mined = Mined(*(x[:n] for x in v2t), *(x[:m] for x in t2v))
     return Stats(row_negatives, col_negatives, positive, mined)

@@ -78,7 +78,7 @@ def tile_for(mode: str, packed: Tensor) -> Tile:
 
 
 def as_argument(matrix: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What `load_tile`, `store_tile` take: the matrix, or a descriptor of tiles of rows x cols."""
+    """What `load_tile` takes: the matrix, or a descriptor of tiles of rows x cols."""
     return TensorDescriptor.from_tensor(matrix, [rows, cols]) if tma else matrix
 
 
@@ -90,16 +90,6 @@ def load_tile(matrix, row, col, stride, ROWS: constexpr, COLS: constexpr):
     else:
         rows = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         return tl.load(matrix + rows * stride + col + tl.arange(0, COLS)[None, :])
-
-
-@triton.jit
-def store_tile(matrix, row, col, stride, value, ROWS: constexpr, COLS: constexpr):
-    """matrix[row : row + ROWS, col : col + COLS] = value, cast to its type"""
-    if isinstance(matrix, tl.tensor_descriptor):
-        matrix.store([row, col], value)
-    else:
-        rows = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        tl.store(matrix + rows * stride + col + tl.arange(0, COLS)[None, :], value)
 
 
 class Side(NamedTuple):
