@@ -24,7 +24,7 @@ from kernels.triton_backward import slab_kernel
 from kernels.triton_forward import LANES, forward_kernel
 from kernels.triton_layout import TILES, Tile, mark_cells
 from kernels.triton_mining import LAUNCH, mining_kernel
-from kernels.triton_warmup import COLS, DEPTH, ROWS, lse_kernel
+from kernels.triton_warmup import lse_kernel
 
 # compute capability x 10: Ampere, Hopper, data-centre Blackwell
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -34,6 +34,10 @@ DIM = 576  # E = 512 and 64 concepts
 IDS = 3  # pair, video and meaning
 SPLIT = 8192  # rows of a split: B = 65,536 in 8 of them
 SIZES = ("n_x", "n_y", "split_size", "y_first", "n_rows", "n_cols")  # multiples of 16
+# of the runtime arguments, in Triton's notation; all others are constants
+TYPES = {"marks": "*i8", "index": "*i64"} | dict.fromkeys(SIZES, "i32")
+TYPES |= dict.fromkeys("x_ids y_ids row_ids col_ids row_masked col_masked best".split(), "*i32")
+TYPES |= dict.fromkeys("x_sums y_sums x_weight y_weight scalars score".split(), "*fp32")
 
 
 class Report(NamedTuple):
@@ -48,10 +52,11 @@ class Report(NamedTuple):
     waits: int  # of these, how many wait for their result (Hopper)
 
 
-def compile_kernel(name: str, kernel, types: dict, constants: dict, arch: int, **options) -> Report:
-    """`types` of the runtime arguments, in Triton's notation; pointers are aligned, as in use."""
+def compile_kernel(name: str, kernel, constants: dict, arch: int, types=None, **options) -> Report:
+    """`types`: those that are not in TYPES. Pointers are aligned, as in use."""
+    types = TYPES | (types or {})
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    aligned = [n for n, kind in types.items() if kind.startswith("*") or n in SIZES]
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in SIZES]
     attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
@@ -83,75 +88,46 @@ def call_tool(name: str, *arguments: str) -> str:
 
 def compile_all(arch: int) -> Iterator[Report]:
     """Every kernel in every tile that a GPU of compute capability `arch` / 10 is given."""
-    types = {"marks": "*i8"} | dict.fromkeys(
-        ("row_ids", "col_ids", "row_masked", "col_masked"), "*i32"
-    )
-    types |= dict.fromkeys(("n_rows", "n_cols"), "i32")
-    yield compile_kernel("mark cells", mark_cells, types, dict(IDS=IDS), arch, num_warps=8)
+    yield compile_kernel("mark cells", mark_cells, dict(IDS=IDS), arch, num_warps=8)
 
-    types = dict.fromkeys(("video", "text", "out"), "*fp32") | dict.fromkeys(("m", "D"), "i32")
-    types |= {"scale": "fp32"}
-    constants = dict(ROWS=ROWS, COLS=COLS, DEPTH=DEPTH)
-    yield compile_kernel("warm-up", lse_kernel, types, constants, arch)
+    types = dict(video="*fp32", text="*fp32", out="*fp32", scale="fp32", m="i32", D="i32")
+    yield compile_kernel("warm-up", lse_kernel, {}, arch, types)
 
     for family in FAMILIES[arch]:
         dtype = "fp32" if family == "fp32" else "fp16"
-        tiles = TILES[family]
-        yield compile_forward(f"forward {family} sums", tiles["sums"], False, dtype, arch)
-        yield compile_forward(f"forward {family} mine", tiles["mine"], True, dtype, arch)
-        yield compile_mining(f"mining {family} k = 16", tiles["mine"], dtype, arch)
-        yield compile_slab(f"backward {family} slab", tiles["slab"], dtype, arch)
+        sums, mine, slab = (TILES[family][mode] for mode in ("sums", "mine", "slab"))
+        yield compile_tile(f"forward {family} sums", forward_kernel, sums, dtype, arch, MINE=False)
+        yield compile_tile(f"forward {family} mine", forward_kernel, mine, dtype, arch, MINE=True)
+
+        name, rows = f"mining {family} k = 16", dict.fromkeys(("x_rows", "y_rows"), f"*{dtype}")
+        sizes = dict(BY=mine.streamed, BD=mine.depth, CODE_BITS=code_bits(mine))
+        constants = dict(D=DIM, IDS=IDS, LANES=LANES, K=16, KC=32, R=1) | sizes
+        yield compile_kernel(name, mining_kernel, constants, arch, rows, **LAUNCH)
+
+        options = dict(maxnreg=255)
+        yield compile_tile(f"backward {family} slab", slab_kernel, slab, dtype, arch, options)
 
 
-def matrix(dtype: str, rows: int, cols: int, tma: bool) -> str:
-    """The type of what triton_layout.as_argument returns."""
-    return f"tensordesc<{dtype}[{rows}, {cols}]>" if tma else f"*{dtype}"
+def compile_tile(name, kernel, tile: Tile, dtype: str, arch: int, options=None, **constants):
+    """A kernel that walks over tiles."""
 
+    def matrix(rows: int, cols: int) -> str:  # the type of what triton_layout.as_argument returns
+        return f"tensordesc<{dtype}[{rows}, {cols}]>" if tile.tma else f"*{dtype}"
 
-def describe_tile(tile: Tile, dtype: str) -> tuple[dict, dict]:
-    """(types, constants) that the kernels over tiles share."""
-    types = {
-        "x_rows": matrix(dtype, tile.owned, tile.depth, tile.tma),
-        "y_rows": matrix(dtype, tile.streamed, tile.depth, tile.tma),
-        "marks": "*i8",
-        "scalars": "*fp32",
-    }
-    types |= dict.fromkeys(("x_ids", "y_ids"), "*i32")
-    types |= dict.fromkeys(("n_x", "n_y"), "i32")
-    sizes = dict(BX=tile.owned, BY=tile.streamed, BD=tile.depth)
-    return types, dict(D=DIM, IDS=IDS, TMA=tile.tma, **sizes)
-
-
-def compile_forward(name: str, tile: Tile, mine: bool, dtype: str, arch: int) -> Report:
-    types, constants = describe_tile(tile, dtype)
-    types |= dict.fromkeys(("x_sums", "y_sums"), "*fp32") | {"best": "*i32"}
-    types |= {"split_size": "i32"}
-    constants |= dict(CODE_BITS=code_bits(tile), MINE=mine)
-    launch = dict(num_warps=tile.warps, num_stages=tile.stages)
-    return compile_kernel(name, forward_kernel, types, constants, arch, **launch)
+    types = dict(
+        x_rows=matrix(tile.owned, tile.depth),
+        y_rows=matrix(tile.streamed, tile.depth),
+        slab=matrix(tile.streamed, tile.owned),
+    )
+    constants |= dict(D=DIM, IDS=IDS, BX=tile.owned, BY=tile.streamed, BD=tile.depth)
+    if kernel is forward_kernel:
+        constants["CODE_BITS"] = code_bits(tile)
+    launch = dict(num_warps=tile.warps, num_stages=tile.stages) | (options or {})
+    return compile_kernel(name, kernel, constants, arch, types, **launch)
 
 
 def code_bits(tile: Tile) -> int:
     return (SPLIT // tile.streamed * 2 - 1).bit_length()
-
-
-def compile_mining(name: str, tile: Tile, dtype: str, arch: int) -> Report:
-    types = dict.fromkeys(("x_rows", "y_rows"), f"*{dtype}")
-    types |= dict.fromkeys(("scalars", "score"), "*fp32") | {"index": "*i64"}
-    types |= dict.fromkeys(("x_ids", "y_ids", "best"), "*i32")
-    types |= dict.fromkeys(("n_x", "n_y", "split_size"), "i32")
-    constants = dict(D=DIM, IDS=IDS, BY=tile.streamed, BD=tile.depth, LANES=LANES, K=16, KC=32)
-    constants |= dict(R=1, CODE_BITS=code_bits(tile))
-    return compile_kernel(name, mining_kernel, types, constants, arch, **LAUNCH)
-
-
-def compile_slab(name: str, tile: Tile, dtype: str, arch: int) -> Report:
-    types, constants = describe_tile(tile, dtype)
-    types |= dict.fromkeys(("x_weight", "y_weight"), "*fp32")
-    types |= {"y_first": "i32"}
-    types |= {"slab": matrix(dtype, tile.streamed, tile.owned, tile.tma)}
-    launch = dict(num_warps=tile.warps, num_stages=tile.stages, maxnreg=255)
-    return compile_kernel(name, slab_kernel, types, constants, arch, **launch)
 
 
 def main():

@@ -115,7 +115,8 @@ def compare(n, m, offset, dim, concepts, ids, dtype, k, device) -> dict:
     fast, grads = run_with("triton", dtype)
     again, grads_again = run_with("triton", dtype)
     true, true_grads = run_with("tiled", torch.float64)
-    same = [torch.equal(a, b) for a, b in zip((*fast[:3], *grads), (*again[:3], *grads_again))]
+    runs = (*fast[:3], *fast.mined, *grads), (*again[:3], *again.mined, *grads_again)
+    same = [torch.equal(a, b) for a, b in zip(*runs)]
 
     errors = {"same bits": all(same)}
     names = ("rows", "columns", "positives")

@@ -201,8 +201,7 @@ def knowledge_nce(
     # extra texts have no video to be found: their columns lose nothing
     v2t = F.softplus(stats.row_negatives - stats.positive)
     t2v = F.softplus(stats.col_negatives[:B] - stats.positive)
-    v2t_index, v2t_score, t2v_index, t2v_score = stats.mined
-    return (v2t.mean() + t2v.mean()) / 2, Mined(v2t_index, v2t_score, t2v_index[:B], t2v_score[:B])
+    return (v2t.mean() + t2v.mean()) / 2, Mined(*(x[:B] for x in stats.mined))
 
 
 def join(rows: Tensor, extra: Tensor | None) -> Tensor:

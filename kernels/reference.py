@@ -69,7 +69,7 @@ class Stats(NamedTuple):
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums and logits are float32, or float64 where the embeddings are."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.promote_types(dtype, torch.float32)
 
 
 def number_ids(p: Problem) -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,13 +121,6 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
-def log_sum_exp(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
-    """Log-sum-exp of what is not masked. Where nothing is left: −inf with a gradient of zero."""
-    empty = masked.all(dim, keepdim=True)
-    total = logits.masked_fill(masked & ~empty, -torch.inf).logsumexp(dim)
-    return total.masked_fill(empty.squeeze(dim), -torch.inf)
-
-
 def reference_stats(p: Problem) -> Stats:
     """`Stats` by way of the whole matrix."""
     video, text = round_to(p.video, p.dtype), round_to(p.text, p.dtype)
@@ -143,13 +136,12 @@ def reference_stats(p: Problem) -> Stats:
     # pairs that are no negatives: the positives, and those that share any signature id
     masked = torch.zeros_like(logits, dtype=torch.bool)
     masked[rows, columns] = True
-    for row_id, col_id in zip(p.row_ids.unbind(1), p.col_ids.unbind(1)):
+    for row_id, col_id in zip(p.row_ids.T, p.col_ids.T):
         masked |= row_id[:, None] == col_id
 
-    negatives = logits.detach().masked_fill(masked, -torch.inf)
-    v2t_index, v2t_score = exact_topk(negatives, p.k)
-    t2v_index, t2v_score = exact_topk(negatives.T.contiguous(), p.k)
+    # a masked pair gets no gradient, not even in a line where nothing is left: −inf
+    negatives = logits.masked_fill(masked, -torch.inf)
+    v2t_index, v2t_score = exact_topk(negatives.detach(), p.k)
+    t2v_index, t2v_score = exact_topk(negatives.detach().T.contiguous(), p.k)
     mined = Mined(v2t_index, v2t_score.float(), t2v_index, t2v_score.float())
-
-    row_negatives, col_negatives = (log_sum_exp(logits, masked, dim) for dim in (1, 0))
-    return Stats(row_negatives, col_negatives, positive, mined)
+    return Stats(negatives.logsumexp(1), negatives.logsumexp(0), positive, mined)

@@ -107,13 +107,13 @@ def tiled_forward(p: Problem) -> Stats:
         if p.k:
             v2t_index[rows], v2t_score[rows] = hardest_of_rows(logits, p.k)
             row_max = finite(v2t_score[rows, 0])
-            tile_max = update_columns(t2v_index, t2v_score, logits, rows.start)
+            update_columns(t2v_index, t2v_score, logits, rows.start)
         else:
-            row_max, tile_max = finite(logits.amax(1)), logits.amax(0)
+            row_max = finite(logits.amax(1))
 
         row_negatives[rows] = sum_exp(logits, row_max, 1, scratch).log_() + row_max
 
-        new_max = torch.maximum(col_max, tile_max)
+        new_max = torch.maximum(col_max, logits.amax(0))
         new = sum_exp(logits, finite(new_max), 0, scratch)
         col_sum = col_sum * (col_max - finite(new_max)).exp() + new
         col_max = new_max
@@ -143,16 +143,15 @@ def hardest_of_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     scores = logits.gather(1, columns.clamp(min=0))
     scores.masked_fill_(columns < 0, -torch.inf)  # of group −1: there is none
-    place, score = exact_topk(scores, k)
-    return take(columns, place), score
+    return best_of(columns, scores, k)
 
 
-def update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int) -> Tensor:
+def update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int) -> None:
     """Merge a tile [rows, M] into the k hardest of each column, `index`, `score` [M, k], in place.
 
-    Returns the columns' maxima [M]. What enters must beat the column's k-th place. Of the n-th
-    tile's rows only about k/n do, if the batch is in no order: in all k·ln N a column. Where it is
-    sorted, the work is more, but no less exact.
+    What enters must beat the column's k-th place. Of the n-th tile's rows only about k/n do, if
+    the batch is in no order: in all k·ln N a column. Where it is sorted, the work is more, but no
+    less exact.
     """
     k, done = score.shape[1], 0
     while done < len(logits):
@@ -165,12 +164,12 @@ def update_columns(index: Tensor, score: Tensor, logits: Tensor, first_row: int)
             row = row[order]
             merge_new(index, score, column, row + first_row + done, part[row, column])
         done += len(part)
-    return logits.amax(0)
 
 
-def take(index: Tensor, place: Tensor) -> Tensor:
-    """index [N, C] at places [N, k]; −1 where the place is −1."""
-    return index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+def best_of(index: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`exact_topk` of candidates `score` [N, C] that have an `index` [N, C] each."""
+    place, score = exact_topk(score, k)
+    return index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1), score
 
 
 def merge_new(index: Tensor, score: Tensor, column: Tensor, row: Tensor, value: Tensor) -> None:
@@ -186,8 +185,7 @@ def merge_new(index: Tensor, score: Tensor, column: Tensor, row: Tensor, value: 
     scores[:, :k], rows[:, :k] = score[hit], index[hit]
     scores[line, place], rows[line, place] = value, row
 
-    best, score[hit] = exact_topk(scores, k)
-    index[hit] = take(rows, best)
+    index[hit], score[hit] = best_of(rows, scores, k)
 
 
 def tiled_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool) -> tuple:

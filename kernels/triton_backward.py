@@ -31,7 +31,6 @@ from .triton_layout import (
     make_tile,
     pack,
     shared_arguments,
-    store_tile,
     tile_for,
 )
 
@@ -60,7 +59,6 @@ def slab_kernel(
     BX: constexpr,
     BY: constexpr,
     BD: constexpr,
-    TMA: constexpr,
 ):
     """slab[y − y_first, x] = dA_yx, one tile a program; X are the texts, Y the videos."""
     # the axis of programs that runs fastest is 0
@@ -70,13 +68,18 @@ def slab_kernel(
 
     z = make_tile(
         x_rows, y_rows, x_ids, y_ids, marks, scalars, x0, y0, n_x, n_y,
-        D, IDS, BX, BY, BD, TMA,
+        D, IDS, BX, BY, BD,
     )  # fmt: skip
 
     rows, cols = y0 + tl.arange(0, BY), x0 + tl.arange(0, BX)
     weight = tl.load(y_weight + rows)[:, None] + tl.load(x_weight + cols)[None, :]
     d_logits = tl.math.exp2(z) * weight
-    store_tile(slab, i * BY, x0, n_x, d_logits, BY, BX, TMA)
+
+    if isinstance(slab, tl.tensor_descriptor):
+        slab.store([i * BY, x0], d_logits)
+    else:
+        rows = (i * BY + tl.arange(0, BY)).to(tl.int64)[:, None]
+        tl.store(slab + rows * n_x + cols[None, :], d_logits)
 
 
 def make_weights(g: Tensor, log_sum: Tensor, side: Side, shift: Tensor) -> Tensor:
@@ -115,7 +118,8 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
     height = max(ROW_MULTIPLE, min(SLAB // m_packed // ROW_MULTIPLE * ROW_MULTIPLE, n_packed))
     slab = torch.empty(height, m_packed, dtype=video.rows.dtype, device=device)
 
-    columns = width + p.row_concepts.shape[1] if wants_beta else width
+    row_concepts = p.row_concepts if wants_beta else p.row_concepts[:, :0]
+    columns = width + row_concepts.shape[1]
     d_video = torch.empty(n_packed, columns, device=device)  # dA·[T | C]
     d_text = torch.zeros(m_packed, width, device=device)
 
@@ -134,9 +138,7 @@ def triton_backward(p: Problem, saved: tuple, upstream: tuple, wants_beta: bool)
         d_video[rows] = multiply(slab[:count], text.rows[:, :columns])
         d_text += multiply(slab[:count].T, video.rows[rows, :width])
 
-    d_beta = torch.zeros_like(p.beta)
-    if wants_beta:
-        d_beta = (d_video[:n, width:] * p.row_concepts).sum() * unit
+    d_beta = (d_video[:n, width:] * row_concepts).sum() * unit
 
     # the positives, and the scale
     kept_video, kept_text = video.rows[:n, :width], text.rows[p.offset : p.offset + n, :width]

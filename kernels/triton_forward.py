@@ -30,8 +30,6 @@ and over depth, so that the next tile's rows are on their way while this tile's 
 computed.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +39,6 @@ from triton.language import constexpr
 from .reference import Mined, Problem, Stats
 from .triton_layout import (
     Side,
-    Tile,
     log_of_sums,
     make_tile,
     pack,
@@ -87,7 +84,6 @@ def forward_kernel(
     BD: constexpr,
     CODE_BITS: constexpr,
     MINE: constexpr,
-    TMA: constexpr,
 ):
     """Program (i, split) owns columns i·BX … and streams rows split·split_size … of y.
 
@@ -107,7 +103,7 @@ def forward_kernel(
         # masked before exp2: then fma, exp2 and what follows are one block to the compiler
         z = make_tile(
             x_rows, y_rows, x_ids, y_ids, marks, scalars, x0, y0, n_x, n_y,
-            D, IDS, BX, BY, BD, TMA,
+            D, IDS, BX, BY, BD,
         )  # fmt: skip
         e = tl.math.exp2(z)
 
@@ -130,25 +126,20 @@ def forward_kernel(
         tl.store(at + (BY // 2) * n_x.to(tl.int64), second)
 
 
-class Pass(NamedTuple):
-    """What one pass over the matrix leaves."""
+def run_pass(x: Side, y: Side, scalars: Tensor, k: int) -> tuple:
+    """One pass over the matrix, with side `x` as owner.
 
-    x_sums: Tensor  # [splits, P_x]
-    y_sums: Tensor  # [P_x / BX, P_y]; empty if mined
-    best: Tensor  # [splits, 2, lanes, P_x] int32; empty if not mined
-    tile: Tile
-    split_size: int  # rows of y
-    code_bits: int  # that tell a lane's rows apart
-
-
-def run_pass(x: Side, y: Side, scalars: Tensor, mine: bool) -> Pass:
-    """One pass over the matrix, with side `x` as owner."""
+    Returns (x_sums [splits, P_x], y_sums [P_x / BX, P_y], (index, score) [P_x, k]). With k = 0
+    nothing is mined: None. Else there are no y_sums.
+    """
+    mine = k > 0
     tile = tile_for("mine" if mine else "sums", x.rows)
     n_x, n_y, device = len(x.rows), len(y.rows), x.rows.device
     owners, tiles, lanes = n_x // tile.owned, n_y // tile.streamed, tile.streamed // 2
     splits = min(LANES // lanes, triton.next_power_of_2(tiles))
     tiles_of_split = triton.cdiv(tiles, splits)
-    code_bits = (tiles_of_split * 2 - 1).bit_length()
+    split_size = tiles_of_split * tile.streamed  # rows of y
+    bits = (tiles_of_split * 2 - 1).bit_length()  # that tell a lane's rows apart
 
     # what the pass writes
     x_sums = torch.empty(splits, n_x, device=device)
@@ -156,17 +147,17 @@ def run_pass(x: Side, y: Side, scalars: Tensor, mine: bool) -> Pass:
     shape = (splits if mine else 0, 2, lanes, n_x)
     best = torch.empty(shape, dtype=torch.int32, device=device)
 
-    result = Pass(x_sums, y_sums, best, tile, tiles_of_split * tile.streamed, code_bits)
     forward_kernel[owners, splits](
         **shared_arguments(x, y, scalars, tile),
         x_sums=x_sums,
         y_sums=y_sums,
         best=best,
-        split_size=result.split_size,
-        CODE_BITS=code_bits,
+        split_size=split_size,
+        CODE_BITS=bits,
         MINE=mine,
     )
-    return result
+    mined = hardest(best, x, y, scalars, tile, split_size, bits, k) if mine else None
+    return x_sums, y_sums, mined
 
 
 def triton_forward(p: Problem) -> Stats:
@@ -179,19 +170,15 @@ def triton_forward(p: Problem) -> Stats:
     positive = p.scale * (p.video.to(p.dtype).float() * positive_text).sum(1)
 
     if p.k:
-        rows = run_pass(video, text, scalars, mine=True)
-        cols = run_pass(text, video, scalars, mine=True)
-        row_sums, col_sums = rows.x_sums, cols.x_sums
-        v2t = hardest(rows, video, text, scalars, p.k)
-        t2v = hardest(cols, text, video, scalars, p.k)
+        row_sums, _, v2t = run_pass(video, text, scalars, p.k)
+        col_sums, _, t2v = run_pass(text, video, scalars, p.k)
     else:
-        both = run_pass(video, text, scalars, mine=False)
-        row_sums, col_sums = both.x_sums, both.y_sums
+        row_sums, col_sums, _ = run_pass(video, text, scalars, 0)
         nothing = [x.rows[:, :0] for x in (video, text)]  # [P, 0]
         v2t, t2v = ((x.long(), x.float()) for x in nothing)
 
     # without the padding
     row_negatives = log_of_sums(row_sums, video, text, scalars)[:n]
     col_negatives = log_of_sums(col_sums, text, video, scalars)[:m]
-    mined = Mined(v2t[0][:n], v2t[1][:n], t2v[0][:m], t2v[1][:m])
+    mined = Mined(*(x[:n] for x in v2t), *(x[:m] for x in t2v))
     return Stats(row_negatives, col_negatives, positive, mined)

@@ -24,6 +24,7 @@ import os
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,6 +52,7 @@ class Tile(NamedTuple):
 
 
 # Each line is compiled and inspected by tests/test_kernels_aot.py.
+MODES = "sums", "mine", "slab"
 TILES = {
     # 227 KiB of shared memory for a block, and a copy engine
     "hopper": {
@@ -59,13 +61,9 @@ TILES = {
         "slab": Tile(256, 128, 64, 8, 3, True),
     },
     # all others from Ampere on
-    "small": {
-        "sums": Tile(128, 128, 32, 8, 4, False),
-        "mine": Tile(128, 128, 32, 8, 4, False),
-        "slab": Tile(128, 128, 32, 8, 4, False),
-    },
+    "small": dict.fromkeys(MODES, Tile(128, 128, 32, 8, 4, False)),
     # exact float32 products, without the matrix unit: for checking, not for speed
-    "fp32": {mode: Tile(64, 64, 32, 8, 3, False) for mode in ("sums", "mine", "slab")},
+    "fp32": dict.fromkeys(MODES, Tile(64, 64, 32, 8, 3, False)),
 }
 # larger tiles spill registers there
 TILES["blackwell"] = TILES["small"] | {"mine": Tile(64, 128, 64, 8, 3, False)}
@@ -80,28 +78,18 @@ def tile_for(mode: str, packed: Tensor) -> Tile:
 
 
 def as_argument(matrix: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What `load_tile`, `store_tile` take: the matrix, or a descriptor of tiles of rows x cols."""
+    """What `load_tile` takes: the matrix, or a descriptor of tiles of rows x cols."""
     return TensorDescriptor.from_tensor(matrix, [rows, cols]) if tma else matrix
 
 
 @triton.jit
-def load_tile(matrix, row, col, stride, ROWS: constexpr, COLS: constexpr, TMA: constexpr):
+def load_tile(matrix, row, col, stride, ROWS: constexpr, COLS: constexpr):
     """matrix[row : row + ROWS, col : col + COLS]; no bounds, since everything is padded."""
-    if TMA:
+    if isinstance(matrix, tl.tensor_descriptor):
         return matrix.load([row, col])
     else:
         rows = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         return tl.load(matrix + rows * stride + col + tl.arange(0, COLS)[None, :])
-
-
-@triton.jit
-def store_tile(matrix, row, col, stride, value, ROWS: constexpr, COLS: constexpr, TMA: constexpr):
-    """matrix[row : row + ROWS, col : col + COLS] = value, cast to its type"""
-    if TMA:
-        matrix.store([row, col], value)
-    else:
-        rows = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        tl.store(matrix + rows * stride + col + tl.arange(0, COLS)[None, :], value)
 
 
 class Side(NamedTuple):
@@ -131,7 +119,6 @@ def shared_arguments(x: Side, y: Side, scalars: Tensor, tile: Tile) -> dict:
         BX=tile.owned,
         BY=tile.streamed,
         BD=tile.depth,
-        TMA=tile.tma,
         # what the compiler may spend
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -169,18 +156,11 @@ def pack(p: Problem) -> tuple[Side, Side, Tensor]:
 
 def pack_rows(embeddings: Tensor, concepts: Tensor, ids: tuple[Tensor], dtype: torch.dtype):
     """(rows in `dtype`, ids) of a `Side`."""
-    n, width = embeddings.shape
-    total = width + concepts.shape[1]
-    size = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
-    depth = triton.cdiv(total, DEPTH_MULTIPLE) * DEPTH_MULTIPLE
-    kept = torch.float32 if INTERPRETED else dtype
-
-    rows = embeddings.new_zeros(size, depth, dtype=kept)
-    rows[:n, :width] = embeddings.to(dtype)
-    rows[:n, width:total] = concepts.to(dtype)
-    packed_ids = ids[0].new_full((len(ids), size), -1, dtype=torch.int32)
-    packed_ids[:, :n] = torch.stack(ids)
-    return rows, packed_ids
+    rows = torch.cat([embeddings.to(dtype), concepts.to(dtype)], 1)
+    if INTERPRETED:
+        rows = rows.float()
+    below, right = -len(rows) % ROW_MULTIPLE, -rows.shape[1] % DEPTH_MULTIPLE
+    return F.pad(rows, (0, right, 0, below)), F.pad(torch.stack(ids).int(), (0, below), value=-1)
 
 
 @triton.jit
@@ -232,15 +212,14 @@ def make_tile(
     BX: constexpr,
     BY: constexpr,
     BD: constexpr,
-    TMA: constexpr,
 ):
     """z [BY, BX] = a · log2 e − shift, of the pairs of Y[y0 : y0 + BY] and X[x0 : x0 + BX]; −inf
     where a pair is no negative.
     """
     acc = tl.zeros([BY, BX], tl.float32)
     for d in tl.range(0, D, BD):
-        y = load_tile(y_rows, y0, d, D, BY, BD, TMA)
-        x = load_tile(x_rows, x0, d, D, BX, BD, TMA)
+        y = load_tile(y_rows, y0, d, D, BY, BD)
+        x = load_tile(x_rows, x0, d, D, BX, BD)
         acc = tl.dot(y, x.T, acc, input_precision="ieee")
     # the scalars are loaded here: before the product, they would spill registers
     z = tl.fma(acc, tl.load(scalars), -tl.load(scalars + 1))
@@ -271,10 +250,8 @@ def make_scalars(p: Problem) -> Tensor:
     def longest(x):
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()
 
-    bound = p.scale * longest(p.video) * longest(p.text)
-    if p.row_concepts.shape[1]:
-        kappa = longest(p.row_concepts) * longest(p.col_concepts)
-        bound = bound + p.beta.abs() * kappa
+    kappa = longest(p.row_concepts) * longest(p.col_concepts)
+    bound = p.scale * longest(p.video) * longest(p.text) + p.beta.abs() * kappa
     head = 126 - max(len(p.video), len(p.text), 2).bit_length()
     shift = (bound * LOG2E - head).clamp(min=0)
     return torch.stack([p.scale * LOG2E, shift, p.scale]).float()

@@ -28,22 +28,19 @@ from torch import Tensor
 from triton.language import constexpr
 
 from .reference import merge_hardest
-from .triton_layout import INTERPRETED, Side
+from .triton_layout import INTERPRETED, Side, Tile
 
 # unless told, ptxas spills some registers to fit one more block into a multiprocessor
 LAUNCH = dict(num_warps=4, maxnreg=255)
 
 
 @triton.jit
-def flip(index):
-    """int32 index <-> 2^31 − 1 − index: of equal values the lowest index has the largest key."""
-    return index ^ 0x7FFFFFFF
-
-
-@triton.jit
 def make_key(value, index):
-    """(int32 value, lowest index first) in 64 bits."""
-    return (value.to(tl.int64) << 32) | flip(index).to(tl.int64)
+    """(int32 value, lowest index first) in 64 bits; −1 where the value is 0.
+
+    2^31 − 1 − index: of equal values the lowest index has the largest key.
+    """
+    return tl.where(value > 0, (value.to(tl.int64) << 32) | (0x7FFFFFFF - index), -1)
 
 
 @triton.jit
@@ -120,9 +117,7 @@ def mining_kernel(
     first_y = locate(split, within, first & code_mask, split_size, BY)
     second_y = locate(split, within, second & code_mask, split_size, BY)
 
-    first_key = tl.where(first_cut > 0, make_key(first_cut, first_y), -1)
-    second_key = tl.where(second_cut > 0, make_key(second_cut, second_y), -1)
-    taken = take_largest(first_key, second_key, KC)
+    taken = take_largest(make_key(first_cut, first_y), make_key(second_cut, second_y), KC)
 
     # 2. certify: against the cut value at place K, −1 where there are fewer than K
     place = tl.arange(0, KC)[None, :]
@@ -139,8 +134,8 @@ def mining_kernel(
         code = tl.arange(0, 1 << CODE_BITS)[None, :]
         y = locate(chosen // half, chosen % half, code, split_size, BY)
         new = (chosen < LANES) & (code // 2 * BY < split_size) & (y < n_y)
-        new &= code != tl.max(tl.where(lane == chosen, first & code_mask, -1), 1)[:, None]
-        new &= code != tl.max(tl.where(lane == chosen, second & code_mask, -1), 1)[:, None]
+        new &= y != tl.max(tl.where(lane == chosen, first_y, -1), 1)[:, None]
+        new &= y != tl.max(tl.where(lane == chosen, second_y, -1), 1)[:, None]
 
         y = tl.where(new, y, 0)
         new &= tl.load(y_ids + y) >= 0
@@ -148,28 +143,33 @@ def mining_kernel(
             new &= tl.load(x_ids + s * n_x + x)[:, None] != tl.load(y_ids + s * n_y + y)
 
         e = tl.math.exp2(tl.fma(dot_rows(x_rows, y_rows, x, y, D, BD), scale2, -shift))
-        cut = e.to(tl.int32, bitcast=True) >> CODE_BITS
-        taken = take_largest(taken, tl.where(new & (cut > 0), make_key(cut, y), -1), KC)
+        cut = tl.where(new, e.to(tl.int32, bitcast=True) >> CODE_BITS, 0)
+        taken = take_largest(taken, make_key(cut, y), KC)
 
     # 4. score
     found = taken >= 0
-    y = tl.where(found, flip((taken & 0x7FFFFFFF).to(tl.int32)), 0)
+    y = tl.where(found, (0x7FFFFFFF - (taken & 0x7FFFFFFF)).to(tl.int32), 0)
     logits = dot_rows(x_rows, y_rows, x, y, D, BD) * scale
     out = x.to(tl.int64)[:, None] * KC + place
     tl.store(index + out, tl.where(found, y, -1))
     tl.store(score + out, tl.where(found, logits, float("-inf")))
 
 
-def hardest(owned, x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(index [P, k] int64, score [P, k] float32) of every packed x, from a `Pass` that mined."""
-    n_x, tile = len(x.rows), owned.tile
+def hardest(
+    best: Tensor, x: Side, y: Side, scalars: Tensor, tile: Tile, split_size: int, bits: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """(index [P, k] int64, score [P, k] float32) of every packed x.
+
+    best [splits, 2, lanes, P]: what `forward_kernel` left, with codes of so many `bits`.
+    """
+    n_x = len(x.rows)
     candidates = triton.next_power_of_2(k + 8)
     index = torch.empty(n_x, candidates, dtype=torch.int64, device=x.rows.device)
     score = torch.empty(n_x, candidates, device=x.rows.device)
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs
 
     mining_kernel[n_x // rows,](
-        owned.best,
+        best,
         x.rows,
         y.rows,
         x.ids,
@@ -179,12 +179,12 @@ def hardest(owned, x: Side, y: Side, scalars: Tensor, k: int) -> tuple[Tensor, T
         score,
         n_x,
         len(y.rows),
-        owned.split_size,
+        split_size,
         D=x.rows.shape[1],
         IDS=len(x.ids),
         BY=tile.streamed,
-        LANES=len(owned.best) * tile.streamed // 2,
-        CODE_BITS=owned.code_bits,
+        LANES=len(best) * tile.streamed // 2,
+        CODE_BITS=bits,
         K=k,
         KC=candidates,
         R=rows,

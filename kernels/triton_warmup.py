@@ -15,21 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-ROWS, COLS, DEPTH = 64, 64, 32
+ROWS, COLS, DEPTH = constexpr(64), constexpr(64), constexpr(32)  # of a tile
 
 
 @triton.jit
-def lse_kernel(
-    video,
-    text,
-    out,
-    scale,
-    m,
-    D,
-    ROWS: constexpr,
-    COLS: constexpr,
-    DEPTH: constexpr,
-):
+def lse_kernel(video, text, out, scale, m, D):
     """out[i] = log Σ_j exp(scale · v_i·t_j) for ROWS rows of video [n, D]; text is [m, D]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -59,8 +49,7 @@ def row_lse(video: Tensor, text: Tensor, scale: float) -> Tensor:
     Simplified: N and M are multiples of 64, D of 32.
     """
     (n, D), m = video.shape, len(text)
-    assert n % ROWS == m % COLS == D % DEPTH == 0, f"{n} x {m} x {D}: not whole tiles"
+    assert n % 64 == m % 64 == D % 32 == 0, f"{n} x {m} x {D}: not whole tiles"
     out = torch.empty(n, device=video.device)
-    tiles = dict(ROWS=ROWS, COLS=COLS, DEPTH=DEPTH)
-    lse_kernel[n // ROWS,](video.contiguous(), text.contiguous(), out, scale, m, D, **tiles)
+    lse_kernel[n // 64,](video.contiguous(), text.contiguous(), out, scale, m, D)
     return out

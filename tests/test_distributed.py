@@ -4,8 +4,8 @@ The ranks are forked from a server that has PyTorch loaded, form one group, and 
 it.
 """
 
+import contextlib
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -15,15 +15,18 @@ import socket
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import log_of, losses_of
+from test_train import settings as short_run
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from bench import open_clip
+from bench import open_clip, scaling
 from cli import UserError
 from kernels import knowledge_nce
 from kernels.distributed import KnowledgeLoss, exchange, gather, share_sizes, world_size
@@ -87,13 +90,16 @@ def loss_gradients(B, rank=0, parts=1):
 
 
 def module_gradients(rank=0, parts=1):
-    """The same of the loss module for open_clip."""
+    """The same of the loss module for open_clip; of the op, where there is one process."""
     rows = embeddings(15, rank, parts)
     wanted = [rows[name].requires_grad_() for name in ("video_emb", "text_emb")]
-    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    wanted.append(torch.tensor(10.0, dtype=torch.float64, requires_grad=True))
     known = dict(concepts=rows["knowledge"], signature=rows["signature"])
-    loss = KnowledgeLoss(beta=2.0)(*wanted, scale, output_dict=True, **known)["contrastive_loss"]
-    return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, [*wanted, scale])]
+    if parts == 1:  # the op itself
+        loss, _ = knowledge_nce(*wanted[:2], wanted[2].log(), beta=2.0, **known)
+    else:
+        loss = KnowledgeLoss(beta=2.0)(*wanted, output_dict=True, **known)["contrastive_loss"]
+    return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, wanted)]
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -130,16 +136,13 @@ def settings(world, folder, name, **other):
 
     No groups: which of two like captions is harder, the last bit of a share's embeddings decides.
     """
-    files = dict(dataset="csv", data=str(world / "train.csv"), workers=1)
-    files |= dict(out=str(folder / name), cache=str(folder / "cache"))
-    steps = dict(steps=4, batch_size=83, num_frames="2", warmup=2, log_every=1, eval_every=3)
-    losses = dict(guided_share=0.0, guided_from=0.0, hard_k=2, hard_weight=0.5)
-    memory = dict(chunk=24, checkpointing=True)
-    return TrainConfig(**(files | steps | losses | memory | other))
+    shares = dict(val_data=None, steps=4, batch_size=83, chunk=24, checkpointing=True)
+    changed = dict(guided_share=0.0) | shares | other
+    return short_run(world, folder / name, folder / "cache", **changed)
 
 
 def poison(rank, at_calls):
-    """Make train.py's loss NaN at these of its calls on rank 1; the function to restore."""
+    """train.py's loss is NaN at these of its calls on rank 1."""
     real, calls = train.clop_loss, []
 
     def clop_loss_or_nan(*args, **kwargs):
@@ -147,8 +150,7 @@ def poison(rank, at_calls):
         loss, parts = real(*args, **kwargs)
         return loss * (math.nan if rank == 1 and len(calls) in at_calls else 1), parts
 
-    train.clop_loss = clop_loss_or_nan
-    return real
+    return mock.patch.object(train, "clop_loss", clop_loss_or_nan)
 
 
 def rank_main(rank, port, folder, world, answers):
@@ -169,39 +171,33 @@ def rank_main(rank, port, folder, world, answers):
     found |= {case: step_gradients(case, ranks) for case in CASES}
     train.train(settings(world, folder, "of-many"), ranks)
     train.train(settings(world, folder, "guided", guided_share=1.0), ranks)
-    restore = poison(rank, at_calls=(2, 4))
-    train.train(settings(world, folder, "skipped"), ranks)
-    train.clop_loss = restore
-    restore = poison(rank, at_calls=(3, 4, 5, 6))
-    try:
-        train.train(settings(world, folder, "ended", steps=8, eval_every=2), ranks)
-    except (UserError, SystemExit) as error:
-        found["ended"] = str(error)
-    train.clop_loss = restore
+    with poison(rank, at_calls=(2, 4)):
+        train.train(settings(world, folder, "skipped"), ranks)
+    with poison(rank, at_calls=(3, 4, 5, 6)):
+        try:
+            train.train(settings(world, folder, "ended", steps=8, eval_every=2), ranks)
+        except (UserError, SystemExit) as error:
+            found["ended"] = str(error)
     if rank == 1:
-        train.StopSignals = lambda ranks: StopAfter(step=2)
+        train.StopSignals = StopAfter
     found["stopped"] = train.train(settings(world, folder, "stopped"), ranks)
     answers.put((rank, found))
     ranks.wait()
     ranks.leave()
 
 
-class StopAfter:
-    """Stands for StopSignals: SIGINT arrives at this rank alone, during the step of this number."""
+class StopAfter(contextlib.nullcontext):
+    """Stands for StopSignals: SIGINT arrives at this rank alone, during step 2."""
 
-    def __init__(self, step):
-        self.reads, self.step = 0, step
+    reads = 0
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        pass
-
     @property
     def received(self):
         self.reads += 1  # one a step
-        return signal.SIGINT if self.reads >= self.step else 0
+        return signal.SIGINT if self.reads >= 2 else 0
 
 
 # ---- groups of ranks -----------------------------------------------------------------------------
@@ -231,22 +227,20 @@ def group(alone, tiny_world, folder):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
 
-    ranks = []
-    for rank in range(COUNT):
-        job = (rank, port, folder, tiny_world, answers)
-        ranks.append(context.Process(target=rank_main, args=job))
-        ranks[-1].start()
-    found = {}
+    jobs = [(rank, port, folder, tiny_world, answers) for rank in range(COUNT)]
+    ranks = [context.Process(target=rank_main, args=job) for job in jobs]
+    for process in ranks:
+        process.start()
+    found = []
     while len(found) < COUNT:
         assert not any(process.exitcode for process in ranks), "a rank failed, see its traceback"
         if answers.empty():
             time.sleep(0.02)
         else:
-            rank, results = answers.get()
-            found[rank] = results
+            found.append(answers.get())
     for process in ranks:
         process.join()
-    return [found[rank] for rank in range(COUNT)]
+    return [results for _, results in sorted(found, key=lambda answer: answer[0])]
 
 
 def test_rows_reach_who_needs_them(group):
@@ -261,7 +255,7 @@ def test_ranks_find_groups_together(group, folder):
     """Each mines for its own share; the plan of the epoch is one, and is in the checkpoint."""
     order = resume_checkpoint(folder / "guided").training["order"].tolist()
     assert len(order) == len(set(order)) and len(order) % 83 == 0
-    losses = losses_of(folder, "guided")
+    losses = losses_of(folder / "guided")
     assert len(losses) == 4 and "nan" not in str(losses)
 
 
@@ -290,17 +284,9 @@ def test_parameters_get_the_gradient_of_one_process(group, alone, case):
             assert np.array_equal(found[case][name], group[0][case][name]), f"{name}: ranks differ"
 
 
-def log_of(folder, name) -> list[dict]:
-    return [json.loads(line) for line in open(folder / name / "log.jsonl", encoding="utf-8")]
-
-
-def losses_of(folder, name) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in log_of(folder, name) if "loss" in line}
-
-
 def test_a_run_is_the_run_of_one_process(group, folder):
-    one, many = losses_of(folder, "of-one"), losses_of(folder, "of-many")
-    assert len(one) == 4 and log_of(folder, "of-many")[0]["world_size"] == COUNT
+    one, many = losses_of(folder / "of-one"), losses_of(folder / "of-many")
+    assert len(one) == 4 and log_of(folder / "of-many")[0]["world_size"] == COUNT
     assert many == pytest.approx(one, rel=2e-5)
     a, b = (load_checkpoint(folder / name).model.state_dict() for name in ("of-one", "of-many"))
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
@@ -310,12 +296,12 @@ def test_a_run_goes_on_with_another_number_of_processes(group, tiny_world, folde
     (folder / "was-many").mkdir()
     shutil.copy(folder / "of-many" / "step-000003.safetensors", folder / "was-many")
     train.train(settings(tiny_world, folder, "was-many"))
-    last = losses_of(folder, "of-one")[4]
-    assert losses_of(folder, "was-many") == {4: pytest.approx(last, rel=2e-5)}
+    last = losses_of(folder / "of-one")[4]
+    assert losses_of(folder / "was-many") == {4: pytest.approx(last, rel=2e-5)}
 
 
 def test_a_gradient_of_nan_on_one_rank_is_skipped_by_all(group, folder):
-    lines = [line for line in log_of(folder, "skipped") if "grad_norm" in line]
+    lines = [line for line in log_of(folder / "skipped") if "grad_norm" in line]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2]
     assert [line["grad_norm"] is None for line in lines] == [False, True, False, True]
     said = group[0]["ended"]
@@ -326,18 +312,11 @@ def test_a_gradient_of_nan_on_one_rank_is_skipped_by_all(group, folder):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, folder):
     assert [found["stopped"] for found in group] == [signal.SIGINT] * COUNT
-    steps = [line["step"] for line in log_of(folder, "stopped") if "step" in line]
+    steps = [line["step"] for line in log_of(folder / "stopped") if "step" in line]
     assert steps[-1] == 2 == load_checkpoint(folder / "stopped").step
 
 
 # ---- alone ---------------------------------------------------------------------------------------
-
-
-def test_the_module_is_the_op():
-    rows = embeddings(15, 0, 1)
-    known = dict(concepts=rows["knowledge"], beta=2.0, signature=rows["signature"])
-    loss, _ = knowledge_nce(rows["video_emb"], rows["text_emb"], math.log(10.0), **known)
-    assert module_gradients()[0] == pytest.approx(loss.item(), rel=1e-12)
 
 
 def test_extra_texts_may_be_the_hardest():
@@ -368,19 +347,12 @@ def test_chunks_give_the_gradient_of_the_whole(alone):
 # ---- docs/scaling.md -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def scaling():
-    from bench import scaling
-
-    return scaling
-
-
-def test_the_page_holds_what_the_script_prints(scaling):
+def test_the_page_holds_what_the_script_prints():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert f"<!-- python -m bench.scaling -->\n{scaling.tables()}\n<!-- end -->" in page
 
 
-def test_counted_flops_are_those_that_pytorch_counts(scaling):
+def test_counted_flops_are_those_that_pytorch_counts():
     sizes = build_config("toy", image_size=64)
     model, length = CLOP(sizes), sizes.text_length
     video = torch.randn(1, 8, 3, 64, 64)

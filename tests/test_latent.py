@@ -1,22 +1,18 @@
 """bench/latent.py: what is measured in the joint space, and the pictures of it."""
 
 import math
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import start
 
 from bench import latent
 from bench.ablation import variant_fields
 from losses import info_nce
 from train import TrainConfig, train
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_alignment_and_uniformity_of_known_points():
@@ -62,7 +58,7 @@ def test_gradient_share_is_the_gradient_of_the_loss():
 
 def test_violations_by_hand():
     sim = np.array([[0.5, 0.6, 0.4], [0.1, 0.2, 0.3], [0.0, 0.0, 0.9]])
-    hard = np.array([[False, True, True], [False, False, True], [True, False, False]])
+    hard = np.array([[0, 1, 1], [0, 0, 1], [1, 0, 0]], bool)
     assert latent.violations(sim, hard) == 0.5  # (0, 1) and (1, 2) of four
     assert latent.violations(sim, np.zeros((3, 3), bool)) == 0
 
@@ -76,11 +72,6 @@ def test_the_plane_keeps_the_largest_variance():
     assert np.allclose(plane, latent.principal_plane(emb[::-1])[::-1])
 
 
-def run_latent(*words):
-    command = [sys.executable, "-m", "bench.latent", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_pictures_come_from_checkpoints(tiny_world, tmp_path):
     cache, runs = tmp_path / "cache", []
     paths = dict(dataset="csv", data=str(tiny_world / "train.csv"), cache=str(cache))
@@ -91,12 +82,12 @@ def test_pictures_come_from_checkpoints(tiny_world, tmp_path):
         runs.append(f"{name}={out}")
 
     flags = ["--data", tiny_world, "--out", tmp_path, "--cache", cache, "--batch-size", 16]
-    done = run_latent(*runs, *flags)
+    done = start("-m", "bench.latent", *runs, *flags)
     assert done.returncode == 0, done.stderr
     for name in ("similarity", "geometry", "map", "batches"):
         assert 5000 < (tmp_path / f"latent-{name}.png").stat().st_size < 300_000
 
 
 def test_a_checkpoint_without_a_name_is_one_line():
-    done = run_latent("runs/a")
+    done = start("-m", "bench.latent", "runs/a")
     assert done.returncode == 2 and "expected NAME=CHECKPOINT" in done.stderr

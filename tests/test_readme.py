@@ -211,9 +211,7 @@ def place(tiny_world, tmp_path_factory):
 
 def run_command(words: list[str], monkeypatch) -> int:
     """What `python` would do with these words; the exit status."""
-    if (
-        "bench.gradcache" in words
-    ):  # it measures memory, and the child of a large process looks large
+    if "bench.gradcache" in words:  # measures memory: the child of a large process looks large
         return subprocess.run([sys.executable, *words]).returncode
     monkeypatch.setattr(sys, "argv", [words[0], *words[2 if words[0] == "-m" else 1 :]])
     torch.set_grad_enabled(True)  # a bench may have turned it off

@@ -123,61 +123,36 @@ def test_what_is_recorded_is_not_run_again(side, tmp_path):
 # ---- frozen features -----------------------------------------------------------------------------
 
 
-def test_bert_is_a_post_norm_transformer():
+def test_bert_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    width, heads, layers = 16, 4, 2
-    layer = torch.nn.TransformerEncoderLayer(
-        width, heads, 32, 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
-    )
-    theirs = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
-    sizes = {"word_embeddings.weight": (11, width), "position_embeddings.weight": (9, width)}
-    sizes |= {"token_type_embeddings.weight": (2, width)}
-    sizes |= {"LayerNorm.weight": (width,), "LayerNorm.bias": (width,)}
-    weights = {f"embeddings.{name}": torch.randn(size) for name, size in sizes.items()}
-    for i, layer in enumerate(theirs.layers):
-        name = f"encoder.layer.{i}"
-        parts = {
-            "attention.output.dense": layer.self_attn.out_proj,
-            "attention.output.LayerNorm": layer.norm1,
-            "intermediate.dense": layer.linear1,
-            "output.dense": layer.linear2,
-            "output.LayerNorm": layer.norm2,
-        }
-        for part, module in parts.items():
-            torch.nn.init.normal_(module.bias)
-            weights[f"{name}.{part}.weight"] = module.weight
-            weights[f"{name}.{part}.bias"] = module.bias
-        matrices = layer.self_attn.in_proj_weight.chunk(3)
-        biases = layer.self_attn.in_proj_bias.chunk(3)
-        for part, matrix, bias in zip(("query", "key", "value"), matrices, biases):
-            weights[f"{name}.attention.self.{part}.weight"] = matrix
-            weights[f"{name}.attention.self.{part}.bias"] = bias
+    sizes = dict(vocab_size=11, hidden_size=16, intermediate_size=32, max_position_embeddings=9)
+    layers, heads = 2, 4
+    depth = dict(num_hidden_layers=layers, num_attention_heads=heads, initializer_range=0.5)
+    theirs = transformers.BertModel(transformers.BertConfig(**sizes, **depth)).eval()
+    weights = theirs.state_dict()
+    for value in weights.values():
+        value += 0.1 * torch.randn_like(value)  # biases and norms, too
 
     tokens, mask = torch.randint(11, (3, 7)), torch.arange(7) < torch.tensor([[7], [4], [2]])
     with torch.no_grad():
-        words = weights["embeddings.word_embeddings.weight"][tokens]
-        places = weights["embeddings.position_embeddings.weight"][:7]
-        summed = words + places + weights["embeddings.token_type_embeddings.weight"][0]
-        norm = [weights[f"embeddings.LayerNorm.{part}"] for part in ("weight", "bias")]
-        first = torch.nn.functional.layer_norm(summed, (width,), *norm, 1e-12)
-        wanted = theirs(first, src_key_padding_mask=~mask)
+        wanted = theirs(tokens, attention_mask=mask).last_hidden_state
         got = frozen_features.encode_bert(weights, tokens, mask, layers, heads)
-    assert torch.allclose(got[mask], wanted[mask], atol=1e-5)
+    torch.testing.assert_close(got[mask], wanted[mask], atol=1e-5, rtol=1e-5)
 
 
 def test_captions_are_encoded_once_and_an_interruption_loses_nothing(tmp_path):
     asked = []
 
-    def load_encoder():
-        def encode(captions):
-            asked.extend(captions)
-            return np.array([[len(caption)] * 3 for caption in captions], np.float16)
+    def encode(captions):
+        asked.extend(captions)
+        return np.array([[len(caption)] * 3 for caption in captions], np.float16)
 
+    def load_encoder():
         return encode
 
-    captions = [f"{'x' * (i % 70)}{i % 10}" for i in range(1200)] * 2 + [
-        f"{i}" for i in range(2000)
-    ]
+    captions = [f"{'x' * (i % 70)}{i % 10}" for i in range(1200)] * 2
+    captions += [f"{i}" for i in range(2000)]
     features = frozen_features.text_features(captions, tmp_path, load_encoder)
     assert features[:, 0].tolist() == [len(caption) for caption in captions]
     assert features.dtype == np.float16
