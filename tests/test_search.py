@@ -13,34 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import make_parts, save
 from test_report import Page
 
-from captions.tokenizer import Tokenizer
 from cli import UserError
 from data import prepare_video
 from eval import EvalConfig, evaluate
 from eval import main as eval_main
-from knowledge import ConceptVocab, extract_many
-from model import CLOP, build_config
 from search import query as search
 from search.index import File, Index, Record, find_videos
 from search.query import Library, clock, search_folder
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint
 from videos import workers
 from videos.decode import read_windows, write_video
 
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J\u202eevil\nname.mp4"
 
 
-def save_model(path: Path, seed: int) -> Path:
-    """A checkpoint of a model that has learned nothing."""
-    captions = ["a red ball falls", "two dogs run"] * 2
-    tokenizer, knowledge = Tokenizer.train(captions, 300), extract_many(captions, progress=False)
-    sizes = dict(video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size)
-    torch.manual_seed(seed)
-    model, vocab = CLOP(build_config("toy", **sizes)), ConceptVocab.build(knowledge)
-    save_checkpoint(path, model, tokenizer, vocab, config={}, step=7)
-    return path
+def new_checkpoint(folder: Path, seed: int):
+    save(folder / "step-000007.safetensors", make_parts(seed))
+    return load_checkpoint(folder)
 
 
 def noise(path: Path, seconds: float = 1.0, seed: int = 0):
@@ -53,8 +45,7 @@ def noise(path: Path, seconds: float = 1.0, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    return load_checkpoint(save_model(folder / "step-000007.safetensors", 0))
+    return new_checkpoint(tmp_path_factory.mktemp("model"), 0)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +146,7 @@ def test_each_folder_checkpoint_and_window_has_vectors_of_its_own(checkpoint, cl
     assert [find(checkpoint, x, **own)["new"] for x in (clips, twin) * 2] == [6, 6, 0, 0]
 
     first = find(checkpoint, clips)
-    other = load_checkpoint(save_model(tmp_path / "other.safetensors", 1))
+    other = new_checkpoint(tmp_path, 1)
     assert ranking(find(other, clips)) != ranking(first)
     assert find(checkpoint, clips, window=float("inf"))["windows"] == 6
     again = find(checkpoint, clips)  # the first ones are still there
@@ -338,8 +329,13 @@ def test_below_what_unrelated_sentences_reach_nothing_is_claimed(checkpoint, cli
     assert own.notes[-1].startswith("?: claims nothing, unrelated sentences score up to")
     assert marked.count("? ") == sum(len(match.moments) for match in own.matches)
     assert page_of(clips).count('class="card faint"') == 6
-    claimed = find(checkpoint, clips, "a red ball")["answers"][0]
-    assert claimed.matches[-1].moments[0].score > claimed.floor and claimed.notes == []
+
+    perfect = Record(
+        np.zeros((1, 2), np.float32), search.embed_query(checkpoint, "a red ball")[None]
+    )
+    library = Library({File("a.mp4", 0, 0): perfect})
+    floor = search.find_floor(checkpoint, library)
+    assert search.answer(checkpoint, library, "a red ball", 1, floor).notes == []
 
 
 def test_queries_from_a_pipe_and_their_page(checkpoint, clips, monkeypatch):
@@ -391,12 +387,12 @@ def test_mistakes_end_in_one_line(checkpoint, clips, tmp_path, changes, message)
 
 
 def test_a_model_that_diverged_fills_no_index(clips, tmp_path):
-    bad = load_checkpoint(save_model(tmp_path / "bad.safetensors", 0))
+    bad = new_checkpoint(tmp_path, 0)
     bad.model.video.project.weight.data.fill_(torch.nan)
     for _ in range(2):  # the second time, too, they are embedded
         with pytest.raises(UserError, match="video embeddings: NaN"):
             find(bad, clips)
-    bad = load_checkpoint(tmp_path / "bad.safetensors")
+    bad = load_checkpoint(tmp_path)
     bad.model.text.project.weight.data.fill_(torch.nan)
     with pytest.raises(UserError, match="query embedding: NaN"):
         find(bad, clips)
