@@ -120,7 +120,7 @@ def count_ranks(scores, pair, video_of_text, n_text: int, n_video: int) -> dict[
 
     # Σ sign over all candidates, the right ones too
     above, below, groups_below = (torch.zeros_like(x) for x in (right, best, best))
-    for columns in torch.arange(n_video).split(max(1, SLAB // n_text)):
+    for columns in torch.arange(n_video).split(max(1, SLAB // max(n_text, n_video))):
         slab = scores(columns)  # [n_text, columns]
         above += (slab - right[:, None]).sign().sum(1)
         below[columns] = (slab - best[columns]).sign().sum(0)
@@ -163,15 +163,15 @@ def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
     sim [n_text, n_video], array or tensor: row = caption, column = video. Raises UserError where it
     is not finite.
     """
-    sim = torch.as_tensor(sim).detach().cpu().double()
+    sim = torch.as_tensor(sim).detach().cpu()
     assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
     check_finite(sim, "sim")
 
     def scores(columns):
-        return sim[:, columns]
+        return sim[:, columns].double()
 
     def pair(columns):
-        return sim[torch.arange(len(sim)), columns]
+        return sim[torch.arange(len(sim)), columns].double()
 
     return count_ranks(scores, pair, video_of_text, *sim.shape)
 
