@@ -56,11 +56,11 @@ from cli import (
     run,
     write_whole,
 )
-from data import keep_decodable, load_videos, open_cache, prepare_video
+from data import keep_decodable, load_videos, open_cache
 from datasets.split import Question, Split
 from datasets.tasks import PUBLISHED, TASKS, Task
 from report.page import Results, choice_table, rank_table, render, write_report
-from search.query import BATCH_PIXELS, check_finite, embed_texts, search_folder
+from search.query import BATCH_PIXELS, check_finite, embed_batches, embed_texts, search_folder
 from training.checkpoint import Checkpoint, hash_text, load_checkpoint
 from training.clip import is_clip, zero_shot
 from videos.cache import FrameCache
@@ -68,7 +68,7 @@ from videos.workers import prefetch
 
 # by the README's first command; fp16, weights only
 SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"
-TILE = 1024  # a tile of so many rows and columns stays in a CPU's cache
+SLAB = 2**22  # scores that are compared at a time: 32 MiB
 MATRIX_LIMIT = 2**28  # entries of a similarity matrix that is held as a whole: 2 GiB
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -93,62 +93,48 @@ def similarity(text_emb, video_emb) -> torch.Tensor:
     return to_grid(text_emb) @ to_grid(video_emb).T
 
 
-def count_ranks(scores, video_of_text, n_text: int, n_video: int) -> dict[str, np.ndarray]:
+def count_ranks(scores, pair, video_of_text, n_text: int, n_video: int) -> dict[str, np.ndarray]:
     """{"t2v": [n_text], "v2t": [videos with captions]}, float64, 1-based: a rank may end in .5.
 
     And "v2t_grouped", as "v2t", where a video has several captions.
 
-    scores(rows, columns) gives one float64 tile of sim; video_of_text [n_text] is the column of
-    each caption's video. Counting half of the ties makes one formula of the rank, since
-    (1 + sign(x)) / 2 is 1 above zero, ½ at zero and 0 below:
+    scores(columns) gives columns of sim, pair(columns) one score of each row, both float64;
+    video_of_text [n_text] is the column of each caption's video. Counting half of the ties makes
+    one formula of the rank, since (1 + sign(x)) / 2 is 1 above zero, ½ at zero and 0 below:
 
         rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
 
-    A sum can be taken tile by tile: 100,000 × 100,000 scores need no matrix of 80 GB.
+    A sum can be taken slab by slab: 100,000 × 100,000 scores need no matrix of 80 GB.
     """
     video_of_text = torch.as_tensor(video_of_text).long()
-    assert video_of_text.shape == (n_text,) and n_text, f"{video_of_text.shape=}, {n_text=}"
+    assert len(video_of_text) == n_text > 0, f"{len(video_of_text)} of {n_text} captions"
     first, last = int(video_of_text.min()), int(video_of_text.max())
     assert 0 <= first and last < n_video, f"videos {first} … {last} of {n_video}"
 
-    # the scores of the right pairs [n_text]; a video is as good as its best caption [n_video]
-    parts = []
-    for i in range(0, n_text, TILE):
-        rows = slice(i, i + TILE)
-        parts.append(scores(rows, video_of_text[rows]).diagonal())
-    positive = torch.cat(parts)
+    # the scores of the right pairs; a video is as good as its best caption
+    right = pair(video_of_text)
     best = torch.full((n_video,), -torch.inf, dtype=torch.float64)
-    best.scatter_reduce_(0, video_of_text, positive, "amax")
-
-    has_several = n_text > int((best > -torch.inf).sum())
+    best.scatter_reduce_(0, video_of_text, right, "amax")
+    asks = best > -torch.inf
+    has_several = n_text > int(asks.sum())
 
     # Σ sign over all candidates, the right ones too
-    above = torch.zeros_like(positive)
-    below = torch.zeros_like(best)
-    groups_below = torch.zeros_like(best)
-
-    for j in range(0, n_video, TILE):
-        columns = slice(j, j + TILE)
+    above, below, groups_below = (torch.zeros_like(x) for x in (right, best, best))
+    for columns in torch.arange(n_video).split(max(1, SLAB // max(n_text, n_video))):
+        slab = scores(columns)  # [n_text, columns]
+        above += (slab - right[:, None]).sign().sum(1)
+        below[columns] = (slab - best[columns]).sign().sum(0)
         if has_several:  # each video's best caption
             groups = torch.full_like(best[:, None] * best[columns], -torch.inf)
-        for i in range(0, n_text, TILE):
-            rows = slice(i, i + TILE)
-            tile = scores(rows, columns)
-            above[rows] += (tile - positive[rows, None]).sign().sum(1)
-            below[columns] += (tile - best[columns]).sign().sum(0)
-            if has_several:
-                group = video_of_text[rows, None].expand_as(tile)
-                groups.scatter_reduce_(0, group, tile, "amax")
-        if has_several:
+            groups.scatter_reduce_(0, video_of_text[:, None].expand_as(slab), slab, "amax")
             groups_below[columns] = (groups - best[columns]).sign().sum(0)
 
     # take the right candidates out again: one of a caption, of a video all its captions
-    half_ties = (1 + (positive - best[video_of_text]).sign()) / 2
+    half_ties = (1 + (right - best[video_of_text]).sign()) / 2
     own = torch.zeros_like(best).index_add_(0, video_of_text, half_ties)
-    asks = best > -torch.inf
-    ranks = dict(t2v=1 + (n_video + above) / 2 - 0.5, v2t=(1 + (n_text + below) / 2 - own)[asks])
+    ranks = dict(t2v=0.5 + (n_video + above) / 2, v2t=(1 + (n_text + below) / 2 - own)[asks])
     if has_several:
-        ranks["v2t_grouped"] = (1 + (n_video + groups_below) / 2 - 0.5)[asks]
+        ranks["v2t_grouped"] = (0.5 + (n_video + groups_below) / 2)[asks]
     return {name: rank.numpy() for name, rank in ranks.items()}
 
 
@@ -162,10 +148,13 @@ def retrieval_ranks(text_emb, video_emb, video_of_text) -> dict[str, np.ndarray]
     check_finite(text, "text embeddings")
     check_finite(video, "video embeddings")
 
-    def scores(rows, columns):
-        return text[rows] @ video[columns].T
+    def scores(columns):
+        return text @ video[columns].T
 
-    return count_ranks(scores, video_of_text, len(text), len(video))
+    def pair(columns):
+        return torch.linalg.vecdot(text, video[columns])
+
+    return count_ranks(scores, pair, video_of_text, len(text), len(video))
 
 
 def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
@@ -178,10 +167,13 @@ def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
     assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
     check_finite(sim, "sim")
 
-    def scores(rows, columns):
-        return sim[rows, columns].double()
+    def scores(columns):
+        return sim[:, columns].double()
 
-    return count_ranks(scores, video_of_text, *sim.shape)
+    def pair(columns):
+        return sim[torch.arange(len(sim)), columns].double()
+
+    return count_ranks(scores, pair, video_of_text, *sim.shape)
 
 
 def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
@@ -267,22 +259,18 @@ def bootstrap(values: np.ndarray) -> list[float]:
 # ---- embeddings: fp32 on every device, so that a number does not depend on the machine -----------
 
 
-@torch.inference_mode()
 def embed_videos(model, cache: FrameCache, paths: Sequence[str], window=(0.0, None)):
     """video_emb [n_video, E], float32 on the CPU, of uniform frames of the seconds `window`.
 
     Raises VideoError where a video is broken.
     """
-    device, num_frames = model.logit_scale.device, model.config.num_frames
+    num_frames = model.config.num_frames
     batch_size = max(1, BATCH_PIXELS // (num_frames * cache.size**2))
 
     def load(first: int):
         return load_videos(cache, paths[first : first + batch_size], num_frames, window=window)
 
-    parts = []
-    for video in prefetch(load, range(0, len(paths), batch_size)):
-        parts.append(model.encode_video(prepare_video(video.to(device))).cpu())
-    return torch.cat(parts)
+    return embed_batches(model, prefetch(load, range(0, len(paths), batch_size)))
 
 
 def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dict[str, float]:
@@ -297,14 +285,13 @@ def evaluate_retrieval(model, tokenizer, split: Split, cache: FrameCache) -> dic
 
 # ---- one evaluation ------------------------------------------------------------------------------
 
-TaskName = Literal[(*TASKS, "search")]
-
 
 @dataclass
 class EvalFlags:
     # a file, a run's folder (its newest), or CLIP's weights; None: the one that ships
     checkpoint: str | None = None
-    task: TaskName = "toy"  # toy: embedded; csv: your own, --data; search: --videos; else published
+    # toy: embedded; csv: your own, --data; search: --videos; else published
+    task: Literal[(*TASKS, "search")] = "toy"
     data_root: str | None = None  # annotations and videos of a published set: docs/benchmarks.md
     videos_root: str | None = None  # where videos are that are not there; csv: paths are below it
     data: str | None = None  # csv: file with video, caption; toy: its folder
@@ -334,24 +321,24 @@ class EvalConfig(EvalFlags, SearchFlags):
     """Evaluate a checkpoint: retrieval, and multiple choice where the task has it."""
 
 
-def measure(
-    model, tokenizer, task: Task, cache: FrameCache, *, max_broken: float = 0.05, dsl: bool = False
-) -> Results:
+def measure(config: EvalConfig, checkpoint: Checkpoint, task: Task) -> Results:
     """The ranks of all captions and videos, and the points of all questions.
 
     Retrieval if the task has captions, accuracy if it has questions. Unusable videos are left out
     and listed in the split's `broken`. Raises UserError where more than the share `max_broken` of
     the videos cannot be used.
     """
-    split = keep_decodable(task.split, cache, max_broken=max_broken)
-    questions = [question for question in task.questions if question.video not in split.broken]
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    room = dict(gigabytes=config.cache_gb, num_videos=len(task.split.video_paths))
+    cache = open_cache(Path(config.cache) / "frames", model.config, **room)
+    split = keep_decodable(task.split, cache, max_broken=config.max_broken)
     video_emb = embed_videos(model, cache, split.video_paths, split.window)
     text_emb, outcomes = video_emb[:0], {}
     if split.captions:
         text_emb = embed_texts(model, tokenizer, split.captions)
         outcomes |= retrieval_ranks(text_emb, video_emb, split.video_of_caption)
 
-    if dsl:
+    if config.dsl:
         if not 0 < len(text_emb) * len(video_emb) <= MATRIX_LIMIT:
             raise UserError(
                 f"--dsl: {len(text_emb):,} captions × {len(video_emb):,} videos; it needs all "
@@ -360,6 +347,7 @@ def measure(
         sim, scale = similarity(text_emb, video_emb), model.logit_scale.exp().item()
         outcomes |= dual_softmax_ranks(sim, split.video_of_caption, scale)
 
+    questions = [question for question in task.questions if question.video not in split.broken]
     option_scores = np.zeros((0, 0))
     if questions:
         number = {path: i for i, path in enumerate(split.video_paths)}
@@ -429,8 +417,7 @@ def make_record(
 ) -> dict:
     """What metrics.json holds: every metric, and all that is needed to compare it with another."""
     counts, note = task.count(results.split, checkpoint.trained_on, len(results.questions))
-    metrics, sizes = summarize(results.outcomes), checkpoint.model.config
-    protocol = task.protocol
+    sizes, protocol = checkpoint.model.config, task.protocol
     if "v2t_grouped" in results.outcomes:
         protocol += GROUPED_PROTOCOL
     if config.dsl:
@@ -440,7 +427,7 @@ def make_record(
         task=config.task,
         split=config.split,
         protocol=protocol,
-        **metrics,
+        **summarize(results.outcomes),
         note=note,
         **counts,
         official=task.split.official,
@@ -471,9 +458,9 @@ def outcome_facts(results: Results) -> dict:
     queries = [results.split.captions, results.split.video_of_caption.tolist()]
     queries += [(question.options, question.answer) for question in results.questions]
     outcomes = {name: " ".join(map("{:.9g}".format, o)) for name, o in results.outcomes.items()}
-    per_query = values_per_query(results.outcomes)
+    intervals = {name: bootstrap(v) for name, v in values_per_query(results.outcomes).items()}
     return dict(
-        intervals={name: bootstrap(values) for name, values in per_query.items()},
+        intervals=intervals,
         queries_sha256=hash_text(json.dumps(queries)),
         outcomes=outcomes,
     )
@@ -528,10 +515,7 @@ def evaluate(config: EvalConfig) -> dict:
     out = Path(config.out or beside / f"eval-{config.task}-{config.split}")
     make_folder(out)  # fail before the work, not after it
 
-    room = dict(gigabytes=config.cache_gb, num_videos=len(task.split.video_paths))
-    cache = open_cache(Path(config.cache) / "frames", sizes, **room)
-    limits = dict(max_broken=config.max_broken, dsl=config.dsl)
-    results = measure(checkpoint.model, checkpoint.tokenizer, task, cache, **limits)
+    results = measure(config, checkpoint, task)
     record = make_record(config, checkpoint, task, results, device)
 
     with write_whole(out / "metrics.json") as unfinished:

@@ -26,7 +26,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,18 +115,24 @@ def embed_new(model, index: Index, root: Path, todo: list[File], *, window: floa
     return broken
 
 
-@torch.inference_mode()
 def embed_windows(model, frames: np.ndarray) -> np.ndarray:
     """uint8 [W, T, H, W, 3] -> float32 [W, E], unit norm."""
     rows = max(1, BATCH_PIXELS // frames[0, ..., 0].size)
-    parts = []
-    for first in range(0, len(frames), rows):
-        video = torch.from_numpy(np.array(frames[first : first + rows]))
-        video = prepare_video(video.to(model.logit_scale.device))
-        parts.append(model.encode_video(video).cpu())
-    emb = torch.cat(parts)
+    starts = range(0, len(frames), rows)
+    batches = (torch.from_numpy(np.array(frames[first : first + rows])) for first in starts)
+    emb = embed_batches(model, batches)
     check_finite(emb, "video embeddings")
     return emb.numpy()
+
+
+@torch.inference_mode()
+def embed_batches(model, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """video_emb [n, E], float32 on the CPU, of batches of frames, uint8 [B, T, H, W, 3]."""
+    parts = []
+    for video in batches:
+        video = prepare_video(video.to(model.logit_scale.device))
+        parts.append(model.encode_video(video).cpu())
+    return torch.cat(parts)
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

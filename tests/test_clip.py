@@ -27,7 +27,6 @@ from training.checkpoint import load_checkpoint
 from training.clip import (
     OPENAI,
     OPENAI_SIZES,
-    interpolate_places,
     is_new,
     read_clip,
     read_pretrained,
@@ -35,12 +34,8 @@ from training.clip import (
     resize,
 )
 
-NO_TRANSFORMERS = (
-    "transformers, the reference, is not installed (pip install -r requirements-test.txt)"
-)
-NO_OPEN_CLIP = (
-    "open_clip, the reference, is not installed (pip install --no-deps open-clip-torch==3.3.0)"
-)
+NO_TRANSFORMERS = "transformers is not installed (pip install -r requirements-test.txt)"
+NO_OPEN_CLIP = "open_clip is not installed (pip install --no-deps open-clip-torch==3.3.0)"
 MERGES = ["d o", "do g</w>", "a n", "t h"]  # with 512 bytes, start and end: 518 tokens
 
 
@@ -69,29 +64,17 @@ def tower(width, heads, layers, **other):
     return sizes | dict(num_hidden_layers=layers) | other
 
 
-def text_tower(width, heads, vocab_size, length):
-    marks = dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1)
-    sizes = dict(vocab_size=vocab_size, max_position_embeddings=length)
-    return tower(width, heads, 2, **marks, **sizes)
+VISION = tower(48, 4, 3, image_size=32, patch_size=8)
+TEXT = tower(32, 2, 2, vocab_size=518, bos_token_id=516, eos_token_id=517)
+TEXT["max_position_embeddings"] = 20
 
 
-SMALL = dict(vision=tower(48, 4, 3, image_size=32, patch_size=8), text=text_tower(32, 2, 518, 20))
-B32 = dict(
-    vision=tower(768, 12, 2, image_size=224, patch_size=32),
-    text=text_tower(512, 8, 1000, 77),
-    embed_dim=512,
-)
-
-
-def hugging_face(act="quick_gelu", vision=SMALL["vision"], text=SMALL["text"], embed_dim=24):
+def hugging_face(act="quick_gelu"):
     transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(
-        vision_config=vision | dict(hidden_act=act),
-        text_config=text | dict(hidden_act=act),
-        projection_dim=embed_dim,
-    )
-    return shaken(transformers.CLIPModel(config))
+    towers = dict(vision_config=VISION | dict(hidden_act=act))
+    towers |= dict(text_config=TEXT | dict(hidden_act=act))
+    return shaken(transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=24)))
 
 
 STAND_INS = {
@@ -129,45 +112,43 @@ def ours_from(path, image_size=None):
     return model
 
 
-def texts_of_all_lengths(length, vocab_size):
-    """tokens, text_mask [length - 1, length]: a text of each length from 2 (start and end) on."""
-    tokens = torch.randint(1, vocab_size - 2, (length - 1, length))
-    tokens[:, 0] = vocab_size - 2
-    ends = torch.arange(1, length)
-    tokens[torch.arange(length - 1), ends] = vocab_size - 1
-    text_mask = torch.arange(length) <= ends[:, None]
+def texts_of_all_lengths():
+    """tokens, text_mask [19, 20]: a text of each length from 2 (start and end) on."""
+    tokens = torch.randint(1, 516, (19, 20))
+    tokens[:, 0] = 516
+    ends = torch.arange(1, 20)
+    tokens[torch.arange(19), ends] = 517
+    text_mask = torch.arange(20) <= ends[:, None]
     return tokens.masked_fill(~text_mask, 0), text_mask
 
 
 # ---- parity --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(act="quick_gelu"), dict(act="gelu"), dict(act="quick_gelu", **B32)],
-    ids=["QuickGELU", "GELU", "two layers of ViT-B/32"],
-)
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 @torch.inference_mode()
-def test_embeddings_equal_transformers(tmp_path, sizes):
-    theirs = hugging_face(**sizes)
+def test_embeddings_equal_transformers(tmp_path, act):
+    theirs = hugging_face(act)
     theirs.save_pretrained(tmp_path)
     ours = ours_from(tmp_path)
     assert ours.logit_scale == theirs.logit_scale.clamp(max=MAX_LOGIT_SCALE)
 
-    side = theirs.config.vision_config.image_size
-    frames = torch.randn(2, 3, 3, side, side)  # [B, T, C, H, W]
+    frames = torch.randn(2, 3, 3, 32, 32)  # [B, T, C, H, W]
     features = [theirs.get_image_features(video) for video in frames]
     features = torch.stack([getattr(x, "pooler_output", x) for x in features])
     for t in range(3):
         assert_equal(ours.encode_video(frames[:, t : t + 1]), unit(features[:, t]))
     assert_equal(ours.encode_video(frames), unit(features.mean(1)))  # the mean is not unit yet
 
-    text = theirs.config.text_config
-    tokens, text_mask = texts_of_all_lengths(text.max_position_embeddings, text.vocab_size)
+    tokens, text_mask = texts_of_all_lengths()
     expected = unit(theirs.get_text_features(tokens))
     assert_equal(ours.encode_text(tokens, text_mask), expected)
-    short = text_mask.shape[1] // 2
-    assert_equal(ours.encode_text(tokens[:3, :short], text_mask[:3, :short]), expected[:3])
+    assert_equal(ours.encode_text(tokens[:3, :10], text_mask[:3, :10]), expected[:3])
+
+    for side in (16, 48):  # their places are stretched as ours
+        frames = torch.randn(2, 1, 3, side, side)
+        expected = theirs.get_image_features(frames[:, 0], interpolate_pos_encoding=True)
+        assert_equal(ours_from(tmp_path, image_size=side).encode_video(frames), unit(expected))
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -191,20 +172,8 @@ def test_embeddings_equal_open_clip(tmp_path, open_clip, quick_gelu):
     features = torch.stack([theirs.encode_image(video) for video in frames])
     assert_equal(ours.encode_video(frames[:, :1]), unit(features[:, 0]))
     assert_equal(ours.encode_video(frames), unit(features.mean(1)))
-    tokens, text_mask = texts_of_all_lengths(20, 518)
+    tokens, text_mask = texts_of_all_lengths()
     assert_equal(ours.encode_text(tokens, text_mask), unit(theirs.encode_text(tokens)))
-
-
-@torch.inference_mode()
-def test_places_are_stretched_as_in_transformers(tmp_path):
-    theirs = hugging_face()
-    theirs.save_pretrained(tmp_path)
-    for side in (16, 48):
-        frames = torch.randn(2, 1, 3, side, side)
-        expected = theirs.get_image_features(frames[:, 0], interpolate_pos_encoding=True)
-        assert_equal(ours_from(tmp_path, image_size=side).encode_video(frames), unit(expected))
-    places = torch.randn(17, 5)
-    assert interpolate_places(places, 4).equal(places)
 
 
 # ---- layouts and sizes ---------------------------------------------------------------------------
@@ -233,12 +202,10 @@ def test_the_published_models_fit(tmp_path, monkeypatch, name):
 
     found = read_clip(tmp_path)
     s = found.sizes
-    assert sum(t.numel() for t in found.weights.values()) == parameters
+    assert sum(t.numel() for t in found.weights.values()) == parameters and s.quick_gelu
     assert (s.image_size, s.text_length, s.vocab_size, s.embed_dim) == (224, 77, 49408, embed_dim)
     assert (s.video_heads, s.text_heads) == (s.video_width // 64, s.text_width // 64)
-    assert s.quick_gelu
-    if name == "base-patch16":
-        assert s == build_config("base", quick_gelu=True)
+    assert name != "base-patch16" or s == build_config("base", quick_gelu=True)
 
 
 def openai_file(path, dtype=torch.float16, **changes):
@@ -351,8 +318,6 @@ def test_an_archive_that_would_call_something_is_refused(tmp_path, capsys, membe
     "changes, said",
     [
         ({"visual.extra.weight": torch.zeros(2, 3)}, r"has visual.extra.weight \[2, 3\] where"),
-        ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, r"has visual.layer1"),
-        ({"ln_final.bias": None}, r"nothing where it should have text.norm_out.bias \[128\]"),
         (
             {"ln_final.bias": torch.zeros(5)},
             r"has text.norm_out.bias \[5\] where it should have text.norm_out.bias \[128\]",
@@ -360,10 +325,6 @@ def test_an_archive_that_would_call_something_is_refused(tmp_path, capsys, membe
         ({"token_embedding.weight": None}, "not the tensors of a CLIP .*text.token_embed.weight"),
         ({"visual.class_embedding": None}, "not a CLIP with a vision transformer .it holds"),
         ({"vocab_size": None}, "nothing tells its heads and which GELU.*config.json"),
-        (
-            {"visual.conv1.weight": torch.zeros(100, 3, 8, 8)},
-            "width of 100 cannot have 1 heads|has",
-        ),
     ],
 )
 def test_every_tensor_is_accounted_for(file, changes, said):
@@ -377,17 +338,15 @@ def test_a_lost_part_of_queries_keys_values_is_named(tmp_path):
     tensors = load_file(path)
     del tensors["text_model.encoder.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, path)
-    refused(path, r"has .*text.blocks.1.attn.q_proj.weight \[32, 32\].* where it should have")
+    refused(path, "not the tensors of a CLIP .*text.blocks.1.attn.k_proj.weight")
 
 
 @pytest.mark.parametrize(
     "vision, text, said",
     [
         (dict(hidden_act="relu"), {}, "hidden_act relu and quick_gelu"),
-        (dict(hidden_act="gelu"), {}, "hidden_act gelu and quick_gelu"),
         (dict(layer_norm_eps=1e-6), {}, "layer_norm_eps 1e-06"),
         (dict(num_attention_heads=5), {}, "width of 128 cannot have 5 heads"),
-        ({}, dict(num_attention_heads=2), "width of 128 cannot have 12 heads"),
     ],
 )
 def test_configurations_of_other_models(file, vision, text, said):
@@ -418,17 +377,12 @@ def test_unsafe_damaged_and_missing_files(tmp_path, capsys):
     path = tmp_path / "x.pt"
     refused(path, "no such file")
     refused(tmp_path, "no step-.* of a run, and none of model.safetensors")
-    torch.save(dict(a=Evil()), path)
-    refused(path, "more than tensors")
+    for content in (dict(a=Evil()), dict(a=[1, 2]), torch.zeros(2)):
+        torch.save(content, path)
+        refused(path, "more than tensors")
     assert "must never run" not in capsys.readouterr().out
-    torch.save(dict(a=[1, 2]), path)
-    refused(path, "other things than tensors")
-    torch.save(torch.zeros(2), path)
-    refused(path, "not a CLIP")
     path.write_bytes(path.read_bytes()[:-100])
     refused(path, "damaged")
-    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    refused(path, "not a CLIP with a vision transformer .it holds .*weight")
     for name in ("x.pt", "x.safetensors"):
         (tmp_path / name).write_text("hello")
         refused(tmp_path / name, "damaged")
@@ -486,9 +440,10 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
 
 def test_a_run_starts_from_a_run(tiny_world, tmp_path, capsys):
     """Pre-training leads to fine-tuning: other frames and pictures, the same weights."""
-    first = settings(tiny_world, tmp_path / "first")
+    first = settings(tiny_world, tmp_path / "first", image_size=24)  # not the preset's
     train.train(first)
     before = load_checkpoint(first.out)
+    assert before.model.config.image_size == 24
     weights = before.model.state_dict()
     found = read_pretrained(first.out, num_frames=8, image_size=48)
     assert found.sizes.image_size == 48 and len(found.weights["video.time_embed"]) == 2
@@ -520,28 +475,20 @@ def test_clip_is_evaluated_as_it_is(tiny_world, tmp_path, weights, capsys):
             load_checkpoint(place)
 
 
-def groups_of(model, config):
-    """{name: (scale, weight decay)} of the optimizer's groups."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-    for group in train.build_optimizers(model, config)[0].param_groups:
-        for p in group["params"]:
-            name = name_of.pop(id(p))  # each is in one group
-            found[name] = (pytest.approx(group["scale"]), group["weight_decay"])
-    assert not name_of
-    return found
-
-
 def test_groups_have_their_own_learning_rates():
     model = CLOP(build_config("toy", conv_stem=False, num_concepts=3))
-    found = groups_of(model, TrainConfig(init="x", lr=1e-3, encoder_lr=1e-4, weight_decay=0.2))
+    config = TrainConfig(init="x", lr=1e-3, encoder_lr=1e-4, weight_decay=0.2)
+    (optimizer,) = train.build_optimizers(model, config)
+    name_of, found = {p: name for name, p in model.named_parameters()}, {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            found[name_of.pop(p)] = (pytest.approx(group["scale"]), group["weight_decay"])
+    assert not name_of  # each is in one group
     expected = {
         "video.blocks.3.mlp.0.weight": (0.1, 0.2),
         "text.blocks.2.mlp.0.bias": (0.1, 0.0),
-        "video.norm_out.weight": (0.1, 0.0),
         "logit_scale": (0.1, 0.0),
         "video.blocks.0.time_attn.out.weight": (1.0, 0.2),
-        "video.time_embed": (1.0, 0.2),
         "concept_head.bias": (1.0, 0.0),
     }
     assert {name: found[name] for name in expected} == expected
@@ -559,8 +506,3 @@ def test_mistakes_end_before_the_work(tiny_world, tmp_path, weights, changes, sa
     with pytest.raises(UserError, match=said):
         train.train(from_clip(tiny_world, tmp_path / "run", weights, **changes))
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_preset_takes_another_image_size(tiny_world, tmp_path):
-    train.train(settings(tiny_world, tmp_path / "run", image_size=24, steps=1))
-    assert load_checkpoint(tmp_path / "run").model.config.image_size == 24

@@ -6,18 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import make_parts, save
 from test_metrics import KEYS as ONE_CAPTION
 from test_metrics import brute_force_metrics
 
-from captions.tokenizer import Tokenizer
 from cli import UserError
 from data import load_videos, prepare_video
 from datasets import toyworld
 from datasets.split import Split
 from eval import SHIPPED, EvalConfig, embed_texts, evaluate, evaluate_retrieval
-from knowledge import ConceptVocab, extract_many
-from model import CLOP, build_config
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint
 from videos.cache import FrameCache
 from videos.decode import write_video
 
@@ -33,18 +31,6 @@ CAPTIONS = [
 ]
 
 
-def tiny_model(folder):
-    """A checkpoint file of a model of one layer, which has learned nothing."""
-    captions = [caption for _, caption in CAPTIONS]
-    tokenizer = Tokenizer.train(captions, 300)
-    vocab = ConceptVocab.build(extract_many(captions, progress=False), min_count=1)
-    torch.manual_seed(0)
-    sizes = dict(video_layers=1, text_layers=1, num_frames=4, vocab_size=tokenizer.vocab_size)
-    model = CLOP(build_config("toy", **sizes))
-    path = folder / "step-000007.safetensors"
-    save_checkpoint(path, model, tokenizer, vocab, config={"seed": 3}, step=7)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with five videos, data.csv, a checkpoint and a frame cache."""
@@ -53,7 +39,7 @@ def world(tmp_path_factory):
     for i in range(5):
         write_video(folder / f"{i}.mp4", rng.integers(0, 256, (6, 40, 48, 3), np.uint8))
     write_csv(folder / "data.csv", [(f"{i}.mp4", caption) for i, caption in CAPTIONS])
-    tiny_model(folder)
+    save(folder / "step-000007.safetensors", make_parts())
     return folder
 
 
@@ -107,8 +93,7 @@ def test_embeddings_keep_their_order_and_equal_captions_are_equal(world):
     text_emb = embed_texts(model, tokenizer, captions)
     with torch.inference_mode():
         alone = [model.encode_text(*tokenizer.encode_batch([c], 32))[0] for c in captions[:5]]
-    assert text_emb.dtype == torch.float32
-    assert torch.allclose(text_emb[:5], torch.stack(alone), atol=1e-5)
+    torch.testing.assert_close(text_emb[:5], torch.stack(alone), atol=1e-5, rtol=0)
     assert torch.equal(text_emb[0], text_emb[3]) and torch.equal(text_emb[:5], text_emb[-5:])
 
 
@@ -224,16 +209,20 @@ def test_mistakes_end_in_one_line(world, tmp_path, changes, message):
 
 
 def test_a_model_that_diverged_is_no_result(world, tmp_path):
-    bad, path = load_checkpoint(world), tmp_path / "bad.safetensors"
-    bad.model.video.project.weight.data.fill_(torch.nan)
-    save_checkpoint(path, bad.model, bad.tokenizer, bad.concept_vocab, config={}, step=1)
+    parts, path = make_parts(), tmp_path / "bad.safetensors"
+    parts[0].video.project.weight.data.fill_(torch.nan)
+    save(path, parts)
     with pytest.raises(UserError, match="video embeddings: NaN"):
         evaluate(config(world, tmp_path, checkpoint=str(path)))
 
 
-def test_without_a_checkpoint_the_shipped_one_answers(world, tmp_path, capsys):
-    record = evaluate(config(world, tmp_path, checkpoint=None))
+def test_without_a_checkpoint_the_shipped_one_answers(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    wanted = config(world, tmp_path, checkpoint=None)
+    wanted.out = None
+    record = evaluate(wanted)
     says = f"no --checkpoint: the toy model that comes with this repository, {SHIPPED}"
     assert says in capsys.readouterr().out
     assert record["checkpoint_sha256"] == load_checkpoint(SHIPPED).sha256
     assert record["trained_on"] == "toy" and SHIPPED.stat().st_size <= 8e6
+    assert (tmp_path / "runs" / "eval-csv-test" / "metrics.json").is_file()

@@ -208,7 +208,7 @@ cli.run(train.main)
 """
 
 
-def test_the_rank_that_failed_speaks_first(tiny_world, tmp_path, cache):
+def test_the_rank_that_failed_speaks_first(tiny_world, tmp_path, cache, whole):
     script = tmp_path / "fails.py"
     script.write_text(FAILS_ON_ONE_RANK)
     process = start(settings(tiny_world, tmp_path / "out", cache), "--procs=2", script=str(script))

@@ -11,7 +11,7 @@ import pytest
 
 from datasets.split import Question, Split
 from eval import multiple_choice_points, outcome_facts, retrieval_ranks, summarize
-from report.page import Results, picture, shown, write_report
+from report.page import Results, write_report
 from videos.decode import write_video
 
 EVIL = (
@@ -69,21 +69,10 @@ def make_page(
         answers, kinds = zip(*((question.answer, question.kind) for question in questions))
         outcomes |= multiple_choice_points(scores, answers, kinds)
     results = Results(split, sim, np.eye(n), outcomes, list(questions), scores)
-    record = dict(
-        task="toy",
-        split="test",
-        protocol="a protocol",
-        note=note,
-        unusable=split.broken,
-        window=list(split.window),
-        logit_scale=5.0,
-        checkpoint="x.safetensors",
-        frames=8,
-        versions={"torch": "2"},
-        training_seed=None,
-        **summarize(outcomes),
-        **outcome_facts(results),
-    )
+    record = dict(task="toy", split="test", protocol="a protocol", note=note, training_seed=None)
+    record |= dict(unusable=split.broken, window=list(split.window), logit_scale=5.0, frames=8)
+    record |= dict(checkpoint="x.safetensors", versions={"torch": "2"})
+    record |= summarize(outcomes) | outcome_facts(results)
     path = folder / "report.html"
     write_report(path, record, results, **kwargs)
     return path.read_text(encoding="utf-8")
@@ -133,8 +122,11 @@ def test_browsers_play_what_they_can_decode_in_place(videos, tmp_path):
 def test_page_can_be_read_by_all(page):
     parsed = Page(page)
     images = [attributes for tag, attributes in parsed.elements if tag == "img"]
-    assert len(images) > 30
-    assert all(image["alt"].strip() and image["width"] and image["height"] for image in images)
+    assert len(images) > 50 and len(page.encode()) < 3_000_000  # small, though of noise
+    for image in images:
+        assert image["alt"].strip() and image["width"] and image["height"]
+        jpeg = np.frombuffer(base64.b64decode(image["src"].partition(",")[2]), np.uint8)
+        assert cv2.imdecode(jpeg, cv2.IMREAD_COLOR).shape == (208, 208, 3)  # four moments
     assert ("html", {"lang": "en"}) in parsed.elements
     for tag, attributes in parsed.elements:
         assert tag != "th" or attributes["scope"] in ("row", "col")
@@ -145,12 +137,6 @@ def test_page_can_be_read_by_all(page):
     # nothing that is empty
     assert "None" not in page and "[0.0" not in page and "training seed" not in page
     assert "torch 2" in page
-
-
-def test_pictures_are_jpegs_of_four_moments_and_a_page_of_noise_stays_small(page, videos):
-    jpeg = base64.b64decode(picture(videos[1]))
-    assert cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR).shape == (208, 208, 3)
-    assert page.count("<img") > 50 and len(page.encode()) < 3_000_000
 
 
 def test_hostile_captions_and_paths_stay_text(videos, tmp_path):
@@ -173,12 +159,6 @@ def test_long_lists_are_folded(videos, tmp_path):
     folded = page[page.index("<details>") : page.index("</details>")]
     assert "<summary>1200 videos were left out</summary>" in folded and "<details open" not in page
     assert folded.count("<li>") == 1000 and "… and 200 more" in folded
-
-
-def test_text_is_shown_on_one_line():
-    assert shown("a  b\n\tc") == "a b c"
-    assert shown("\x07") == "\\u0007"
-    assert shown("x" * 500) == "x" * 220 + " …"
 
 
 def test_misses_come_first_and_the_worst_before_others(videos, tmp_path):
@@ -209,11 +189,8 @@ def test_what_is_taken_for_what_is_counted(videos, tmp_path):
     assert "chase cat10.0chase dog × 1" in lines and "chase dog1100.0" in lines
 
 
-def test_unreadable_video_does_not_stop_the_page(videos, tmp_path):
+def test_an_unreadable_video_does_not_stop_the_page_and_a_seed_decides_it(videos, tmp_path):
     lost = [str(tmp_path / "lost.mp4"), *videos[1:]]
     assert "not readable" in make_page(tmp_path, lost, CAPTIONS, queries=12)
-
-
-def test_same_seed_same_page(videos, tmp_path):
     pages = [make_page(tmp_path, videos, CAPTIONS, seed=seed, queries=2) for seed in (1, 1, 2)]
     assert pages[0] == pages[1] != pages[2]

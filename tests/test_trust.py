@@ -10,15 +10,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import make_parts, save
 
-from captions.tokenizer import Tokenizer
 from cli import UserError
 from datasets import toyworld
 from datasets.shards import load_shards
-from knowledge import ConceptVocab, extract_many, read_cache, write_cache
-from model import CLOP, build_config
+from knowledge import extract_many, read_cache, write_cache
 from search.index import File, Index, Record
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint
 from videos.cache import FrameCache
 from videos.decode import write_video
 
@@ -39,13 +38,8 @@ def flips(path, count=200):
 
 def test_checkpoint(tmp_path):
     """Refused: weights, sizes, tokenizer, concepts and progress are under two hashes."""
-    tokenizer = Tokenizer.train(CAPTIONS, 280)
-    vocab = ConceptVocab.build(extract_many(CAPTIONS, progress=False), min_count=1)
-    sizes = dict(video_layers=1, text_layers=1, vocab_size=tokenizer.vocab_size)
     path = tmp_path / "x.safetensors"
-    moments = dict(moment=torch.arange(3.0))
-    model = CLOP(build_config("toy", **sizes))
-    save_checkpoint(path, model, tokenizer, vocab, config={}, step=7, training=moments)
+    save(path, make_parts(), training=dict(moment=torch.arange(3.0)))
     for place in flips(path):
         with pytest.raises(UserError):
             load_checkpoint(path, training=True)
@@ -85,10 +79,9 @@ def test_search_index(tmp_path):
     rng = np.random.default_rng(0)
     expected, index = {}, Index(path, **recipe)
     for i in range(30):
-        emb = rng.standard_normal((2, 16)).astype(np.float32)
-        record = Record(rng.random((2, 2)).astype(np.float32), emb)
-        expected[File(f"{i}.mp4", i, i)] = record
-        index.add(File(f"{i}.mp4", i, i), record)
+        file = File(f"{i}.mp4", i, i)
+        expected[file] = Record(rng.random((2, 2), np.float32), rng.random((2, 16), np.float32))
+        index.add(file, expected[file])
     index.database.close()
 
     lost = 0

@@ -128,9 +128,8 @@ def export_checkpoint(source: str | Path, path: str | Path) -> Checkpoint:
             f"{found.path}: has weights beyond 65,504 or NaN, which fp16 cannot hold: it has "
             "diverged; export an earlier checkpoint"
         )
-    state = dict(config=found.config, step=found.step, progress=found.progress)
-    state |= dict(trained_on=found.trained_on)
-    save_checkpoint(path, model, found.tokenizer, found.concept_vocab, **state)
+    names = ("tokenizer", "concept_vocab", "config", "step", "progress", "trained_on")
+    save_checkpoint(path, model, **{name: getattr(found, name) for name in names})
     return load_checkpoint(path)
 
 
@@ -280,8 +279,8 @@ def resume_checkpoint(folder: str | Path, *, repair: bool = True) -> Checkpoint 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """step-<number>.safetensors of a run, fewest steps first (so without best.safetensors)."""
     named = Path(folder).glob("step-*.safetensors")
-    found = {int(path.stem[5:]): path for path in named if path.stem[5:].isdecimal()}
-    return [found[step] for step in sorted(found)]
+    numbered = [path for path in named if path.stem[5:].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.stem[5:]))
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
@@ -308,10 +307,8 @@ class CheckpointConfig:
 
 def main() -> None:
     config = parse_config(CheckpointConfig)
-    if config.file:
-        found = export_checkpoint(config.source, config.file)
-    else:
-        found = load_checkpoint(config.source)
+    source, file = config.source, config.file
+    found = export_checkpoint(source, file) if file else load_checkpoint(source)
 
     megabytes = found.path.stat().st_size / 1e6
     print(f"{found.path}: step {found.step}, sha256 {found.sha256[:16]}…, {megabytes:.1f} MB")

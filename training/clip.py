@@ -253,10 +253,10 @@ def read_clip(path: str | Path, *, num_frames: int = 8) -> Pretrained:
     file, tensors = read_tensors(Path(path))
     layout = find_layout(file, tensors)
     settings = read_settings(file, tensors)
-    weights = take_over(tensors, layout)
     try:
+        weights = take_over(tensors, layout)
         sizes = read_sizes(weights, settings, num_frames)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{file}: not the tensors of a CLIP ({error}); fetch it again") from error
 
     # [D, C, p, p] -> [D, Cpp]
@@ -294,20 +294,15 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             if script:
                 return path, ScriptTensors(archive, script[0].removesuffix("constants.pkl")).read()
         found = torch.load(path, map_location="cpu", weights_only=True)
+        found = found.get("state_dict", found)
+        # "module." begins the names that a run of open_clip saves
+        return path, {name.removeprefix("module."): t.float() for name, t in found.items()}
     except Exception as error:  # a damaged pickle raises nearly any
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"{path}: damaged, or a file of more than tensors ({why}); fetch it again, or save the "
             "model's state_dict() as safetensors"
         ) from error
-
-    found = found.get("state_dict", found) if isinstance(found, dict) else {"": found}
-    if not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise UserError(
-            f"{path}: holds other things than tensors; save the model's state_dict() as safetensors"
-        )
-    # "module." begins the names that a run of open_clip saves
-    return path, {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
 STORAGES = "FloatStorage HalfStorage DoubleStorage LongStorage IntStorage BoolStorage".split()
@@ -332,24 +327,20 @@ class ScriptTensors(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.rebuild
+            return lambda storage, offset, shape, strides, *_: storage.as_strided(
+                shape, strides, offset
+            )
         if module == "torch.jit._pickle":  # types of lists
-            return self.keep
+            return lambda value, *_: value
         if module == "torch" and name in STORAGES:  # "HalfStorage": torch.half
             return getattr(torch, name.removesuffix("Storage").lower())
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
     def persistent_load(self, found: tuple) -> torch.Tensor:
         """The bytes of a tensor, in one dimension."""
-        _, dtype, key, _, _ = found
+        _, dtype, key, *_ = found
         content = self.archive.read(f"{self.folder}data/{key}")
         return torch.frombuffer(bytearray(content), dtype=dtype)
-
-    def keep(self, value, *_):
-        return value
-
-    def rebuild(self, storage, offset: int, shape: tuple, strides: tuple, *_) -> torch.Tensor:
-        return storage.as_strided(shape, strides, offset)
 
     def read(self) -> dict[str, torch.Tensor]:
         """{name: tensor}, as the module's state_dict() names them."""
@@ -379,7 +370,7 @@ def find_layout(file: Path, tensors: dict) -> str:
 
 
 def take_over(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
-    """The weights in float32, under our names and in our shapes."""
+    """The weights in float32, under our names, in our shapes. Raises KeyError where one lacks."""
     weights = {}
     for name, tensor in tensors.items():
         if not NO_WEIGHTS.fullmatch(name):
@@ -391,10 +382,8 @@ def take_over(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.
 
     # of three matrices of queries, keys and values one: a larger product is a faster one
     for name in [name for name in weights if ".q_proj." in name]:
-        parts = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
-        if all(part in weights for part in parts):
-            joined = torch.cat([weights.pop(part) for part in parts])
-            weights[name.replace(".q_proj.", ".qkv.")] = joined
+        parts = [weights.pop(name.replace(".q_proj.", f".{letter}_proj.")) for letter in "qkv"]
+        weights[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
     return weights
 
 
@@ -419,20 +408,18 @@ class Settings(NamedTuple):
 
 def read_settings(file: Path, tensors: dict) -> Settings:
     """From the configuration beside the weights. OpenAI's own files need none."""
-    names = ["config.json", "open_clip_config.json"]
-    if "visual.conv1.weight" in tensors:
-        names.reverse()
-    paths = [file.with_name(name) for name in names if file.with_name(name).is_file()]
-    if not paths and OPENAI_SIZES <= tensors.keys():
-        return Settings("OpenAI's own file", quick_gelu=True)
-    if not paths:
+    path = file.with_name("open_clip_config.json")
+    if not path.is_file():
+        path = file.with_name("config.json")
+    if not path.is_file():
+        if OPENAI_SIZES <= tensors.keys():
+            return Settings("OpenAI's own file", quick_gelu=True)
         raise UserError(
             f"{file}: nothing tells its heads and which GELU it was trained with; put its "
             "config.json or open_clip_config.json beside it (OpenAI's weights: "
             '{"model_cfg": {"quick_gelu": true}})'
         )
 
-    path = paths[0]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if "model_cfg" in found:
@@ -492,8 +479,8 @@ def count_blocks(weights: dict, tower: str) -> int:
 
 def check_weights(file: Path, sizes: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
     """Raise UserError unless a model of these sizes has exactly these weights and what `is_new`."""
-    for tower in ("video", "text"):
-        width, heads = getattr(sizes, f"{tower}_width"), getattr(sizes, f"{tower}_heads")
+    s = sizes
+    for width, heads in ((s.video_width, s.video_heads), (s.text_width, s.text_heads)):
         if not heads or width % heads:
             raise UserError(
                 f"{file}: a width of {width} cannot have {heads} heads; is the configuration its "

@@ -43,12 +43,7 @@ class Log:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             with write_whole(path) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
-        try:
-            self.file = open(path, "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); choose another --out"
-            ) from error
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, entry: dict) -> None:
         """Append one line. JSON knows no NaN: what is not finite is written as null."""
