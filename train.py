@@ -118,7 +118,7 @@ class ModelFlags:
 @dataclass
 class OptimizerFlags:
     seed: int = 0  # of weights, batch order and frames
-    steps: int = 600  # optimizer steps
+    steps: int = 750  # optimizer steps
     batch_size: int = 128  # pairs in the global batch, over all processes
     chunk: int = 0  # pairs that a process encodes at a time, same negatives; 0 = all
     lr: float = 3e-3  # peak learning rate of AdamW
@@ -141,7 +141,7 @@ class MachineFlags:
 class OutputFlags:
     out: str = "runs/toy"  # log, checkpoints, plots
     log_every: int = 20  # steps
-    eval_every: int = 120  # steps between validations, each with a checkpoint
+    eval_every: int = 150  # steps between validations, each with a checkpoint
     keep: int = 2  # newest checkpoints that stay; 0 = all
     test: bool = True  # toy: at the end, evaluate on the test gallery
 
