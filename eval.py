@@ -417,6 +417,7 @@ def make_record(
 ) -> dict:
     """What metrics.json holds: every metric, and all that is needed to compare it with another."""
     counts, note = task.count(results.split, checkpoint.trained_on, len(results.questions))
+
     sizes, protocol = checkpoint.model.config, task.protocol
     if "v2t_grouped" in results.outcomes:
         protocol += GROUPED_PROTOCOL
@@ -604,6 +605,7 @@ def compare_results(config: EvalConfig) -> dict:
     rows = [["percent", "A", "B", "B − A", "low", "high", "A alone", "B alone"]]
     rows += [[name, *row] for name, row in compared.items()]
     print("\n".join([f"A  {one['path']}", f"B  {two['path']}", *format_rows(rows)]))
+
     page = Path(config.out or "runs/compare") / "report.html"
     render("compare.html", page, title="A and B", rows=rows, runs=[one, two])
     print(page)

@@ -382,6 +382,7 @@ def load_splits(config: TrainConfig, show: bool) -> tuple[Split, Split | None]:
         how = dict(index=Path(config.cache) / "shards", workers=config.workers, progress=show)
         val = load_shards(config.val_data, **how) if config.val_data else None
         return load_shards(config.data, **how), val
+
     if name == "csv":
         if not config.data:
             raise UserError("--dataset csv: needs --data FILE, with the columns video and caption")

@@ -164,6 +164,7 @@ def hardest(
     """
     n_x = len(x.rows)
     candidates = triton.next_power_of_2(k + 8)
+
     index = torch.empty(n_x, candidates, dtype=torch.int64, device=x.rows.device)
     score = torch.empty(n_x, candidates, device=x.rows.device)
     rows = 128 if INTERPRETED else 1  # the interpreter likes few programs

@@ -84,6 +84,7 @@ def save_checkpoint(
     """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"training.{name}": t for name, t in (training or {}).items()}
+
     trained_on = trained_on or TrainedOn()
     if len(trained_on.names):
         tensors["trained_on"] = torch.from_numpy(trained_on.names)
@@ -176,6 +177,7 @@ def read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{path}: no such checkpoint; train one with `python train.py` or name another with "
             "--checkpoint"
         )
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -190,6 +192,7 @@ def read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{path}: not a CLOP checkpoint (its header has no 'clop' entry); use a file that "
             "train.py wrote (CLIP's weights are for --init, or eval.py's --checkpoint)"
         )
+
     header_is_whole = hash_text(metadata["clop"]) == metadata.get("clop_sha256")
     contents = json.loads(metadata["clop"]) if header_is_whole else {}
     if contents.get("sha256") != hash_tensors(tensors):
@@ -268,6 +271,7 @@ def resume_checkpoint(folder: str | Path, *, repair: bool = True) -> Checkpoint 
                 os.replace(path, aside)
                 line = f"{error}: set aside as {aside.name}, going back to the one before it"
                 print(line, file=sys.stderr, flush=True)
+
     if any_damaged:
         raise UserError(
             f"{folder}: no checkpoint here is whole; delete the folder to start anew, or restore "

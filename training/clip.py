@@ -293,6 +293,7 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             script = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
             if script:
                 return path, ScriptTensors(archive, script[0].removesuffix("constants.pkl")).read()
+
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = found.get("state_dict", found)
         # "module." begins the names that a run of open_clip saves
@@ -430,6 +431,7 @@ def read_settings(file: Path, tensors: dict) -> Settings:
                 text_heads=model.get("text_cfg", {}).get("heads"),
                 video_head_width=model.get("vision_cfg", {}).get("head_width", 64),
             )
+
         # what is not stated has the value that transformers gives it
         towers = [found["vision_config"], found["text_config"]]
         acts = [tower.get("hidden_act", "quick_gelu") for tower in towers]
@@ -444,6 +446,7 @@ def read_settings(file: Path, tensors: dict) -> Settings:
 
     if epsilons != {1e-5}:
         raise UserError(f"{path}: layer_norm_eps {max(epsilons - {1e-5})}: CLIP's norms have 1e-05")
+
     if acts not in (["gelu"] * 2, ["quick_gelu"] * 2):
         raise UserError(
             f"{path}: hidden_act {' and '.join(acts)}: both towers here have gelu, or quick_gelu"

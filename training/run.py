@@ -46,6 +46,7 @@ class Run:
                 f"{self.out}: holds a run with other settings ({', '.join(changed)}); "
                 "choose another --out, or delete the folder"
             )
+
         if found.progress["data"] != self.progress["data"]:
             raise UserError(
                 f"{self.out}: holds a run on other captions or videos (has the data file changed, "
@@ -128,11 +129,13 @@ class Run:
             training = optimizer_tensors(self.optimizers, self.model)
             training["order"] = torch.from_numpy(self.order)
             self.saved = self.write_checkpoint(f"step-{self.step:06d}", training)
+
             if not self.log.path.exists():
                 raise UserError(
                     f"{self.out}: was deleted or moved while the run went on; its newest state is "
                     f"{self.saved}, from which the same command goes on with a new log"
                 )
+
             if self.config.keep:
                 for old in list_checkpoints(self.out)[: -self.config.keep]:
                     old.unlink()
