@@ -62,13 +62,14 @@ class Split:
         kinds = "{missing} missing, {broken} broken".format(**self.count_broken())
         return f"{len(self.broken)} of {total} videos cannot be used ({kinds})"
 
-    def describe_broken(self, at_most: int = 20) -> str:
+    def describe_broken(self) -> str:
         """Lines for the user: which videos are not used, and why; "" if there are none."""
         if not self.broken:
             return ""
-        lines = [f"{self.summarize_broken()}:", *list(self.broken.values())[:at_most]]
-        if len(self.broken) > at_most:
-            lines.append(f"… and {len(self.broken) - at_most} more")
+        reasons = list(self.broken.values())
+        lines = [f"{self.summarize_broken()}:", *reasons[:20]]
+        if reasons[20:]:
+            lines.append(f"… and {len(reasons) - 20} more")
         return "\n    ".join(lines)
 
     def describe_captions(self) -> str:

@@ -168,10 +168,8 @@ def decode_video(path: str, num_frames: int, size: int, start: float, end, only)
 
     def choose(count: int) -> np.ndarray:
         """The T wanted frame numbers, if there are `count` in all."""
-        first, last = 0, count
-        if start > 0 or end is not None:
-            first = int(start * rate)
-            last = count if end is None else min(count, max(first + 1, round(end * rate)))
+        first = int(start * rate) if start > 0 else 0
+        last = count if end is None else min(count, max(first + 1, round(end * rate)))
         if first >= last:
             lasts = f"lasts {count / rate:.1f} s"
             raise VideoError(f"{path}: {lasts}, so nothing is left from second {start} on")
@@ -330,10 +328,19 @@ def glimpse(
 
 
 def write_video(path: str | Path, frames: np.ndarray, rate: float = 25.0) -> None:
-    """Write uint8 [T, H, W, 3] RGB frames as an mp4 file (codec mp4v, lossy), by OpenCV."""
-    height, width = frames.shape[1:3]
+    """Write uint8 [T, H, W, 3] RGB frames as an mp4 file (codec mp4v, lossy), by OpenCV.
+
+    Raises UserError where it cannot be written.
+    """
+    path, (height, width) = Path(path), frames.shape[1:3]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
-    assert writer.isOpened(), f"{path}: OpenCV cannot write mp4 here"
     for frame in frames:
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()
+
+    # OpenCV reports no failure; the index, "moov", is written last
+    if not path.exists() or b"moov" not in path.read_bytes():
+        raise UserError(
+            f"{path.parent}: a video could not be written there; check the folder's permissions "
+            "and free space"
+        )
