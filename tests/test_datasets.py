@@ -105,13 +105,13 @@ def build_msrvtt_frozen(root: Path):
         sentences += [dict(image_id=f"video{i}", caption=text) for text in captions_of(i)]
     lines(root / "MSRVTT/annotation/MSR_VTT.json", json.dumps(dict(annotations=sentences)))
 
-    lists = root / "MSRVTT/high-quality/structured-symlinks"
-    lines(lists / "train_list_jsfusion.txt", *(f"video{i}" for i in range(8)))
-    lines(lists / "val_list_jsfusion.txt", *(f"video{i}" for i in NUMBERS["test"]))
+    parts = {f"{role}_list_full": numbers for role, numbers in NUMBERS.items()}
+    parts |= dict(train_list_jsfusion=range(8), val_list_jsfusion=NUMBERS["test"])
+    folder = root / "MSRVTT/high-quality/structured-symlinks"
+    for name, numbers in parts.items():
+        lines(folder / f"{name}.txt", *(f"video{i}" for i in numbers))
     chosen = {f"video{i}": 1 for i in NUMBERS["test"]}
-    (lists / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps(chosen))
-    for role, numbers in NUMBERS.items():
-        lines(lists / f"{role}_list_full.txt", *(f"video{i}" for i in numbers))
+    (folder / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps(chosen))
 
 
 def write_msrvtt_lists(root: Path):
@@ -134,10 +134,9 @@ def msrvtt_document(numbers: range) -> str:
 def build_msrvtt_vindlu(root: Path):
     """VindLU's and UMT's json, below a folder of its own; the videos are in another container."""
     films(root / "MSRVTT_Videos/video#.avi")
-    train_rows = [dict(video=f"video{i}.mp4", caption=captions_of(i)) for i in range(8)]
-    lines(root / "anno_downstream/msrvtt_ret_train9k.json", json.dumps(train_rows))
-    rows = [dict(video=f"video{i}.mp4", caption=captions_of(i)[1]) for i in NUMBERS["test"]]
-    lines(root / "anno_downstream/msrvtt_ret_test1k.json", json.dumps(rows))
+    for name, numbers, first in (("train9k", range(8), 0), ("test1k", NUMBERS["test"], 1)):
+        rows = [dict(video=f"video{i}.mp4", caption=captions_of(i)[first:]) for i in numbers]
+        lines(root / f"anno_downstream/msrvtt_ret_{name}.json", json.dumps(rows))
 
 
 def build_didemo_vindlu(root: Path):
@@ -148,7 +147,9 @@ def build_didemo_vindlu(root: Path):
 
 
 def build_msvd(root: Path):
-    write_msvd_videos(root)
+    films(root / "YouTubeClips/v#_1_#.avi")
+    for role, numbers in NUMBERS.items():
+        lines(root / f"{role}_list.txt", *(f"v{i}_1_{i}" for i in numbers))
     captions = {}
     for i in range(11):
         captions[f"v{i}_1_{i}"] = [text.split() for text in captions_of(i)]
@@ -156,15 +157,10 @@ def build_msvd(root: Path):
 
 
 def build_msvd_json(root: Path):
-    write_msvd_videos(root)
+    build_msvd(root)
+    (root / "raw-captions.pkl").unlink()
     captions = {f"v{i}_1_{i}": captions_of(i) for i in range(11)}
     lines(root / "captions_msvd.json", json.dumps(captions))
-
-
-def write_msvd_videos(root: Path):
-    films(root / "YouTubeClips/v#_1_#.avi")
-    for role, numbers in NUMBERS.items():
-        lines(root / f"{role}_list.txt", *(f"v{i}_1_{i}" for i in numbers))
 
 
 def build_didemo(root: Path):
@@ -214,29 +210,23 @@ CC3M_FILES = dict(train="Train_GCC-training.tsv", val="Validation_GCC-1.1.0-Vali
 
 
 def build_cc3m(root: Path):
-    write_images(root)
-    for role, name in CC3M_FILES.items():
-        lines(root / name, *(f"{captions_of(i)[0]}\t{image_url(i)}" for i in NUMBERS[role]))
+    """The images are without ending, as the downloader leaves them."""
+    for role, folder in dict(train="training", val="validation").items():
+        (root / folder).mkdir(parents=True)
+        rows = []
+        for i in NUMBERS[role]:
+            url = f"http://example.org/{i}.jpg?ü"
+            rows.append(f"{captions_of(i)[0]}\t{url}")
+            (root / folder / str(zlib.crc32(url.encode()))).write_bytes(image_bytes(i))
+        lines(root / CC3M_FILES[role], *rows)
 
 
 def build_cc3m_csv(root: Path):
-    write_images(root)
-    for role in CC3M_FILES:
-        rows = [f'"{captions_of(i)[0]}",{image_url(i)}' for i in NUMBERS[role]]
-        lines(root / f"cc3m_{role}.csv", "caption,thumbnailUrl", *rows)
-
-
-def image_url(i: int) -> str:
-    return f"http://example.org/{i}.jpg?ü"
-
-
-def write_images(root: Path):
-    """Without ending, as the downloader leaves them."""
-    for role, folder in dict(train="training", val="validation").items():
-        (root / folder).mkdir(parents=True)
-        for i in NUMBERS[role]:
-            name = str(zlib.crc32(image_url(i).encode()))
-            (root / folder / name).write_bytes(image_bytes(i))
+    build_cc3m(root)
+    for role, name in CC3M_FILES.items():
+        rows = (root / name).read_text(encoding="utf-8").replace("\t", ",")
+        (root / name).unlink()
+        lines(root / f"cc3m_{role}.csv", "caption,thumbnailUrl", rows)
 
 
 def build_csv(root: Path):
@@ -249,24 +239,19 @@ def build_csv(root: Path):
 
 
 def build_mc(root: Path, form: str):
-    questions = []
-    for i in NUMBERS["test"]:
-        questions.append((i, [captions_of(j)[0] for j in range(i - 4, i + 1)], 4))
-    questions.append((8, [captions_of(j)[1] for j in (8, 1, 2, 3, 4)], 0))
-
     rows = []
-    for i, options, answer in questions:
-        if form == "tsv":
-            rows.append("\t".join([f"msr{i}", *options, str(answer)]))
-        elif form == "jsonl":
-            row = dict(qid=len(rows), clip_name=f"video{i}", options=options, answer=answer)
-            rows.append(json.dumps(row))
-        else:
-            rows.append(dict(video=f"video{i}.mp4", caption=options, answer=answer))
+    for i, answer in ((8, 4), (9, 4), (10, 4), (8, 0)):
+        options = [captions_of(j)[0] for j in range(i - answer, i - answer + 5)]
+        forms = {
+            "tsv": "\t".join([f"msr{i}", *options, str(answer)]),
+            "jsonl": json.dumps(dict(qid=i, clip_name=f"video{i}", options=options, answer=answer)),
+            "json": json.dumps(dict(video=f"video{i}.mp4", caption=options, answer=answer)),
+        }
+        rows.append(forms[form])
     if form == "tsv":
-        rows.insert(0, "\t".join(["vid_key", "a1", "a2", "a3", "a4", "a5", "answer"]))
+        rows.insert(0, "\t".join("vid_key a1 a2 a3 a4 a5 answer".split()))
     if form == "json":
-        rows = [json.dumps(rows, indent=1)]
+        rows = ["[", ",\n".join(rows), "]"]
     lines(root / f"msrvtt_mc_test.{form}", *rows)
 
 
@@ -524,6 +509,12 @@ def test_the_three_forms_of_msrvtt_mc_ask_the_same(folders, tmp_path, form):
     assert questions[3].video == video
 
 
+BAD_QUESTIONS = [(dict(answer=2), "answer is 2"), (dict(answer=True), "answer is True")]
+BAD_QUESTIONS += [(dict(kind=0), "kind is 0"), (dict(options="ab"), "options is 'ab'")]
+BAD_QUESTIONS += [(dict(options=["a"]), "options must be a list of two or more")]
+BAD_QUESTIONS += [(dict(options=[1, 2]), "an option is 1")]
+
+
 def test_questions(tmp_path):
     path = tmp_path / "mc.jsonl"
     good = dict(video="videos/a.mp4", options=["a dog", "a cat"], answer=1, kind="noun")
@@ -531,14 +522,7 @@ def test_questions(tmp_path):
     expected = Question(str(tmp_path / "videos/a.mp4"), ["a dog", "a cat"], 1, "noun")
     assert load_questions(path) == [expected]
 
-    for wrong, says in (
-        (dict(answer=2), "answer is 2"),
-        (dict(answer=True), "answer is True"),
-        (dict(kind=0), "kind is 0"),
-        (dict(options=["a"]), "options must be a list of two or more"),
-        (dict(options="ab"), "options is 'ab'"),
-        (dict(options=[1, 2]), "an option is 1"),
-    ):
+    for wrong, says in BAD_QUESTIONS:
         lines(path, json.dumps(good), json.dumps(good | wrong))
         with pytest.raises(UserError, match=f"mc.jsonl, line 2: {says}"):
             load_questions(path)
@@ -563,15 +547,10 @@ def test_check_counts_and_lists_what_is_missing_or_broken(folders, tmp_path):
         ["val", 100, 0, 0, 0, 0, 0, 0],
         ["test", 670, 3, 6, 3, 0, 2, 1],
     ]
-    assert [(role, status, Path(video).name) for role, status, video, _ in problems] == [
-        ("train", "count", ""),
-        ("train", "missing", "v1_1_1.avi"),
-        ("val", "no split", ""),
-        ("test", "count", ""),
-        ("test", "count", ""),
-        ("test", "broken", "v8_1_8.avi"),
-        ("test", "broken", "v9_1_9.avi"),
-    ]
+    found = [" ".join([role, status, Path(video).name]) for role, status, video, _ in problems]
+    assert found[:3] == ["train count ", "train missing v1_1_1.avi", "val no split "]
+    assert found[3:5] == ["test count ", "test count "]
+    assert found[5:] == ["test broken v8_1_8.avi", "test broken v9_1_9.avi"]
     assert problems[4][-1] == "its files list 6 captions, the protocol has 27,763"
 
     # empty files are always found, others if the sample holds them
@@ -632,8 +611,8 @@ def test_evaluate(folders, tmp_path, cache, run, task):
     record = evaluate_tiny(run, task, folders(build), cache, out=str(tmp_path))
     captions = sum(len(EXPECTED[task](i, "test")) for i in NUMBERS["test"])
     counts = [record[name] for name in ("videos", "captions", "missing", "broken")]
-    assert counts == [3, captions, 0, 0]
-    assert record["protocol"].startswith(DATASETS[task].protocol) and "t2v_R@1" in record
+    assert counts == [3, captions, 0, 0] and "t2v_R@1" in record
+    assert record["protocol"].startswith(DATASETS[task].protocol)
 
     official = f"3 of {DATASETS[task].videos['test']:,} videos"
     assert record["note"].startswith(official)
