@@ -51,6 +51,9 @@ class Split:
             broken=self.broken | broken,
         )
 
+    def count(self) -> dict[str, int]:
+        return dict(videos=len(self.video_paths), captions=len(self.captions))
+
     def count_broken(self) -> dict[str, int]:
         """{"missing": videos that are not on the disk, "broken": those that do not decode}."""
         missing = sum(not is_there(path) for path in self.broken)

@@ -160,11 +160,7 @@ def decode_video(path: str, num_frames: int, size: int, start: float, end, only)
     The pixels are of `only` some of the T. But all of them are looked for: what is drawn does not
     decide whether the file is too short.
     """
-    capture, count, rate = open_counted(path)
-    if not rate > 0 and (start > 0 or end is not None):
-        raise VideoError(
-            f"{path}: its header has no frame rate, so seconds {start} to {end} cannot be found"
-        )
+    capture, count, rate = open_counted(path, needs_rate=start > 0 or end is not None)
 
     def choose(count: int) -> np.ndarray:
         """The T wanted frame numbers, if there are `count` in all."""
@@ -202,10 +198,12 @@ def open_video(path: str) -> cv2.VideoCapture:
     return capture
 
 
-def open_counted(path: str) -> tuple[cv2.VideoCapture, int, float]:
+def open_counted(path: str, needs_rate: bool) -> tuple[cv2.VideoCapture, int, float]:
     """(the video, its frames, frames a second), as the header says; no rate is 0."""
     capture = open_video(path)
     count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+    if needs_rate and not rate > 0:
+        raise VideoError(f"{path}: its header has no frame rate, so no second can be found")
     if count <= 0:  # it does not say: count, then begin again
         _, count, _ = grab_frames(capture)
         check_count(path, count, count)
@@ -283,10 +281,7 @@ def read_windows(
     assert window > 0, f"{window=}: must be positive"
     path = str(path)
     with explain(path):
-        capture, count, rate = open_counted(path)
-        if not rate > 0:
-            raise VideoError(f"{path}: its header has no frame rate, so no second can be found")
-
+        capture, count, rate = open_counted(path, needs_rate=True)
         number = min(count, max(1, round(count / rate / window)))
         edges = np.linspace(0, count, number + 1).astype(int).tolist()
         for first, last in zip(edges, edges[1:]):
