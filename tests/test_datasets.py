@@ -277,6 +277,7 @@ BUILDERS = {  # form: (build, data set)
     "webvid": (build_webvid, "webvid"),
     "cc3m": (build_cc3m, "cc3m"),
     "cc3m csv": (build_cc3m_csv, "cc3m"),
+    "csv": (build_csv, "csv"),
 }
 
 
@@ -305,7 +306,7 @@ EXPECTED = {  # the captions of video i in a role
     "webvid": lambda i, role: [captions_of(i)[0] + ", up close"],
     "cc3m": lambda i, role: captions_of(i)[:1],
 }
-EXPECTED["msrvtt-7k"] = EXPECTED["msrvtt"]
+EXPECTED |= {"msrvtt-7k": EXPECTED["msrvtt"], "csv": EXPECTED["msvd"]}
 
 
 def captions_by_video(split) -> list[list[str]]:

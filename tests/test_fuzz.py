@@ -141,18 +141,16 @@ QUESTIONS = {
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_damaged_questions(name, tmp_path):
-    path = tmp_path / name
-
     def read():
         is_own = name == "q.jsonl"
-        questions = load_questions(path) if is_own else load_msrvtt_mc(Folder(tmp_path))
+        questions = load_questions(tmp_path / name) if is_own else load_msrvtt_mc(Folder(tmp_path))
         pairs = []
         for question in questions:
             assert 0 <= question.answer < len(question.options)
             pairs += [(question.video, option) for option in question.options]
         assert_whole(Split.from_pairs(pairs), tmp_path)
 
-    fuzz({path: QUESTIONS[name]}, read)
+    fuzz({tmp_path / name: QUESTIONS[name]}, read)
 
 
 class Trap:

@@ -46,12 +46,6 @@ def test_all_forms_say_the_same(tmp_path, name, text):
     assert split.video_of_caption.dtype == np.int64
 
 
-def test_a_folder_holds_its_splits(tmp_path):
-    for role in ("train", "val", "test"):
-        (tmp_path / f"{role}.csv").write_text(f"video,caption\nv.mp4,{role}\n")
-        assert load_split("csv", tmp_path, role).captions == [role]
-
-
 BAD_CSV = [  # content, what is said of it
     (b"", "the file is empty"),
     (b"video,caption\n", "no samples"),

@@ -37,14 +37,6 @@ def test_every_kind_shows_its_spin(kind):
     assert (np.abs(before - after).max(axis=2) > 40).sum() >= 6
 
 
-def test_render_is_a_function_of_scene_and_seed():
-    scene = (Event("chase", STAR, FISH),)
-    video = render(scene, (0, 1))
-    assert video.shape == (FRAMES, SIDE, SIDE, 3) and video.dtype == np.uint8
-    assert (video == render(scene, (0, 1))).all()
-    assert (video != render(scene, (0, 2))).mean() > 0.5
-
-
 def tracks(action: str, seed: int = 0) -> list[np.ndarray]:
     """Of its one thing, or of subject and object: [FRAMES, 5] each."""
     rng = np.random.default_rng(seed)
