@@ -404,7 +404,7 @@ def test_didemo_names_end_in_anything(tmp_path):
         load_split("didemo", tmp_path, "test")
 
 
-def test_didemo_takes_30_seconds(folders, tmp_path):
+def test_didemo_takes_30_seconds(tmp_path):
     lines(tmp_path / "val_data.json", json.dumps([dict(video="a.mp4", description="x")]))
     grey = np.arange(0, 240, 6, dtype=np.uint8)[:, None, None, None]  # 40 s at one frame a second
     (tmp_path / "videos").mkdir()
