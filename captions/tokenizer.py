@@ -40,6 +40,7 @@ import ftfy
 import regex
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import UserError
 
@@ -88,10 +89,16 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
     frequency = collections.Counter()  # pair -> how often it occurs now
     where = collections.defaultdict(set)  # pair -> words that hold it, or held it once
 
-    for index, word in enumerate(words):
-        for left, right in itertools.pairwise(word):
-            frequency[left + right] += counts[index]
-            where[left + right].add(index)
+    def count(index: int, sign: int) -> list[bytes]:
+        """Add the pairs of a word to the counts, or take them away. Returns them."""
+        pairs = [left + right for left, right in itertools.pairwise(words[index])]
+        for pair in pairs:
+            frequency[pair] += sign * counts[index]
+            where[pair].add(index)
+        return pairs
+
+    for index in range(len(words)):
+        count(index, 1)
 
     heap = [(-n, pair) for pair, n in frequency.items()]
     heapq.heapify(heap)
@@ -109,14 +116,9 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
         # only the words that hold the pair change, and only their pairs
         changed = set()
         for index in where.pop(best):
-            old, new = words[index], merge(words[index], best)
-            for left, right in itertools.pairwise(old):
-                frequency[left + right] -= counts[index]
-            for left, right in itertools.pairwise(new):
-                frequency[left + right] += counts[index]
-                where[left + right].add(index)
-                changed.add(left + right)
-            words[index] = new
+            count(index, -1)
+            words[index] = merge(words[index], best)
+            changed.update(count(index, 1))
         for pair in changed:
             heapq.heappush(heap, (-frequency[pair], pair))
 
@@ -125,58 +127,13 @@ def learn_merges(word_counts: dict[bytes, int], size: int) -> list[bytes]:
 
 def merge(word: list[bytes], best: bytes) -> list[bytes]:
     """The word with each pair of neighbours that spells `best` joined, from the left."""
-    merged, i = [], 0
-    while i < len(word):
-        is_pair = i + 1 < len(word) and word[i] + word[i + 1] == best
-        step = 2 if is_pair else 1
-        merged.append(b"".join(word[i : i + step]))
-        i += step
+    merged = []
+    for token in word:
+        if merged and merged[-1] + token == best:
+            merged[-1] = best
+        else:
+            merged.append(token)
     return merged
-
-
-# ---- CLIP's vocabulary ---------------------------------------------------------------------------
-
-
-def read_clip_tokens(folder: str | Path, vocab_size: int) -> list[bytes]:
-    """The bytes of CLIP's tokens, by id, from the first of CLIP_FILES that lies in `folder`.
-
-    CLIP writes bytes as letters (those that print as themselves, the others as letters from code
-    256 on) and numbers them in that order: 256 bytes, the same with the mark `</w>`, then a token
-    per merge. OpenAI's file holds more merges than were used: the first `vocab_size` − 514 count.
-    Raises UserError: no such file, a damaged one, or one of another vocabulary than the weights'.
-    """
-    paths = [Path(folder) / name for name in CLIP_FILES if (Path(folder) / name).is_file()]
-    if not paths:
-        raise UserError(
-            f"{folder}: CLIP's vocabulary is not there; put its {' or '.join(CLIP_FILES)} beside "
-            "the weights"
-        )
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-
-    path = paths[0]
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        lines = data.decode("utf-8").splitlines()[1 : vocab_size - 513]  # the first: a version
-        names = [*byte_of, *(f"{letter}</w>" for letter in byte_of)]
-        names += [left + right for left, right in map(str.split, lines)]
-        tokens = []
-        for name in names:
-            token = bytes(byte_of[letter] for letter in name.removesuffix("</w>"))
-            tokens.append(token + b" " if name.endswith("</w>") else token)
-    except (OSError, EOFError, ValueError, KeyError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a file of CLIP's merges ({what}); fetch it again") from error
-
-    if len(set(tokens)) != vocab_size - 2:
-        raise UserError(
-            f"{path}: gives {len(set(tokens)) + 2} tokens, the weights have {vocab_size}: it "
-            "belongs to another model; take the one from the model's own page"
-        )
-    return tokens
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -214,8 +171,48 @@ class Tokenizer:
 
     @classmethod
     def from_clip(cls, folder: str | Path, vocab_size: int) -> "Tokenizer":
-        """CLIP's own, from the file of merges beside its weights; see `read_clip_tokens`."""
-        return cls(read_clip_tokens(folder, vocab_size))
+        """CLIP's own, from the first of CLIP_FILES that lies in `folder`.
+
+        CLIP writes bytes as letters (those that print as themselves, the others as letters from
+        code 256 on) and numbers them in that order: 256 bytes, the same with the mark `</w>`, then
+        a token per merge. OpenAI's file holds more merges than were used: the first
+        `vocab_size` − 514 count. Raises UserError: no such file, a damaged one, or one of another
+        vocabulary than the weights'.
+        """
+        paths = [Path(folder) / name for name in CLIP_FILES if (Path(folder) / name).is_file()]
+        if not paths:
+            raise UserError(
+                f"{folder}: CLIP's vocabulary is not there; put its {' or '.join(CLIP_FILES)} "
+                "beside the weights"
+            )
+        printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        byte_of = {chr(byte): byte for byte in printable}
+        byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+
+        path = paths[0]
+        try:
+            data = path.read_bytes()
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
+            lines = data.decode("utf-8").splitlines()[1 : vocab_size - 513]  # the first: a version
+            names = [*byte_of, *(f"{letter}</w>" for letter in byte_of)]
+            names += [left + right for left, right in map(str.split, lines)]
+            tokens = []
+            for name in names:
+                token = bytes(byte_of[letter] for letter in name.removesuffix("</w>"))
+                tokens.append(token + b" " if name.endswith("</w>") else token)
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{path}: not a file of CLIP's merges ({what}); fetch it again"
+            ) from error
+
+        if len(set(tokens)) != vocab_size - 2:
+            raise UserError(
+                f"{path}: gives {len(set(tokens)) + 2} tokens, the weights have {vocab_size}: it "
+                "belongs to another model; take the one from the model's own page"
+            )
+        return cls(tokens)
 
     def encode(self, caption: str, length: int) -> list[int]:
         """sot … eot, at most `length` ids."""
@@ -227,11 +224,10 @@ class Tokenizer:
     def encode_batch(self, captions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens int64 [B, L], text_mask bool [B, L]: True = real token), L at most `length`."""
         assert length >= 2, f"{length=}: no room for start and end"
-        rows = [self.encode(caption, length) for caption in captions]
-        lengths = torch.tensor([len(row) for row in rows])
-        longest = int(lengths.max())
-        padded = [row + [PAD] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded), torch.arange(longest) < lengths[:, None]
+        rows = [torch.tensor(self.encode(caption, length)) for caption in captions]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
+        lengths = torch.tensor(list(map(len, rows)))
+        return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of some ids, without start and end; pieces stay apart by a space ("don 't")."""

@@ -58,7 +58,7 @@ def check_dataset(
             problems.append((role, "no split", "", str(error)))
             continue
 
-        listed = dict(videos=len(split.video_paths), captions=len(split.captions))
+        listed = split.count()
         for what, official in split.official.items():
             if listed[what] != official:
                 reason = f"its files list {listed[what]:,} {what}, the protocol has {official:,}"

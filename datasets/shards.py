@@ -59,7 +59,10 @@ def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = Tr
                 raise UserError(f"--data {patterns}: {shard} is in it twice; weigh it: 2*PATTERN")
             repeats[shard] = int(weight or 1)
 
-    broken = index_shards(list(repeats), index, workers, progress)
+    done = run_guarded(partial(index_shard, index=index), repeats, workers=workers)
+    failures = dict(tqdm(done, "index shards", len(repeats), leave=False, disable=not progress))
+    broken = {shard: failures[n] for n, shard in enumerate(repeats) if failures[n]}
+
     videos, captions, video_ids, count = [], [], [], 0
     for shard, weight in repeats.items():
         if shard in broken:
@@ -103,13 +106,6 @@ def find_shards(pattern: str) -> list[str]:
 
 
 # ---- the index -----------------------------------------------------------------------------------
-
-
-def index_shards(shards: list[str], index: Path, workers: int, progress: bool) -> dict[str, str]:
-    """Index what is new. Returns {shard: reason} of those that cannot be read."""
-    done = run_guarded(partial(index_shard, index=index), shards, workers=workers)
-    failures = dict(tqdm(done, "index shards", len(shards), leave=False, disable=not progress))
-    return {shard: failures[n] for n, shard in enumerate(shards) if failures[n]}
 
 
 def index_file(shard: str, index: Path) -> Path:

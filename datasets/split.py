@@ -51,6 +51,9 @@ class Split:
             broken=self.broken | broken,
         )
 
+    def count(self) -> dict[str, int]:
+        return dict(videos=len(self.video_paths), captions=len(self.captions))
+
     def count_broken(self) -> dict[str, int]:
         """{"missing": videos that are not on the disk, "broken": those that do not decode}."""
         missing = sum(not is_there(path) for path in self.broken)
@@ -62,13 +65,14 @@ class Split:
         kinds = "{missing} missing, {broken} broken".format(**self.count_broken())
         return f"{len(self.broken)} of {total} videos cannot be used ({kinds})"
 
-    def describe_broken(self, at_most: int = 20) -> str:
+    def describe_broken(self) -> str:
         """Lines for the user: which videos are not used, and why; "" if there are none."""
         if not self.broken:
             return ""
-        lines = [f"{self.summarize_broken()}:", *list(self.broken.values())[:at_most]]
-        if len(self.broken) > at_most:
-            lines.append(f"… and {len(self.broken) - at_most} more")
+        reasons = list(self.broken.values())
+        lines = [f"{self.summarize_broken()}:", *reasons[:20]]
+        if reasons[20:]:
+            lines.append(f"… and {len(reasons) - 20} more")
         return "\n    ".join(lines)
 
     def describe_captions(self) -> str:

@@ -36,8 +36,8 @@ class Task:
 
         M is what the protocol has, or, where that is not fixed, what the files list.
         """
-        listed = count_parts(self.split, len(self.questions))
-        counts = count_parts(usable, num_questions)
+        listed = self.split.count() | dict(questions=len(self.questions))
+        counts = usable.count() | dict(questions=num_questions)
         official = dict(videos=listed["videos"]) | self.split.official
         doubts = trained_on.doubts(usable.video_paths)
 
@@ -52,12 +52,6 @@ class Task:
             doubts.insert(0, f"{what}: not comparable ({', '.join(reasons)})")
 
         return counts, "; ".join(doubts)
-
-
-def count_parts(split: Split, num_questions: int) -> dict[str, int]:
-    return dict(
-        videos=len(split.video_paths), captions=len(split.captions), questions=num_questions
-    )
 
 
 def load_toy(config) -> Task:

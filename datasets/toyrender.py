@@ -29,10 +29,6 @@ COLOURS = {  # name: (body, mark), RGB
     "black": ((12, 12, 12), (200, 200, 200)),
 }
 SIZES = {"small": 0.135, "big": 0.205}  # radius in frame sides: 17 and 26 of 64 pixels across
-SINGLE_ACTIONS = tuple(
-    "spin bounce grow shrink blink shake slide rise fall zigzag fade swing roll".split()
-)
-RELATIONS = tuple("chase push pull orbit pass hit eat raise drop".split())
 # groups that do this stand one above the other
 SIDEWAYS = tuple("slide roll zigzag chase push pull hit eat".split())
 
@@ -99,7 +95,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> list:
 
 def arc(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360) -> list:
     angles = np.radians(np.linspace(start, end, 20))
-    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles]
+    return list(zip(x + rx * np.cos(angles), y + ry * np.sin(angles)))
 
 
 def star() -> list:
@@ -108,11 +104,9 @@ def star() -> list:
 
 
 def heart() -> list:
-    points = []
-    for t in np.linspace(0, 2 * np.pi, 32):
-        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-        points.append((np.sin(t) ** 3, -y / 16))
-    return points
+    t = np.linspace(0, 2 * np.pi, 32)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return list(zip(np.sin(t) ** 3, -y / 16))
 
 
 def petals() -> list:
@@ -122,8 +116,7 @@ def petals() -> list:
 
 
 PIECES = {piece.__name__: piece for piece in (line, box, arc, star, heart, petals)}
-BODY, MARK = 0, 1
-PARTS = {"body": BODY, "mark": MARK}
+PARTS = ("body", "mark")
 Layer = tuple[list, int]  # outlines, and which of the kind's two colours they have
 
 
@@ -137,7 +130,7 @@ def read_layer(text: str) -> Layer:
             name, *numbers = piece.split()
             points += PIECES[name](*map(float, numbers))
         outlines.append(points)
-    return outlines, PARTS[part]
+    return outlines, PARTS.index(part)
 
 
 def fit(layers: list[Layer]) -> list[Layer]:
@@ -175,35 +168,36 @@ def single_track(action: str, x: float, rng: np.random.Generator) -> np.ndarray:
     wave = 2 * np.pi * u
     across = x - 0.28 + 0.56 * u
 
-    if action == "spin":
-        return make_track(x, y, angle=wave * turn)
-    if action == "bounce":
-        return make_track(x, 0.75 - 0.5 * np.abs(np.sin(wave * turn)))
-    if action == "grow":
-        return make_track(x, y, scale=0.3 + 0.9 * u)
-    if action == "shrink":
-        return make_track(x, y, scale=1.2 - 0.9 * u)
-    if action == "blink":  # three frames on, three off: seen in 8 and in 4 sampled frames
-        return make_track(x, y, alpha=(np.arange(FRAMES) + rng.integers(6)) // 3 % 2)
-    if action == "shake":
-        side = np.where(np.arange(FRAMES) % 2, 1, -1) * rng.choice([-1, 1], FRAMES)
-        height = y + rng.uniform(-0.03, 0.03, FRAMES)
-        return make_track(x + 0.06 * side, height, angle=0.35 * rng.choice([-1, 1], FRAMES))
-    if action == "slide":
-        return make_track(across, y)
-    if action == "roll":
-        return make_track(across, y, angle=wave * turn)
-    if action == "zigzag":
-        return make_track(across, y + 0.16 * (2 / np.pi) * np.arcsin(np.sin(2 * wave * turn)))
-    if action == "rise":
-        return make_track(x, 0.8 - 0.6 * u)
-    if action == "fall":
-        return make_track(x, 0.2 + 0.6 * u**1.5)
-    if action == "fade":
-        return make_track(x, y, alpha=np.clip(1.1 - 1.2 * u, 0, 1))
-    assert action == "swing", action  # a pendulum below its pivot
-    angle = 0.85 * np.sin(1.25 * wave * turn + rng.uniform(0, np.pi))
-    return make_track(x - 0.3 * np.sin(angle), y - 0.25 + 0.3 * np.cos(angle), angle=angle)
+    match action:
+        case "spin":
+            return make_track(x, y, angle=wave * turn)
+        case "bounce":
+            return make_track(x, 0.75 - 0.5 * np.abs(np.sin(wave * turn)))
+        case "grow":
+            return make_track(x, y, scale=0.3 + 0.9 * u)
+        case "shrink":
+            return make_track(x, y, scale=1.2 - 0.9 * u)
+        case "blink":  # three frames on, three off: seen in 8 and in 4 sampled frames
+            return make_track(x, y, alpha=(np.arange(FRAMES) + rng.integers(6)) // 3 % 2)
+        case "shake":
+            side = np.where(np.arange(FRAMES) % 2, 1, -1) * rng.choice([-1, 1], FRAMES)
+            height = y + rng.uniform(-0.03, 0.03, FRAMES)
+            return make_track(x + 0.06 * side, height, angle=0.35 * rng.choice([-1, 1], FRAMES))
+        case "slide":
+            return make_track(across, y)
+        case "roll":
+            return make_track(across, y, angle=wave * turn)
+        case "zigzag":
+            return make_track(across, y + 0.16 * (2 / np.pi) * np.arcsin(np.sin(2 * wave * turn)))
+        case "rise":
+            return make_track(x, 0.8 - 0.6 * u)
+        case "fall":
+            return make_track(x, 0.2 + 0.6 * u**1.5)
+        case "fade":
+            return make_track(x, y, alpha=np.clip(1.1 - 1.2 * u, 0, 1))
+        case "swing":  # a pendulum below its pivot
+            angle = 0.85 * np.sin(1.25 * wave * turn + rng.uniform(0, np.pi))
+            return make_track(x - 0.3 * np.sin(angle), y - 0.25 + 0.3 * np.cos(angle), angle=angle)
 
 
 def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator) -> tuple:
@@ -212,54 +206,46 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
     y = 0.5 + rng.uniform(-0.08, 0.08)
     touch = 0.9 * (r1 + r2)
 
-    if action == "chase":  # the same wavy path, the chaser behind and closing in
-        x1, x2 = 0.08 + 0.55 * u, 0.50 + 0.42 * u
-        first = make_track(x1, y + 0.13 * np.sin(9 * x1))
-        return first, make_track(x2, y + 0.13 * np.sin(9 * x2))
-    if action == "push":
-        x1 = 0.05 + (0.93 - r2 - touch - 0.05) * u
-        return make_track(x1, y), make_track(np.maximum(x1 + touch, 0.48), y)
-    if action == "pull":  # a rope between them, drawn by `render`
-        x1 = 0.55 + 0.37 * u
-        return make_track(x1, y), make_track(x1 - touch - 0.14, y)
-    if action == "orbit":
-        angle = 2 * np.pi * (rng.uniform() + 1.1 * u)
-        radius = min(0.9 * touch + 0.08, 0.47 - r1 / 2)
-        first = make_track(0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle))
-        return first, make_track(0.5, 0.5)
-    if action == "pass":
-        lane = 0.19 * rng.choice([-1, 1])
-        return make_track(0.1 + 0.8 * u, 0.5 + lane), make_track(0.4 + 0.2 * u, 0.5 - lane)
-    if action == "hit":  # one stops dead, the other flies off
-        at, meet = 0.58 - touch, 0.4
-        after = np.clip((u - meet) / (1 - meet), 0, 1)
-        first = make_track(np.minimum((at + 0.05) * u / meet - 0.05, at), y)
-        height = y - rng.choice([-1, 1]) * 0.3 * after
-        return first, make_track(0.58 + 0.38 * after, height, angle=4 * after)
-    if action == "eat":
-        x1 = 0.08 + 0.57 * np.minimum(u / 0.8, 1)
-        return make_track(x1, y), make_track(0.65, y, scale=np.clip((0.65 - x1) / touch, 0, 1))
-
-    x = 0.5 + rng.uniform(-0.1, 0.1)
-    if action == "raise":
-        y1 = 0.9 - (0.9 - 0.12 - r2 - touch) * u
-        return make_track(x, y1), make_track(x, np.minimum(y1 - touch, 0.5))
-    assert action == "drop", action
-    x1, y1 = x - 0.1 + 0.2 * np.minimum(u / 0.35, 1), 0.05 + r1
-    depth = (0.95 - r2 - y1 - touch) * np.clip((u - 0.35) / 0.5, 0, 1) ** 1.5
-    return make_track(x1, y1), make_track(x1, y1 + touch + depth)
+    match action:
+        case "chase":  # the same wavy path, the chaser behind and closing in
+            x1, x2 = 0.08 + 0.55 * u, 0.50 + 0.42 * u
+            first = make_track(x1, y + 0.13 * np.sin(9 * x1))
+            return first, make_track(x2, y + 0.13 * np.sin(9 * x2))
+        case "push":
+            x1 = 0.05 + (0.93 - r2 - touch - 0.05) * u
+            return make_track(x1, y), make_track(np.maximum(x1 + touch, 0.48), y)
+        case "pull":  # a rope between them, drawn by `render`
+            x1 = 0.55 + 0.37 * u
+            return make_track(x1, y), make_track(x1 - touch - 0.14, y)
+        case "orbit":
+            angle = 2 * np.pi * (rng.uniform() + 1.1 * u)
+            radius = min(0.9 * touch + 0.08, 0.47 - r1 / 2)
+            first = make_track(0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle))
+            return first, make_track(0.5, 0.5)
+        case "pass":
+            lane = 0.19 * rng.choice([-1, 1])
+            return make_track(0.1 + 0.8 * u, 0.5 + lane), make_track(0.4 + 0.2 * u, 0.5 - lane)
+        case "hit":  # one stops dead, the other flies off
+            at, meet = 0.58 - touch, 0.4
+            after = np.clip((u - meet) / (1 - meet), 0, 1)
+            first = make_track(np.minimum((at + 0.05) * u / meet - 0.05, at), y)
+            height = y - rng.choice([-1, 1]) * 0.3 * after
+            return first, make_track(0.58 + 0.38 * after, height, angle=4 * after)
+        case "eat":
+            x1 = 0.08 + 0.57 * np.minimum(u / 0.8, 1)
+            return make_track(x1, y), make_track(0.65, y, scale=np.clip((0.65 - x1) / touch, 0, 1))
+        case "raise":
+            x = 0.5 + rng.uniform(-0.1, 0.1)
+            y1 = 0.9 - (0.9 - 0.12 - r2 - touch) * u
+            return make_track(x, y1), make_track(x, np.minimum(y1 - touch, 0.5))
+        case "drop":
+            x, y1 = 0.5 + rng.uniform(-0.1, 0.1), 0.05 + r1
+            x1 = x - 0.1 + 0.2 * np.minimum(u / 0.35, 1)
+            depth = (0.95 - r2 - y1 - touch) * np.clip((u - 0.35) / 0.5, 0, 1) ** 1.5
+            return make_track(x1, y1), make_track(x1, y1 + touch + depth)
 
 
 # ---- 3. pixels -----------------------------------------------------------------------------------
-
-
-class Actor(NamedTuple):
-    """One thing of a scene on its way through the frame."""
-
-    thing: Thing
-    radius: float
-    place: np.ndarray  # [2], within its group
-    track: np.ndarray  # [FRAMES, 5], of the group's centre
 
 
 def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
@@ -283,43 +269,43 @@ def render(scene: Scene, seed: tuple[int, ...]) -> np.ndarray:
             axes = (axes * 16).tolist()
             cv2.ellipse(frame, at, axes, tilt, 0, 360, colour, -1, cv2.LINE_AA, 4)
 
-        states = []
-        for actor in actors:
-            moved = actor.track[t, :2] + actor.place + jitter[t]
-            states.append(np.concatenate([moved, actor.track[t, 2:]]))
+        states = [track[t] + (*jitter[t], 0, 0, 0) for _, track in actors]
         if scene[0].action == "pull":  # the rope, from the subject (last) to the object (first)
             ends = [fixed_point(state[:2] * SIDE) for state in (states[0], states[-1])]
             cv2.line(frame, *ends, (215, 200, 170), 3, cv2.LINE_AA, 4)
-        for actor, state in zip(actors, states):
-            draw(frame, actor.thing, actor.radius, state)
+        for (thing, _), state in zip(actors, states):
+            draw(frame, thing, state)
         video[t] = np.clip(frame * light[t] + noise[t], 0, 255)
 
     return video[:, :, ::-1] if rng.integers(2) else video
 
 
-def place_actors(scene: Scene, rng: np.random.Generator) -> list[Actor]:
-    """The things of a scene; of a relation the object first, so that the subject covers it."""
+def place_actors(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, np.ndarray]]:
+    """Each thing of a scene, and its track [FRAMES, 5].
+
+    The object of a relation comes first, so that the subject covers it.
+    """
     actors = []
-    for i, event in enumerate(scene):
-        r1 = radius_of(event.subject)
-        if event.object is None:
+    for i, (action, subject, other) in enumerate(scene):
+        if other is None:
             x = 0.5 + rng.uniform(-0.05, 0.05) if len(scene) == 1 else (0.26, 0.74)[i]
-            parts = [(event.subject, r1, single_track(event.action, x, rng))]
+            parts = [(subject, single_track(action, x, rng))]
         else:
-            r2 = radius_of(event.object)
-            first, second = relation_tracks(event.action, r1, r2, rng)
-            parts = [(event.object, r2, second), (event.subject, r1, first)]
-        for thing, radius, track in parts:
-            for place in places(thing.count, radius, event.action in SIDEWAYS):
-                actors.append(Actor(thing, radius, place, track))
+            first, second = relation_tracks(action, radius_of(subject), radius_of(other), rng)
+            parts = [(other, second), (subject, first)]
+
+        for thing, track in parts:
+            for x, y in places(thing, action in SIDEWAYS):
+                actors.append((thing, track + (x, y, 0, 0, 0)))
     return actors
 
 
-def places(count: int, radius: float, spread_down: bool) -> np.ndarray:
+def places(group: Thing, spread_down: bool) -> np.ndarray:
     """Offsets [count, 2] of the members of a group from its centre."""
-    if count == 1:
-        return np.array([(0, 0)]) * radius
-    if count == 2:
+    radius = radius_of(group)
+    if group.count == 1:
+        return np.zeros((1, 2))
+    if group.count == 2:
         return np.array([(0, -1), (0, 1)] if spread_down else [(-1, 0), (1, 0)]) * 1.35 * radius
     return np.array([(-1.2, 1), (1.2, 1), (0, -1)]) * radius
 
@@ -359,9 +345,10 @@ def fixed_point(pixels: np.ndarray) -> list:
     return np.round(pixels * 16).astype(np.int32).tolist()
 
 
-def draw(canvas: np.ndarray, thing: Thing, radius: float, state: np.ndarray) -> None:
+def draw(canvas: np.ndarray, thing: Thing, state: np.ndarray) -> None:
     """Draw a thing onto `canvas` [SIDE, SIDE, 3] uint8; state: (x, y, scale, angle, alpha)."""
     x, y, scale, angle, alpha = state
+    radius = radius_of(thing)
     if alpha <= 0 or scale * radius < 0.01:
         return
     cos, sin = np.cos(angle), np.sin(angle)

@@ -43,21 +43,19 @@ that are finished, with checksums. All is a pure function of (VERSION, counts, s
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, parse_config, run, write_whole
+from cli import UserError, check_ranges, parse_config, run, write_whole
 from datasets.toyrender import (
     COLOURS,
     KINDS,
-    SIDE,
     SIDEWAYS,
     SIZES,
     Event,
@@ -65,6 +63,7 @@ from datasets.toyrender import (
     Thing,
     render,
 )
+from videos.decode import write_video
 from videos.workers import run_guarded
 
 VERSION = 7  # of the world: a change of any pixel or word that `generate` writes raises it
@@ -236,8 +235,10 @@ def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def possible_counts(action: str) -> list[tuple[int, int]]:
-    """How many subjects and objects a relation has."""
+def possible_counts(action: str) -> list[tuple[int, ...]]:
+    """How many there may be of each thing of an event."""
+    if action in SINGLE:
+        return [(1,), (2,), (3,)]
     return [(1, 1)] if action == "orbit" else [(1, 1), (1, 2), (2, 1)]
 
 
@@ -316,9 +317,21 @@ def places_of(scene: Scene) -> list[tuple[int, str]]:
     return [(i, "subject") for i in range(len(scene))]
 
 
+def values_of(scene: Scene, field: str) -> tuple:
+    """What this field of each thing is."""
+    return tuple(getattr(getattr(scene[i], role), field) for i, role in places_of(scene))
+
+
+def change_all(scene: Scene, field: str, values: Iterable) -> Scene:
+    """The scene with other values of this field of its things."""
+    for place, value in zip(places_of(scene), values):
+        scene = change(scene, *place, **{field: value})
+    return scene
+
+
 def other_nouns(scene: Scene, i: int, role: str) -> list[Scene]:
     """Another kind at one place: one that is not shown, in a composition that is not taught."""
-    shown = {getattr(scene[j], other).kind for j, other in places_of(scene)}
+    shown = values_of(scene, "kind")
     found = []
     for kind in KINDS:
         changed = change(scene, i, role, kind=kind)
@@ -346,28 +359,16 @@ def other_direction(scene: Scene) -> list[Scene]:
 
 def other_binding(scene: Scene) -> list[Scene]:
     """The colours of two things exchanged."""
-    places = places_of(scene)
-    colours = [getattr(scene[i], role).colour for i, role in places]
-    if len(set(colours)) < 2:
-        return []
-    for (i, role), colour in zip(places, colours[::-1]):
-        scene = change(scene, i, role, colour=colour)
-    return [scene]
+    colours = values_of(scene, "colour")
+    return [change_all(scene, "colour", colours[::-1])] if len(set(colours)) == 2 else []
 
 
 def other_counts(scene: Scene) -> list[Scene]:
     """The other numbers that such a scene may have."""
-    (action, subject, other), *more = scene
-    if more:
+    if len(scene) == 2:
         return []
-    if other is None:
-        return [change(scene, 0, "subject", count=n) for n in (1, 2, 3) if n != subject.count]
-    found = []
-    for first, second in possible_counts(action):
-        if (first, second) != (subject.count, other.count):
-            changed = change(scene, 0, "subject", count=first)
-            found.append(change(changed, 0, "object", count=second))
-    return found
+    counts = [n for n in possible_counts(scene[0].action) if n != values_of(scene, "count")]
+    return [change_all(scene, "count", n) for n in counts]
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> list[dict]:
@@ -377,9 +378,8 @@ def ask(scene: Scene, rng: np.random.Generator) -> list[dict]:
     asked += [("verb", scene, other_verbs(scene, i)) for i in range(len(scene))]
     asked.append(("direction", scene, other_direction(scene)))
     asked.append(("binding", scene, other_binding(scene)))
-    sizeless = scene
-    for place in places:  # groups have no sizes, so a size would tell the number
-        sizeless = change(sizeless, *place, size=None)
+    # groups have no sizes, so a size would tell the number
+    sizeless = change_all(scene, "size", [None, None])
     asked.append(("count", sizeless, other_counts(sizeless)))
 
     questions = []
@@ -413,18 +413,12 @@ def generate(
     """Write these splits of the toy world with these numbers of videos; returns the folder.
 
     A finished split is recognised by world.json and reused, an interrupted one is completed.
-    `workers` processes render (default: one a core; 1: this process). Raises UserError where the
-    folder cannot be written or holds something else, or its files were changed, or where val or
-    test asks for more videos than there are distinct scenes.
+    `workers` processes render (None: one a core). Raises UserError where the folder cannot be
+    written or holds something else, or its files were changed, or where val or test asks for more
+    videos than there are distinct scenes.
     """
-    counts = dict(train=train, val=val, test=test)
-    for name, count in counts.items():
-        if count < 0:
-            raise UserError(f"{name}={count}: too few; at least 0")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers={workers}: too few; at least 1")
-
     folder = Path(folder)
+    counts = dict(train=train, val=val, test=test)
     key = dict(version=VERSION, seed=seed, **counts)
     try:
         checksums = read_mark(folder, key)
@@ -486,23 +480,32 @@ def video_name(split: str, i: int) -> str:
     return f"videos/{split}_{i:05d}.mp4"
 
 
+class Film(NamedTuple):
+    """A video to render."""
+
+    path: Path
+    scene: Scene
+    seed: tuple[int, ...]
+
+
+def write_film(film: Film) -> None:
+    """In a worker: render a video, unless it is there already. A path that exists is complete."""
+    if not film.path.exists():
+        with write_whole(film.path) as unfinished:
+            write_video(unfinished, render(film.scene, film.seed), FPS)
+
+
 def write_split(
     folder: Path, split: str, count: int, seed: int, workers: int | None, progress: bool
 ) -> dict[str, str]:
     """Write all files of a split, the videos first. Returns their checksums."""
     scenes, texts = plan(split, count, seed)
-    paths = [folder / video_name(split, i) for i in range(count)]
+    films = []
+    for i, scene in enumerate(scenes):
+        films.append(Film(folder / video_name(split, i), scene, (seed, SPLITS.index(split), i)))
     (folder / "videos").mkdir(parents=True, exist_ok=True)
 
-    seeds = [(seed, SPLITS.index(split), i) for i in range(count)]
-    write = functools.partial(write_numbered, paths, scenes, seeds)
-    numbers = map(str, range(count))
-    workers = min(workers or os.cpu_count(), count)
-    if workers > 1:
-        done = run_guarded(write, numbers, workers=workers)
-    else:
-        done = enumerate(map(write, numbers))
-
+    done = run_guarded(write_film, films, workers=workers)
     for _, failure in tqdm(done, f"toy world, {split}", count, unit="video", disable=not progress):
         if failure:
             raise UserError(
@@ -513,38 +516,13 @@ def write_split(
     for orphan in (folder / "videos").glob(".*.unfinished.mp4"):  # of killed processes
         orphan.unlink(missing_ok=True)
 
-    checksums = {f"{split} videos": sha256(paths)}
+    checksums = {f"{split} videos": sha256(film.path for film in films)}
     for name, text in texts.items():
         with write_whole(folder / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8", newline="\n")
         checksums[name] = sha256([folder / name])
 
     return checksums
-
-
-def write_numbered(paths: list, scenes: list, seeds: list, number: str) -> str:
-    """In a worker; "" is no failure."""
-    i = int(number)
-    write_video(paths[i], scenes[i], seeds[i])
-    return ""
-
-
-def write_video(path: Path, scene: Scene, seed: tuple[int, ...]) -> None:
-    """Render one video, unless it is there already: a path that exists is complete."""
-    if path.exists():
-        return
-    with write_whole(path) as unfinished:
-        codec = cv2.VideoWriter_fourcc(*"mp4v")
-        writer = cv2.VideoWriter(str(unfinished), codec, FPS, (SIDE, SIDE))
-        for frame in render(scene, seed):
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        writer.release()
-        # OpenCV reports no failure; the index, "moov", is written last
-        if not unfinished.exists() or b"moov" not in unfinished.read_bytes():
-            raise UserError(
-                f"{path}: the video could not be written; check the folder's permissions and free "
-                "space"
-            )
 
 
 def plan(split: str, count: int, seed: int) -> tuple[list[Scene], dict[str, str]]:
@@ -592,6 +570,7 @@ class ToyConfig:
 
 def main() -> None:
     config = parse_config(ToyConfig)
+    check_ranges(config, dict(train=0, val=0, test=0, seed=0, workers=1), {})
     folder = generate(**vars(config))
     print("".join((folder / "test.csv").read_text().splitlines(keepends=True)[:13]))
 

@@ -89,43 +89,27 @@ def assert_whole(split: Split, root: Path):
 
 # ---- data sets -----------------------------------------------------------------------------------
 
-BUILD = {  # name: (builder, data set)
-    "msrvtt": (builders.build_msrvtt, "msrvtt"),
-    "msrvtt of Frozen": (builders.build_msrvtt_frozen, "msrvtt"),
-    "msvd": (builders.build_msvd, "msvd"),
-    "msvd json": (builders.build_msvd_json, "msvd"),
-    "didemo": (builders.build_didemo, "didemo"),
-    "lsmdc": (builders.build_lsmdc, "lsmdc"),
-    "webvid": (builders.build_webvid, "webvid"),
-    "cc3m": (builders.build_cc3m, "cc3m"),
-}
-
-
-def empty_film(path: Path, number: int):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+FORMS = ["msrvtt", "msrvtt of Frozen", "msvd", "msvd json", "didemo", "lsmdc", "webvid", "cc3m"]
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """{name: folder}: tiny data sets in the layout of their authors; the videos are empty files."""
+    """{form: folder}: tiny data sets in the layout of their authors; the videos are empty files."""
+    folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders, "film", empty_film)
-        folders = {}
-        for name, (build, _) in BUILD.items():
-            folders[name] = tmp_path_factory.mktemp(build.__name__)
-            build(folders[name])
+        patch.setattr(builders, "film_bytes", lambda number: b"")
+        for form in FORMS:
+            folders[form] = tmp_path_factory.mktemp("published")
+            builders.BUILDERS[form][0](folders[form])
     return folders
 
 
-@pytest.mark.parametrize("name", BUILD)
-def test_damaged_annotations_of_a_data_set(name, published):
-    root, (_, dataset) = published[name], BUILD[name]
+@pytest.mark.parametrize("form", FORMS)
+def test_damaged_annotations_of_a_data_set(form, published):
+    root, (_, dataset) = published[form], builders.BUILDERS[form]
     endings = (".csv", ".json", ".txt", ".tsv", ".pkl")
-    files = sorted(path for path in root.rglob("*") if path.suffix in endings)
-    assert files
+    whole = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.suffix in endings}
     for role in DATASETS[dataset].videos:
-        whole = {path: path.read_bytes() for path in files}
         fuzz(whole, lambda role=role: assert_whole(load_split(dataset, root, role), root))
 
 
@@ -157,18 +141,16 @@ QUESTIONS = {
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_damaged_questions(name, tmp_path):
-    path = tmp_path / name
-
     def read():
         is_own = name == "q.jsonl"
-        questions = load_questions(path) if is_own else load_msrvtt_mc(Folder(tmp_path))
+        questions = load_questions(tmp_path / name) if is_own else load_msrvtt_mc(Folder(tmp_path))
         pairs = []
         for question in questions:
             assert 0 <= question.answer < len(question.options)
             pairs += [(question.video, option) for option in question.options]
         assert_whole(Split.from_pairs(pairs), tmp_path)
 
-    fuzz({path: QUESTIONS[name]}, read)
+    fuzz({tmp_path / name: QUESTIONS[name]}, read)
 
 
 class Trap:

@@ -17,20 +17,14 @@ from captions.tokenizer import PAD, Tokenizer, clean, learn_merges, split_words
 from cli import UserError
 
 ROOT = Path(__file__).parent.parent
-CAPTIONS = [
-    "a dog chases a cat",
-    "two dogs chase the ball",
-    "the cat is chasing the dogs",
-    "Zwei Hunde jagen den Ball",
-    "a man's car isn't red",
-    "犬が猫を追いかける 犬",
-    "12 dogs, 12 cats!",
-] * 3
+CAPTIONS = ["a dog chases a cat", "two dogs chase the ball", "the cat is chasing the dogs"]
+CAPTIONS += ["Zwei Hunde jagen den Ball", "a man's car isn't red", "犬が猫を追いかける 犬"]
+CAPTIONS += ["12 dogs, 12 cats!"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(CAPTIONS, 330)
+    return Tokenizer.train(CAPTIONS * 3, 330)
 
 
 def learn_naively(word_counts, size):
@@ -66,13 +60,13 @@ def encode_naively(word, tokens):
     return [rank[piece] for piece in pieces]
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.dictionaries(
-        st.text("abc", min_size=1, max_size=8).map(str.encode), st.integers(1, 9), max_size=12
-    ),
-    st.integers(256, 300),
+WORD_COUNTS = st.dictionaries(
+    st.text("abc", min_size=1, max_size=8).map(str.encode), st.integers(1, 9), max_size=12
 )
+
+
+@settings(deadline=None, max_examples=60)
+@given(WORD_COUNTS, st.integers(256, 300))
 def test_learner_is_the_definition(word_counts, size):
     learned = learn_merges(word_counts, size)
     assert learned == learn_naively(word_counts, size)
@@ -80,14 +74,15 @@ def test_learner_is_the_definition(word_counts, size):
 
 
 def test_encoding_replays_the_merges(tokenizer):
-    for caption in CAPTIONS + ["chased catdog ballroom", "犬 cats"]:
+    # a special token cannot be written
+    for caption in [*CAPTIONS, "chased catdog ballroom", "<|endoftext|> <|startoftext|>"]:
         words = [f"{word} ".encode() for word in split_words(caption)]
         expected = [token for word in words for token in encode_naively(word, tokenizer.tokens)]
         assert tokenizer.encode(caption, 200) == [tokenizer.sot, *expected, tokenizer.eot]
 
 
 def test_ids_and_sizes(tokenizer):
-    assert tokenizer.vocab_size == 330 and tokenizer.eot == 329 and tokenizer.sot == 328
+    assert (tokenizer.vocab_size, tokenizer.sot, tokenizer.eot) == (330, 328, 329)
     small = Tokenizer.train(["ab"], 1000)  # no pair occurs twice
     assert small.vocab_size == 258 and small.encode("ab", 9) == [256, *b"ab ", 257]
     with pytest.raises(UserError, match="257.*258"):
@@ -95,21 +90,21 @@ def test_ids_and_sizes(tokenizer):
 
 
 def test_batch_pads_to_its_longest(tokenizer):
-    tokens, text_mask = tokenizer.encode_batch(["a dog", "", "a dog chases a cat"], length=32)
+    captions = ["a dog", "", "a dog chases a cat"]
+    rows = [tokenizer.encode(caption, 32) for caption in captions]
+    tokens, text_mask = tokenizer.encode_batch(captions, length=32)
     assert (tokens.dtype, text_mask.dtype) == (torch.int64, torch.bool)
-    lengths = text_mask.sum(dim=1)
-    longest = len(tokenizer.encode("a dog chases a cat", 32))
-    assert tokens.shape == text_mask.shape == (3, longest) and lengths[1] == 2
-    assert (tokens[~text_mask] == PAD).all() and (tokens[:, 0] == tokenizer.sot).all()
-    assert (tokens.argmax(dim=1) == lengths - 1).all()  # CLIP finds the end of a text like this
-    assert (tokens[torch.arange(3), lengths - 1] == tokenizer.eot).all()
+    assert tokens.shape == text_mask.shape == (3, len(rows[2]))
+    for row, mask, ids in zip(tokens, text_mask, rows):
+        assert row[mask].tolist() == ids and (row[~mask] == PAD).all()
+        assert mask[: len(ids)].all() and row.argmax() == len(ids) - 1  # so CLIP finds the end
 
 
 def test_truncation_keeps_eot(tokenizer):
     whole = tokenizer.encode("two dogs chase the ball", 77)
     for length in range(2, len(whole) + 3):
         cut = tokenizer.encode("two dogs chase the ball", length)
-        assert cut == whole[: length - 1][: len(whole) - 1] + [tokenizer.eot] and len(cut) <= length
+        assert cut == whole[:-1][: length - 1] + [tokenizer.eot] and len(cut) <= length
 
 
 def test_texts_that_take_long_to_mend_are_cut():
@@ -140,12 +135,6 @@ def test_captions_are_cleaned_as_by_clip():
         ("e\u0301", "é"),
     ):
         assert clean(text) == cleaned
-
-
-def test_special_tokens_cannot_be_written(tokenizer):
-    ids = tokenizer.encode("a dog <|endoftext|> <|startoftext|>", 100)
-    assert ids.count(tokenizer.eot) == 1 and ids.count(tokenizer.sot) == 1
-    assert tokenizer.decode(ids) == "a dog <| endoftext |> <| startoftext |>"
 
 
 # ---- CLIP's own tokenizer ------------------------------------------------------------------------

@@ -108,13 +108,13 @@ class FrameCache:
 
         # one frame of each comes back, and nobody looks at it
         wants = [Want(path, start, end, [0]) for path in todo]
-        stored = run_guarded(self.read, wants, workers=workers or os.cpu_count())
+        stored = run_guarded(self.read, wants, workers=workers)
         is_silent = not progress or not todo
         bar = tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent)
-        reasons = {todo[n]: found for n, found in bar if isinstance(found, str)}
+        reasons = sorted((n, found) for n, found in bar if isinstance(found, str))
         self.evict()
 
-        broken = {path: reasons[path] for path in todo if path in reasons}
+        broken = {todo[n]: reason for n, reason in reasons}
         if progress:
             what = f"{len(paths) - len(broken)} videos × {self.num_frames} frames"
             counts = f"{len(todo) - len(broken)} new, {len(broken)} broken"

@@ -160,18 +160,12 @@ def decode_video(path: str, num_frames: int, size: int, start: float, end, only)
     The pixels are of `only` some of the T. But all of them are looked for: what is drawn does not
     decide whether the file is too short.
     """
-    capture, count, rate = open_counted(path)
-    if not rate > 0 and (start > 0 or end is not None):
-        raise VideoError(
-            f"{path}: its header has no frame rate, so seconds {start} to {end} cannot be found"
-        )
+    capture, count, rate = open_counted(path, needs_rate=start > 0 or end is not None)
 
     def choose(count: int) -> np.ndarray:
         """The T wanted frame numbers, if there are `count` in all."""
-        first, last = 0, count
-        if start > 0 or end is not None:
-            first = int(start * rate)
-            last = count if end is None else min(count, max(first + 1, round(end * rate)))
+        first = int(start * rate) if start > 0 else 0
+        last = count if end is None else min(count, max(first + 1, round(end * rate)))
         if first >= last:
             lasts = f"lasts {count / rate:.1f} s"
             raise VideoError(f"{path}: {lasts}, so nothing is left from second {start} on")
@@ -204,10 +198,12 @@ def open_video(path: str) -> cv2.VideoCapture:
     return capture
 
 
-def open_counted(path: str) -> tuple[cv2.VideoCapture, int, float]:
+def open_counted(path: str, needs_rate: bool) -> tuple[cv2.VideoCapture, int, float]:
     """(the video, its frames, frames a second), as the header says; no rate is 0."""
     capture = open_video(path)
     count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+    if needs_rate and not rate > 0:
+        raise VideoError(f"{path}: its header has no frame rate, so no second can be found")
     if count <= 0:  # it does not say: count, then begin again
         _, count, _ = grab_frames(capture)
         check_count(path, count, count)
@@ -285,10 +281,7 @@ def read_windows(
     assert window > 0, f"{window=}: must be positive"
     path = str(path)
     with explain(path):
-        capture, count, rate = open_counted(path)
-        if not rate > 0:
-            raise VideoError(f"{path}: its header has no frame rate, so no second can be found")
-
+        capture, count, rate = open_counted(path, needs_rate=True)
         number = min(count, max(1, round(count / rate / window)))
         edges = np.linspace(0, count, number + 1).astype(int).tolist()
         for first, last in zip(edges, edges[1:]):
@@ -330,10 +323,19 @@ def glimpse(
 
 
 def write_video(path: str | Path, frames: np.ndarray, rate: float = 25.0) -> None:
-    """Write uint8 [T, H, W, 3] RGB frames as an mp4 file (codec mp4v, lossy), by OpenCV."""
-    height, width = frames.shape[1:3]
+    """Write uint8 [T, H, W, 3] RGB frames as an mp4 file (codec mp4v, lossy), by OpenCV.
+
+    Raises UserError where it cannot be written.
+    """
+    path, (height, width) = Path(path), frames.shape[1:3]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
-    assert writer.isOpened(), f"{path}: OpenCV cannot write mp4 here"
     for frame in frames:
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()
+
+    # OpenCV reports no failure; the index, "moov", is written last
+    if not path.exists() or b"moov" not in path.read_bytes():
+        raise UserError(
+            f"{path.parent}: a video could not be written there; check the folder's permissions "
+            "and free space"
+        )

@@ -20,6 +20,7 @@ import collections
 import contextlib
 import itertools
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -155,14 +156,14 @@ def guard(work: Callable, workers: int) -> Iterator[Callable]:
             worker.close()
 
 
-def run_guarded(work: Callable, jobs: Iterable, *, workers: int) -> Iterator[tuple]:
-    """(n, work(n-th job)) as they are done, by up to `workers` processes.
+def run_guarded(work: Callable, jobs: Iterable, *, workers: int | None) -> Iterator[tuple]:
+    """(n, work(n-th job)) as they are done, by up to `workers` processes (None: one a core).
 
     For a job whose file is broken, hangs or kills them, the second is why (str). Any other
     UserError is raised. Ctrl-C ends the processes too.
     """
     jobs = list(jobs)
-    workers = min(workers, len(jobs))
+    workers = min(workers or os.cpu_count(), len(jobs))
     if not jobs:
         return
 
