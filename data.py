@@ -413,6 +413,7 @@ def main():
     find_hardest = functools.partial(find_overlapping, unit_rows(held, vocab.word_idf))
     how = dict(batch_size=12, guided_share=0.5, group_size=6)
     sampler = KnowledgeBatchSampler(held, split.video_of_caption, **how)
+
     for name, find in (("random", None), ("guided", find_hardest)):
         print(f"a {name} batch:")
         for sample in sampler.plan(epoch=0, find_hardest=find)[:12]:

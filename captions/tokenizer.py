@@ -185,6 +185,7 @@ class Tokenizer:
                 f"{folder}: CLIP's vocabulary is not there; put its {' or '.join(CLIP_FILES)} "
                 "beside the weights"
             )
+
         printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
         byte_of = {chr(byte): byte for byte in printable}

@@ -123,6 +123,7 @@ def index_shard(shard: str, index: Path) -> None:
     file = index_file(shard, index)
     if file.exists():
         return
+
     try:
         samples, broken = read_shard(shard)
     except (OSError, tarfile.TarError) as error:

@@ -183,12 +183,14 @@ def single_track(action: str, x: float, rng: np.random.Generator) -> np.ndarray:
             side = np.where(np.arange(FRAMES) % 2, 1, -1) * rng.choice([-1, 1], FRAMES)
             height = y + rng.uniform(-0.03, 0.03, FRAMES)
             return make_track(x + 0.06 * side, height, angle=0.35 * rng.choice([-1, 1], FRAMES))
+
         case "slide":
             return make_track(across, y)
         case "roll":
             return make_track(across, y, angle=wave * turn)
         case "zigzag":
             return make_track(across, y + 0.16 * (2 / np.pi) * np.arcsin(np.sin(2 * wave * turn)))
+
         case "rise":
             return make_track(x, 0.8 - 0.6 * u)
         case "fall":
@@ -217,6 +219,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
         case "pull":  # a rope between them, drawn by `render`
             x1 = 0.55 + 0.37 * u
             return make_track(x1, y), make_track(x1 - touch - 0.14, y)
+
         case "orbit":
             angle = 2 * np.pi * (rng.uniform() + 1.1 * u)
             radius = min(0.9 * touch + 0.08, 0.47 - r1 / 2)
@@ -225,6 +228,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
         case "pass":
             lane = 0.19 * rng.choice([-1, 1])
             return make_track(0.1 + 0.8 * u, 0.5 + lane), make_track(0.4 + 0.2 * u, 0.5 - lane)
+
         case "hit":  # one stops dead, the other flies off
             at, meet = 0.58 - touch, 0.4
             after = np.clip((u - meet) / (1 - meet), 0, 1)
@@ -234,6 +238,7 @@ def relation_tracks(action: str, r1: float, r2: float, rng: np.random.Generator)
         case "eat":
             x1 = 0.08 + 0.57 * np.minimum(u / 0.8, 1)
             return make_track(x1, y), make_track(0.65, y, scale=np.clip((0.65 - x1) / touch, 0, 1))
+
         case "raise":
             x = 0.5 + rng.uniform(-0.1, 0.1)
             y1 = 0.9 - (0.9 - 0.12 - r2 - touch) * u

@@ -108,6 +108,7 @@ def write_report(
     missed = draw(~is_worst & (ranks > 1), queries)
     found = draw(ranks <= 1, queries)
     asked = draw(points < 100, queries - 1) + draw(points == 100, 2)
+
     figures = {}
     if len(ranks):
         figures = dict(curves=recall_curves(results), concepts=count_concepts(results, cache))

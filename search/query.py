@@ -308,11 +308,13 @@ def search_folder(checkpoint: Checkpoint, config, out: Path) -> dict:
     place = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     place = Path(config.index or Path(config.cache) / "index" / place) / "index.sqlite"
     index = Index(place, checkpoint=checkpoint.sha256, window=config.window)
+
     known = index.known(files)
     todo = [file for file in files if file not in known]
     broken = embed_new(checkpoint.model, index, root, todo, window=config.window)
     if todo:
         known = index.known(files)
+
     reasons = [f"{path}: {reason}" for path, reason in sorted(broken.items())]
     print_some("cannot be read: ", reasons)
     if not known:

@@ -128,6 +128,7 @@ def read_frames(
     missing, empty, truncated, not a video, or ends before `start`.
     """
     path, source = str(path), locate(path)
+
     with explain(path):
         if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
             frames, wanted = decode_video(path, num_frames, size, start, end, only)
@@ -283,6 +284,7 @@ def read_windows(
     with explain(path):
         capture, count, rate = open_counted(path, needs_rate=True)
         number = min(count, max(1, round(count / rate / window)))
+
         edges = np.linspace(0, count, number + 1).astype(int).tolist()
         for first, last in zip(edges, edges[1:]):
             wanted = (first + frame_indices(last - first, num_frames)).tolist()

@@ -66,6 +66,7 @@ class Worker:
         """work(job), or what it raises. Raises VideoError where the file hangs or kills it."""
         path = getattr(job, "path", job)
         seconds = seconds_allowed(path)
+
         for _ in range(2):
             is_late = False
             try:
