@@ -428,7 +428,7 @@ def generate(
                 mark = json.dumps(dict(key, sha256=checksums), indent=1, sort_keys=True)
                 with write_whole(folder / "world.json") as unfinished:
                     unfinished.write_text(mark, encoding="utf-8")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise UserError(
             f"{folder}: cannot hold the toy world ({error}); choose a writable folder"
         ) from error
