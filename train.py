@@ -79,6 +79,7 @@ from training.processes import Ranks, StopSignals, launch
 from training.run import Run
 
 GRAD_CLIP = 1.0  # largest gradient norm
+MINE_EVERY = 100  # steps: what the model mixes up changes
 
 
 # the groups of --help
@@ -477,14 +478,17 @@ class Epoch(NamedTuple):
 
 
 def epoch_of(step: int, config: TrainConfig, num_batches: int) -> Epoch:
-    """The epoch of a step. The first guided step begins a new one."""
+    """The epoch of a step. The first guided step begins a new one, and guided ones are short."""
     guided_from = round(config.guided_from * config.steps) if config.guided_share else config.steps
     is_guided = step >= guided_from
-    begin, end = (guided_from, config.steps) if is_guided else (0, guided_from)
-    count = (step - begin) // num_batches
-    first = begin + count * num_batches
+    begin, end, length = 0, guided_from, num_batches
+    if is_guided:
+        begin, end, length = guided_from, config.steps, min(num_batches, MINE_EVERY)
+
+    count = (step - begin) // length
+    first = begin + count * length
     number = count + (math.ceil(guided_from / num_batches) if is_guided else 0)
-    return Epoch(number, first, min(first + num_batches, end), is_guided)
+    return Epoch(number, first, min(first + length, end), is_guided)
 
 
 def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator[dict]:
