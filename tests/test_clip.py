@@ -12,6 +12,7 @@ import pickle
 import sys
 import types
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -455,10 +456,17 @@ def test_a_run_starts_from_a_run(tiny_world, tmp_path, capsys):
     then = settings(tiny_world, tmp_path / "then", init=first.out, lr=1e-9, num_frames="4")
     train.train(then)
     after = load_checkpoint(then.out)
-    assert "our layout" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "our layout" in said and "newly made: 0 tensors" in said
     assert after.tokenizer.tokens == before.tokenizer.tokens
-    name = "text.blocks.0.mlp.0.weight"
-    assert torch.allclose(after.model.state_dict()[name], weights[name], atol=1e-6)
+    for name in ("text.blocks.0.mlp.0.weight", "concept_head.weight"):
+        assert torch.allclose(after.model.state_dict()[name], weights[name], atol=1e-6)
+
+    # other captions have other concepts: another head
+    other = CLOP(replace(found.sizes, num_concepts=before.model.config.num_concepts))
+    names = before.concept_vocab.names
+    assert found.load_into(other, names[::-1]) == ["concept_head.weight", "concept_head.bias"]
+    assert found.load_into(other, names) == []
 
 
 def test_clip_is_evaluated_as_it_is(tiny_world, tmp_path, weights, capsys):
