@@ -80,7 +80,18 @@ def load_shards(patterns: str, *, index: Path, workers: int, progress: bool = Tr
     if not count:
         first = next(iter(broken.values()), f"{next(iter(repeats))}: nothing in it")
         raise UserError(f"--data {patterns}: not one video with a caption; the first: {first}")
-    return Split(*map(np.concatenate, (videos, captions, video_ids)), broken=broken)
+    return Split(*map(join, (videos, captions, video_ids)), broken=broken)
+
+
+def join(parts: list[np.ndarray]) -> np.ndarray:
+    """`np.concatenate` that empties the list as it goes: millions of texts are held once."""
+    joined = np.empty(sum(map(len, parts)), parts[0].dtype)
+    end = 0
+    while parts:
+        part = parts.pop()
+        joined[len(joined) - end - len(part) : len(joined) - end] = part
+        end += len(part)
+    return joined
 
 
 def find_shards(pattern: str) -> list[str]:
