@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, write_whole
+from cli import UserError, give_back_memory, write_whole
 from datasets.split import Split
 from videos.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, locate
 from videos.workers import run_guarded
@@ -91,6 +91,8 @@ def join(parts: list[np.ndarray]) -> np.ndarray:
         part = parts.pop()
         joined[len(joined) - end - len(part) : len(joined) - end] = part
         end += len(part)
+        if len(parts) % 256 == 0:
+            give_back_memory()
     return joined
 
 
