@@ -23,7 +23,7 @@ random.
 do not (2.5 million videos take 6 TB), it lets processes decode them. Both see the same pixels.
 
 Everything random is a pure function of (seed, epoch, sample), and which samples meet, of the model
-at the start of the epoch. A resumed run, or one on another number of processes, sees the same
+at the start of the plan. A resumed run, or one on another number of processes, sees the same
 batches and the same frames. No picture is flipped or turned: captions say "left" and "upside down".
 
     python data.py FILE.csv     a random and a guided batch (without a file: of made-up captions)
@@ -270,9 +270,9 @@ class BatchReader:
 
 
 class KnowledgeBatchSampler:
-    """Batches in which groups of samples are hard to tell apart; each at most once per epoch.
+    """Batches in which groups of samples are hard to tell apart; each at most once per plan.
 
-    An epoch is planned as a whole, one method a step:
+    Some hundred batches are planned at once, one method a step:
 
     1. `plan`          a shuffle. Some samples become anchors, and the caller names for each anchor
                        its hardest captions: those that the model mixes up with its own
@@ -349,9 +349,10 @@ class KnowledgeBatchSampler:
             if not is_free[anchor]:
                 continue
             candidates = np.concatenate([[anchor], others[is_free[others] & (others != anchor)]])
+
             clash = self.find_true(candidates)
             clash |= clash.T
-            group = [0]  # places among the candidates
+            group = [0]  # places among the candidates: the anchor
             for place in range(1, len(candidates)):
                 if len(group) < self.group_size and not clash[place, group].any():
                     group.append(place)
