@@ -141,11 +141,14 @@ $ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-
 = docs/finetune.md: **Not run**
 $ train.py --guided-share 0 --beta 0 --no-mask-false-negatives --out runs/skp
 = tests/test_train.py: def test_a_run_learns_and_writes_what_it_promises(
-$ -m bench.ablation --variants "base skp" --seeds 5 --split test
+$ -m bench.ablation --variants "skp all" --seeds 5 --split test -- --eval-every 750
+= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
+$ -m bench.ablation --variants "base skp" --seeds 1 --split test
   -- --num-frames 4 --steps 200 --eval-every 200
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
-$ -m bench.ablation --variants "skp all:guided_from=0" --seeds 5 --split test
-  -- --init runs/skp --steps 100 --num-frames 8 --lr 5e-4 --warmup 10 --eval-every 100
+$ -m bench.ablation --variants "skp:guided_from=0 all:guided_from=0" --seeds 5 --split test
+  --results bench/results/continued.jsonl -- --init runs/skp --steps 150 --num-frames 8
+  --lr 5e-4 --warmup 10 --eval-every 150
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
