@@ -68,7 +68,7 @@ from videos.workers import prefetch
 
 # by the README's first command; fp16, weights only
 SHIPPED = Path(__file__).parent / "weights" / "toy.safetensors"
-SLAB = 2**22  # scores that are compared at a time: 32 MiB
+TILE = 1024  # a tile of so many rows and columns stays in a CPU's cache
 MATRIX_LIMIT = 2**28  # entries of a similarity matrix that is held as a whole: 2 GiB
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -93,48 +93,62 @@ def similarity(text_emb, video_emb) -> torch.Tensor:
     return to_grid(text_emb) @ to_grid(video_emb).T
 
 
-def count_ranks(scores, pair, video_of_text, n_text: int, n_video: int) -> dict[str, np.ndarray]:
+def count_ranks(scores, video_of_text, n_text: int, n_video: int) -> dict[str, np.ndarray]:
     """{"t2v": [n_text], "v2t": [videos with captions]}, float64, 1-based: a rank may end in .5.
 
     And "v2t_grouped", as "v2t", where a video has several captions.
 
-    scores(columns) gives columns of sim, pair(columns) one score of each row, both float64;
-    video_of_text [n_text] is the column of each caption's video. Counting half of the ties makes
-    one formula of the rank, since (1 + sign(x)) / 2 is 1 above zero, ½ at zero and 0 below:
+    scores(rows, columns) gives one float64 tile of sim; video_of_text [n_text] is the column of
+    each caption's video. Counting half of the ties makes one formula of the rank, since
+    (1 + sign(x)) / 2 is 1 above zero, ½ at zero and 0 below:
 
         rank = 1 + Σ_wrong (1 + sign(s_wrong − s_right)) / 2
 
-    A sum can be taken slab by slab: 100,000 × 100,000 scores need no matrix of 80 GB.
+    A sum can be taken tile by tile: 100,000 × 100,000 scores need no matrix of 80 GB.
     """
     video_of_text = torch.as_tensor(video_of_text).long()
-    assert len(video_of_text) == n_text > 0, f"{len(video_of_text)} of {n_text} captions"
+    assert video_of_text.shape == (n_text,) and n_text, f"{video_of_text.shape=}, {n_text=}"
     first, last = int(video_of_text.min()), int(video_of_text.max())
     assert 0 <= first and last < n_video, f"videos {first} … {last} of {n_video}"
 
-    # the scores of the right pairs; a video is as good as its best caption
-    right = pair(video_of_text)
+    # the scores of the right pairs [n_text]; a video is as good as its best caption [n_video]
+    parts = []
+    for i in range(0, n_text, TILE):
+        rows = slice(i, i + TILE)
+        parts.append(scores(rows, video_of_text[rows]).diagonal())
+    positive = torch.cat(parts)
     best = torch.full((n_video,), -torch.inf, dtype=torch.float64)
-    best.scatter_reduce_(0, video_of_text, right, "amax")
-    asks = best > -torch.inf
-    has_several = n_text > int(asks.sum())
+    best.scatter_reduce_(0, video_of_text, positive, "amax")
+
+    has_several = n_text > int((best > -torch.inf).sum())
 
     # Σ sign over all candidates, the right ones too
-    above, below, groups_below = (torch.zeros_like(x) for x in (right, best, best))
-    for columns in torch.arange(n_video).split(max(1, SLAB // max(n_text, n_video))):
-        slab = scores(columns)  # [n_text, columns]
-        above += (slab - right[:, None]).sign().sum(1)
-        below[columns] = (slab - best[columns]).sign().sum(0)
+    above = torch.zeros_like(positive)
+    below = torch.zeros_like(best)
+    groups_below = torch.zeros_like(best)
+
+    for j in range(0, n_video, TILE):
+        columns = slice(j, j + TILE)
         if has_several:  # each video's best caption
             groups = torch.full_like(best[:, None] * best[columns], -torch.inf)
-            groups.scatter_reduce_(0, video_of_text[:, None].expand_as(slab), slab, "amax")
+        for i in range(0, n_text, TILE):
+            rows = slice(i, i + TILE)
+            tile = scores(rows, columns)
+            above[rows] += (tile - positive[rows, None]).sign().sum(1)
+            below[columns] += (tile - best[columns]).sign().sum(0)
+            if has_several:
+                group = video_of_text[rows, None].expand_as(tile)
+                groups.scatter_reduce_(0, group, tile, "amax")
+        if has_several:
             groups_below[columns] = (groups - best[columns]).sign().sum(0)
 
     # take the right candidates out again: one of a caption, of a video all its captions
-    half_ties = (1 + (right - best[video_of_text]).sign()) / 2
+    half_ties = (1 + (positive - best[video_of_text]).sign()) / 2
     own = torch.zeros_like(best).index_add_(0, video_of_text, half_ties)
-    ranks = dict(t2v=0.5 + (n_video + above) / 2, v2t=(1 + (n_text + below) / 2 - own)[asks])
+    asks = best > -torch.inf
+    ranks = dict(t2v=1 + (n_video + above) / 2 - 0.5, v2t=(1 + (n_text + below) / 2 - own)[asks])
     if has_several:
-        ranks["v2t_grouped"] = (0.5 + (n_video + groups_below) / 2)[asks]
+        ranks["v2t_grouped"] = (1 + (n_video + groups_below) / 2 - 0.5)[asks]
     return {name: rank.numpy() for name, rank in ranks.items()}
 
 
@@ -148,13 +162,10 @@ def retrieval_ranks(text_emb, video_emb, video_of_text) -> dict[str, np.ndarray]
     check_finite(text, "text embeddings")
     check_finite(video, "video embeddings")
 
-    def scores(columns):
-        return text @ video[columns].T
+    def scores(rows, columns):
+        return text[rows] @ video[columns].T
 
-    def pair(columns):
-        return torch.linalg.vecdot(text, video[columns])
-
-    return count_ranks(scores, pair, video_of_text, len(text), len(video))
+    return count_ranks(scores, video_of_text, len(text), len(video))
 
 
 def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
@@ -167,13 +178,10 @@ def matrix_ranks(sim, video_of_text) -> dict[str, np.ndarray]:
     assert sim.ndim == 2, f"sim has shape {tuple(sim.shape)}, not [n_text, n_video]"
     check_finite(sim, "sim")
 
-    def scores(columns):
-        return sim[:, columns].double()
+    def scores(rows, columns):
+        return sim[rows, columns].double()
 
-    def pair(columns):
-        return sim[torch.arange(len(sim)), columns].double()
-
-    return count_ranks(scores, pair, video_of_text, *sim.shape)
+    return count_ranks(scores, video_of_text, *sim.shape)
 
 
 def retrieval_metrics(sim, video_of_text) -> dict[str, float]:
