@@ -7,9 +7,9 @@ Clips of the toy world are packed into shards, each many times, with other capti
 
     index     seconds and bytes of the index
     rate      clips per second: as training reads them ("stream"), of the same decoding by as many
-              processes that do nothing else ("bare"), and of PyAV in a DataLoader, if installed
-              (`pip install av`); beside it their processor time per clip. They take turns. Where
-              other work is on the machine, only the second is comparable: PyAV has more threads.
+              processes that do nothing else ("bare"), and of PyAV and torchcodec in a DataLoader,
+              where they are installed; beside it their processor time per clip. They take turns.
+              Where other work is on the machine, only the second is comparable.
     memory    of each process while --steps batches are read
     run       train.py on all shards under --links names each (hard links, with the same index: 2.5
               million samples in no more space): seconds to the first step, memory, share of
@@ -32,7 +32,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,10 +41,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
+try:  # pip install av
     import av
 except ImportError:
     av = None
+try:  # apt install ffmpeg; pip install --no-deps torchcodec==0.12.0 (later ones want CUDA)
+    from torchcodec.decoders import VideoDecoder
+except ImportError:
+    VideoDecoder = None
 
 from cli import give_back_memory, parse_config, run
 from datasets import toyworld
@@ -132,11 +136,35 @@ def decode_all(wants: list[Want]) -> None:
         decode(want)
 
 
-class PyAV(torch.utils.data.Dataset):
-    """The same frames of the same bytes, by PyAV: one pass, only wanted frames are converted."""
+def by_pyav(data: bytes, only: list[int]) -> list[np.ndarray]:
+    """The wanted frames, BGR: one pass, and only they are converted."""
+    with av.open(io.BytesIO(data)) as container:
+        video = container.streams.video[0]
+        video.codec_context.thread_count = 1
+        indices = frame_indices(video.frames, 2 * FRAMES)[only].tolist()
+        frames = {}
+        for n, frame in enumerate(container.decode(video)):
+            if n in indices:
+                frames[n] = frame.to_ndarray(format="bgr24")
+            if n == indices[-1]:
+                break
+    return [frames[index] for index in indices]
 
-    def __init__(self, wants: list[Want]):
-        self.wants = wants
+
+def by_torchcodec(data: bytes, only: list[int]) -> np.ndarray:
+    """The same, [T, H, W, 3]."""
+    decoder = VideoDecoder(
+        data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate"
+    )
+    indices = frame_indices(decoder.metadata.num_frames, 2 * FRAMES)[only].tolist()
+    return decoder.get_frames_at(indices).data.numpy()[..., ::-1]
+
+
+class Clips(torch.utils.data.Dataset):
+    """The same frames of the same bytes, by another library."""
+
+    def __init__(self, wants: list[Want], read: Callable):
+        self.wants, self.read = wants, read
 
     def __len__(self) -> int:
         return len(self.wants)
@@ -144,18 +172,9 @@ class PyAV(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> torch.Tensor:
         want = self.wants[number]
         file, first, size = PART.fullmatch(want.path).groups()
-        data = np.fromfile(file, np.uint8, int(size), offset=int(first))
-        with av.open(io.BytesIO(data)) as container:
-            video = container.streams.video[0]
-            video.codec_context.thread_count = 1
-            indices = frame_indices(video.frames, 2 * FRAMES)[want.only].tolist()
-            frames = {}
-            for n, frame in enumerate(container.decode(video)):
-                if n in indices:
-                    frames[n] = square(frame.to_ndarray(format="bgr24"), SIZE)
-                if n == indices[-1]:
-                    break
-        return torch.from_numpy(np.stack([frames[index] for index in indices]))
+        data = np.fromfile(file, np.uint8, int(size), offset=int(first)).tobytes()
+        frames = [square(frame, SIZE) for frame in self.read(data, want.only)]
+        return torch.from_numpy(np.stack(frames))
 
 
 def cpu_seconds() -> float:
@@ -168,15 +187,18 @@ def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, tuple[floa
     """{way: (clips per second, milliseconds of processor time a clip)}, medians."""
     wants = [wanted(path, number) for number, path in enumerate(paths)]
     parts = [wants[i :: config.workers] for i in range(config.workers)]
-    loader = torch.utils.data.DataLoader(PyAV(wants), config.batch, num_workers=config.workers)
+    rivals = {"PyAV": Clips(wants, by_pyav)} if av else {}
+    if VideoDecoder:
+        rivals["torchcodec"] = Clips(wants, by_torchcodec)
 
     def bare() -> None:
         with ProcessPoolExecutor(config.workers) as pool:
             list(pool.map(decode_all, parts))
 
     ways = dict(bare=bare, stream=lambda: list(stream(paths, config)))
-    if av is not None:
-        ways["PyAV in a DataLoader"] = lambda: list(loader)
+    for name, clips in rivals.items():
+        loader = torch.utils.data.DataLoader(clips, config.batch, num_workers=config.workers)
+        ways[f"{name} in a DataLoader"] = partial(list, loader)
     rates = {name: [] for name in ways}
     for _ in range(config.rounds):
         for name, way in ways.items():
@@ -184,9 +206,9 @@ def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, tuple[floa
             way()
             cpu_ms = 1000 * (cpu_seconds() - cpu) / len(paths)
             rates[name].append((len(paths) / (time.perf_counter() - start), cpu_ms))
-    for n in range(0, len(wants), max(1, len(wants) // 100)):
-        if av is not None:
-            np.testing.assert_array_equal(PyAV(wants)[n].numpy(), decode(wants[n]))
+    for clips in rivals.values():
+        for n in range(0, len(wants), max(1, len(wants) // 100)):
+            np.testing.assert_array_equal(clips[n].numpy(), decode(wants[n]))
     medians = {name: map(statistics.median, zip(*values)) for name, values in rates.items()}
     return {name: tuple(round(value, 2) for value in values) for name, values in medians.items()}
 
