@@ -1,6 +1,7 @@
 """Tar shards as video2dataset and img2dataset write them, and frames decoded while training."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -141,6 +142,46 @@ def test_only_shards_that_are_new_or_have_changed_are_walked(tmp_path):
     assert list(split.captions) == ["first 0", "second 1", "first 2"]
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
     assert len(list((tmp_path / "index").iterdir())) == 4
+
+
+def test_a_full_disk_while_indexing_keeps_what_was_done(tmp_path, monkeypatch):
+    for i in range(3):
+        pack(tmp_path / f"{i}.tar", sample("0", b"x", f"take {i}"))
+    write = Path.write_bytes
+
+    def fill_up(path, data):
+        write(path, data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    load(tmp_path / "0.tar", tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)  # the workers are forks of this process
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; make room"):
+        load(tmp_path / "{0..2}.tar", tmp_path)
+    monkeypatch.undo()
+    (done,) = (tmp_path / "index").iterdir()
+    before = done.stat().st_mtime_ns
+    assert list(load(tmp_path / "{0..2}.tar", tmp_path).captions) == ["take 0", "take 1", "take 2"]
+    assert done.stat().st_mtime_ns == before
+
+
+def test_killed_while_indexing_it_goes_on(tmp_path):
+    index, pattern = tmp_path / "index", f"{tmp_path}/{{00..39}}.tar"
+    for i in range(40):
+        samples = [file for n in range(50) for file in sample(str(n), b"x", f"{i} {n}").items()]
+        pack(tmp_path / f"{i:02d}.tar", samples)
+    code = "import sys; from pathlib import Path; from datasets.shards import load_shards;"
+    code += "load_shards(sys.argv[1], index=Path(sys.argv[2]), workers=1, progress=False)"
+    process = subprocess.Popen([sys.executable, "-c", code, pattern, str(index)], cwd=ROOT)
+    while not list(index.glob("[!.]*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in index.glob("[!.]*")}
+    assert len(done) < 40, "it was killed too late"
+    captions = load(pattern, tmp_path).captions
+    assert list(captions) == [f"{i} {n}" for i in range(40) for n in range(50)]
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
 
 
 # ---- batches of frames ---------------------------------------------------------------------------
