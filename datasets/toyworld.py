@@ -11,6 +11,12 @@ of three scenes:
 
 Who does it to whom is visible only in the motion.
 
+**Films.** Clips of a real data set are often cut from one film, and show the same things again, in
+other roles. So training comes in films of four scenes: a random one, and three that differ from it
+in one thing, a noun, a verb, the roles, the colours or the number. Among 10,000 videos the other
+scenes of its film are the hardest negatives that a caption has, and a random batch seldom holds
+one. The films of val and test have one scene.
+
 **Compositions.** A composition is (action, kind), or for a relation (action, pair of kinds). They
 are dealt out to train, val and test once and for all. No test composition is ever seen in training,
 though every kind and every action is. The pair is unordered, so that training never shows "star
@@ -66,8 +72,9 @@ from datasets.toyrender import (
 from videos.decode import write_video
 from videos.workers import run_guarded
 
-VERSION = 7  # of the world: a change of any pixel or word that `generate` writes raises it
+VERSION = 8  # of the world: a change of any pixel or word that `generate` writes raises it
 FPS = 8
+CLIPS = 4  # scenes of a film of training
 SPLITS = ("train", "val", "test")
 
 # ---- vocabulary ----------------------------------------------------------------------------------
@@ -230,6 +237,11 @@ def taught() -> set[tuple[str, frozenset[str]]]:
     return found
 
 
+def is_taught(event: Event) -> bool:
+    action, *parties = event
+    return (action, frozenset(thing.kind for thing in parties if thing)) in taught()
+
+
 def pick(rng: np.random.Generator, options):
     options = list(options)
     return options[int(rng.integers(len(options)))]
@@ -298,7 +310,7 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
     return scenes
 
 
-# ---- multiple choice -----------------------------------------------------------------------------
+# ---- what else might be ------------------------------------------------------------------------
 # Each function gives scenes that are false where `scene` is true.
 
 
@@ -330,16 +342,9 @@ def change_all(scene: Scene, field: str, values: Iterable) -> Scene:
 
 
 def other_nouns(scene: Scene, i: int, role: str) -> list[Scene]:
-    """Another kind at one place: one that is not shown, in a composition that is not taught."""
+    """Another kind at one place: one that is not shown."""
     shown = values_of(scene, "kind")
-    found = []
-    for kind in KINDS:
-        changed = change(scene, i, role, kind=kind)
-        action, *parties = changed[i]
-        kinds = frozenset(thing.kind for thing in parties if thing)
-        if kind not in shown and (action, kinds) not in taught():
-            found.append(changed)
-    return found
+    return [change(scene, i, role, kind=kind) for kind in KINDS if kind not in shown]
 
 
 def other_verbs(scene: Scene, i: int) -> list[Scene]:
@@ -371,23 +376,50 @@ def other_counts(scene: Scene) -> list[Scene]:
     return [change_all(scene, "count", n) for n in counts]
 
 
+def variations(scene: Scene) -> list[tuple[str, Scene, list[Scene]]]:
+    """(sort, the scene, what differs from it in that) for each noun and verb, and each other sort.
+
+    Groups have no sizes, so a size would tell the number: where that varies, the scene has none.
+    """
+    sizeless = change_all(scene, "size", [None, None])
+    found = [("noun", scene, other_nouns(scene, *place)) for place in places_of(scene)]
+    found += [("verb", scene, other_verbs(scene, i)) for i in range(len(scene))]
+    found.append(("direction", scene, other_direction(scene)))
+    found.append(("binding", scene, other_binding(scene)))
+    found.append(("count", sizeless, other_counts(sizeless)))
+    return found
+
+
+def draw_film(rng: np.random.Generator) -> list[Scene]:
+    """Scenes of training: a random one, and others that differ from it, each in another sort."""
+    film = [draw_scene("train", rng)]
+    by_sort: dict[str, list[Scene]] = {}
+    for sort, _, others in variations(film[0]):
+        by_sort.setdefault(sort, []).extend(s for s in others if all(map(is_taught, s)))
+
+    sorts = list(by_sort.values())
+    for i in rng.permutation(len(sorts)):
+        if sorts[i] and len(film) < CLIPS:
+            film.append(pick(rng, sorts[i]))
+    return film
+
+
+# ---- multiple choice -----------------------------------------------------------------------------
+
+
 def ask(scene: Scene, rng: np.random.Generator) -> list[dict]:
     """Questions: {"options": five captions, "answer": index of the true one, "kind": its sort}."""
-    places = places_of(scene)
-    asked = [("noun", scene, other_nouns(scene, *place)) for place in places]
-    asked += [("verb", scene, other_verbs(scene, i)) for i in range(len(scene))]
-    asked.append(("direction", scene, other_direction(scene)))
-    asked.append(("binding", scene, other_binding(scene)))
-    # groups have no sizes, so a size would tell the number
-    sizeless = change_all(scene, "size", [None, None])
-    asked.append(("count", sizeless, other_counts(sizeless)))
+
+    def untaught(scenes: list[Scene]) -> list[Scene]:
+        return [other for other in scenes if not any(map(is_taught, other))]
 
     questions = []
-    for sort, true, false in asked:
+    for sort, true, false in variations(scene):
+        false = untaught(false) if sort == "noun" else false
         if not false:
             continue  # this sort does not apply
         false = [false[j] for j in rng.permutation(len(false))]
-        fillers = other_nouns(true, *pick(rng, places))
+        fillers = untaught(other_nouns(true, *pick(rng, places_of(true))))
         false += [fillers[j] for j in rng.permutation(len(fillers))]
         options, order = [true, *false[:4]], rng.permutation(5)
         template = int(rng.integers(len(TEMPLATES[sort_of(scene)])))
@@ -530,7 +562,10 @@ def plan(split: str, count: int, seed: int) -> tuple[list[Scene], dict[str, str]
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     is_train = split == "train"
     if is_train:
-        scenes = [draw_scene(split, rng) for _ in range(count)]
+        scenes = []
+        while len(scenes) < count:
+            scenes += draw_film(rng)
+        scenes = scenes[:count]
     else:
         scenes = distinct_scenes(split, count, rng)
 

@@ -222,6 +222,16 @@ def test_questions_have_one_true_option_and_four_false_ones(plans, split):
                 assert not any({verb, action} in NEAR for action in actions)
 
 
+def test_scenes_of_a_film_differ_in_one_thing():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(100):
+        first, *others = toyworld.draw_film(rng)
+        sorts = {edit_of(caption_of(first), caption_of(other)) for other in others}
+        assert len(sorts) == len(others) >= 2
+        seen |= sorts
+    assert seen == {"noun", "verb", "direction", "binding", "count"}
+
+
 def test_questions_are_many_and_balanced(plans):
     questions = plans["test"]["mc"]
     assert len(questions) > 4000
