@@ -13,8 +13,8 @@
 
 The same command starts and resumes. Everything that is drawn at random (batch order, frames) is a
 pure function of (seed, epoch, sample), so a resumed run sees what it would have seen, on any number
-of processes. Late epochs are planned by what the model mixes up then (training/mining.py); the plan
-is in the checkpoint. Killed at any moment, a run loses the steps since its newest checkpoint and
+of processes. After the first epochs they are planned by what the model mixes up then
+(training/mining.py); the plan is in the checkpoint. Killed at any moment, a run loses the steps since its newest checkpoint and
 takes them again, on the same CPU to the same bits. SIGTERM and Ctrl-C save one first, at the next
 step. A folder that holds a run with other settings or other data is refused, never overwritten.
 
@@ -91,7 +91,7 @@ class MethodFlags(LossConfig):
     beta: float = 1.0  # KCL: how much shared knowledge raises a negative's logit
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
     guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
-    guided_from: float = 0.6  # … after this share of the steps …
+    guided_from: float = 0.2  # … after this share of the steps …
     group_size: int = 8  # … of so many each
 
 

@@ -66,7 +66,7 @@ BASE = dict(
     mask_false_negatives=False,
 )
 SKP = dict(skp_weight=0.5)
-SAMPLING = dict(guided_share=1.0, guided_from=0.6, group_size=8)
+SAMPLING = dict(guided_share=1.0, guided_from=0.2, group_size=8)
 MASKS = dict(mask_false_negatives=True)
 WEIGHTING = dict(beta=1.0) | MASKS
 MINING = dict(hard_k=64, hard_weight=0.25) | MASKS
