@@ -13,10 +13,11 @@
 
 The same command starts and resumes. Everything that is drawn at random (batch order, frames) is a
 pure function of (seed, epoch, sample), so a resumed run sees what it would have seen, on any number
-of processes. After the first epochs they are planned by what the model mixes up then
-(training/mining.py); the plan is in the checkpoint. Killed at any moment, a run loses the steps since its newest checkpoint and
-takes them again, on the same CPU to the same bits. SIGTERM and Ctrl-C save one first, at the next
-step. A folder that holds a run with other settings or other data is refused, never overwritten.
+of processes. From a fifth of the steps on batches are planned by what the model mixes up then
+(training/mining.py); the plan is in the checkpoint. Killed at any moment, a run loses the steps
+since its newest checkpoint and takes them again, on the same CPU to the same bits. SIGTERM and
+Ctrl-C save one first, at the next step. A folder that holds a run with other settings or other data
+is refused, never overwritten.
 
 Output in --out: log.jsonl, step-*.safetensors, best.safetensors (on validation), curves.png.
 """
