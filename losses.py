@@ -13,9 +13,10 @@ KCL pushes  a_ij = s·v_i·t_j + β·κ_ij for j ≠ i, where κ_ij in [0, 1] is
             sums. A second InfoNCE, of the positive against its k hardest negatives, may be added.
             (Which captions meet in a batch at all is decided by data.KnowledgeBatchSampler.)
 
-SKP pulls   the video embedding predicts the concepts of its caption. Videos that share concepts
-            share targets, hence directions. y_i = multi-hot of C_i, z_i = the K logits of video i:
-                L_SKP = mean_i −Σ_c [y_ic log σ(z_ic) + (1 − y_ic) log(1 − σ(z_ic))]
+SKP pulls   the embedding of the video, and that of its caption, predict the concepts of the
+            caption. Those that share concepts share targets, hence directions. y_i = multi-hot of
+            C_i, z_i = the K logits of video i, and again of caption i:
+                L_SKP = mean_i Σ_z −Σ_c [y_ic log σ(z_ic) + (1 − y_ic) log(1 − σ(z_ic))]
             A caption without any concept counts as zero.
 
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
@@ -64,7 +65,8 @@ def info_nce(video_emb, text_emb, logit_scale):
 
 
 def skp_loss(concept_logits, concepts):
-    """Structural Knowledge Prediction: logits [B, K], multi-hot concepts [B, K] -> a scalar.
+    """Structural Knowledge Prediction: logits [B, 2, K] of each video and its caption, multi-hot
+    concepts [B, K] -> a scalar.
 
     Paper: SKP is "a simple task". We take a binary cross-entropy per concept, summed: each concept
     is a question of its own. One softmax shared by a caption's concepts was worse (docs/LOG.md).
@@ -73,12 +75,12 @@ def skp_loss(concept_logits, concepts):
     (https://arxiv.org/abs/1708.02002).
     """
     logits = concept_logits.to(torch.promote_types(concept_logits.dtype, torch.float32))
-    target = concepts.to(logits.dtype)
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)  # [B]
+    target = concepts[:, None].to(logits.dtype).expand_as(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=(1, 2))
 
     # a caption without concepts says nothing about what the video shows
     has_concepts = concepts.any(dim=1)
-    return (loss * has_concepts).mean()
+    return (loss * has_concepts).mean()  # of [B]
 
 
 def clop_loss(
@@ -103,11 +105,11 @@ def clop_loss(
     video_emb, text_emb [n, E], unit norm: this rank's n of the batch_size pairs of all ranks
     (None: as many on each). knowledge [n, M], for β > 0: unit rows whose dot product is κ
     (knowledge.concept_vectors). signature [n, S] int64: captions with an equal entry in any column
-    are false negatives (video id, meaning id). concept_logits, concepts [n, K]: SKP's prediction
-    and target. extra_text_emb [x, E], with extra_knowledge and extra_signature where the batch has
-    such: this rank's x captions without a video, negatives of every video; as many on each rank.
-    dtype, impl: see kernels. A loss that is not finite is returned, not
-    raised: the caller looks.
+    are false negatives (video id, meaning id). concept_logits [n, 2, K], concepts [n, K]: SKP's
+    predictions and their target. extra_text_emb [x, E], with extra_knowledge and extra_signature
+    where the batch has such: this rank's x captions without a video, negatives of every video; as
+    many on each rank. dtype, impl: see kernels. A loss that is not finite is returned, not raised:
+    the caller looks.
     """
     n, B = len(video_emb), batch_size or len(video_emb) * world_size()
     sizes = share_sizes(B, world_size())
@@ -208,8 +210,8 @@ def main():
     for beta in (0.0, 1.0, 3.0):
         loss, _ = clop_loss(*pairs, LossConfig(beta=beta), knowledge=knowledge)
         print(f"β = {beta:.0f}: {loss:.4f}, higher where negatives share knowledge")
-    log_odds = torch.full((B, K), math.log(0.1 / 0.9))
-    print(f"SKP that knows nothing: {skp_loss(torch.zeros(B, K), concepts):.4f}")
+    log_odds = torch.full((B, 2, K), math.log(0.1 / 0.9))
+    print(f"SKP that knows nothing: {skp_loss(torch.zeros(B, 2, K), concepts):.4f}")
     print(f"SKP that knows how frequent concepts are: {skp_loss(log_odds, concepts):.4f}")
 
 

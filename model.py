@@ -314,7 +314,7 @@ def init_tower(tower, width: int, layers: int):
 
 
 class CLOP(nn.Module):
-    """Both towers, the learned `logit_scale`, and SKP's head on the video embedding."""
+    """Both towers, the learned `logit_scale`, and SKP's head on their embeddings."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -325,8 +325,9 @@ class CLOP(nn.Module):
         self.reset_parameters()
 
         # Paper: SKP "pulls together the latent representations of similar videos". We predict from
-        # the very vector that retrieval compares, so that the pull acts where it is wanted. The
-        # head is drawn last: with and without it, all else starts from the same weights.
+        # the very vectors that retrieval compares, so that the pull acts where it is wanted. And
+        # from both: left alone, the text tower reads a bag of words (docs/LOG.md). The head is
+        # drawn last: with and without it, all else starts from the same weights.
         self.concept_head = None
         if config.num_concepts:
             self.concept_head = nn.Linear(config.embed_dim, config.num_concepts)
@@ -355,11 +356,11 @@ class CLOP(nn.Module):
         """[B, L] int64, [B, L] bool -> text_emb [B, E] fp32, unit norm."""
         return F.normalize(self.text(tokens, text_mask).float(), dim=-1)
 
-    def predict_concepts(self, video_emb):
-        """SKP: unit vectors [B, E] -> concept logits [B, K]; None for a model without the head."""
+    def predict_concepts(self, emb):
+        """SKP: unit vectors [..., E] -> concept logits [..., K]; without the head None."""
         if self.concept_head is None:
             return None
-        unit_variance = video_emb * self.config.embed_dim**0.5  # as a linear layer expects it
+        unit_variance = emb * self.config.embed_dim**0.5  # as a linear layer expects it
         return self.concept_head(unit_variance)
 
     def init_concept_bias(self, log_odds):
@@ -367,10 +368,11 @@ class CLOP(nn.Module):
         self.concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):
-        """All that the losses need: video_emb, text_emb [B, E], concept logits [B, K] or None."""
+        """What the losses need: video_emb, text_emb [B, E], and concept logits [B, 2, K] or None."""
         video_emb = self.encode_video(video)
         text_emb = self.encode_text(tokens, text_mask)
-        return video_emb, text_emb, self.predict_concepts(video_emb)
+        both = torch.stack([video_emb, text_emb], dim=1)
+        return video_emb, text_emb, self.predict_concepts(both)
 
 
 def main():

@@ -228,9 +228,10 @@ class Heads(nn.Module):
         self.concept_head = nn.Linear(embed_dim, num_concepts)
 
     def forward(self, video, text):
-        """[B, 1280], [B, 384] -> unit vectors [B, E], [B, E], concept logits [B, K]."""
+        """[B, 1280], [B, 384] -> unit vectors [B, E], [B, E], concept logits [B, 2, K]."""
         video_emb, text_emb = F.normalize(self.video(video)), F.normalize(self.text(text))
-        unit_variance = video_emb * video_emb.shape[1] ** 0.5  # as model.CLOP does
+        both = torch.stack([video_emb, text_emb], dim=1)
+        unit_variance = both * video_emb.shape[1] ** 0.5  # as model.CLOP does
         return video_emb, text_emb, self.concept_head(unit_variance)
 
 
@@ -250,8 +251,8 @@ def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed
 def find_hardest(heads, side: Side, anchors, pool) -> np.ndarray:
     """The captions of the pool that the heads take soonest for those of each anchor's video."""
     heads.eval()
-    text_emb = heads(side.video[:1], side.text[pool])[1]
-    video_emb = heads(side.video[side.video_of_text[anchors]], side.text[:1])[0]
+    text_emb = F.normalize(heads.text(side.text[pool]))
+    video_emb = F.normalize(heads.video(side.video[side.video_of_text[anchors]]))
     found = [rows @ text_emb.T for rows in video_emb.split(1024)]
     hardest = torch.cat([sim.topk(64, dim=1).indices for sim in found])
     heads.train()

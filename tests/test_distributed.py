@@ -70,7 +70,7 @@ def embeddings(B, rank, parts):
         text_emb=unit(B),
         concepts=concepts,
         knowledge=F.normalize(concepts, dim=1),
-        concept_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
+        concept_logits=torch.randn(B, 2, 9, generator=g, dtype=torch.float64),
         signature=signature[:B],
         extra_text_emb=unit(6),
         extra_knowledge=F.normalize(concepts[3:9], dim=1),

@@ -29,7 +29,7 @@ def problem(dtype=torch.float64, scale=10.0):
         logit_scale=torch.tensor(math.log(scale), dtype=dtype, requires_grad=True),
         knowledge=F.normalize(concepts, dim=1),
         concepts=concepts,
-        concept_logits=torch.randn(12, 9, dtype=dtype, requires_grad=True),
+        concept_logits=torch.randn(12, 2, 9, dtype=dtype, requires_grad=True),
         signature=signature,
     )
 

@@ -46,9 +46,6 @@ $ eval.py --task csv --data val.csv --checkpoint runs/mine
 = results/mine/metrics.json
 $ eval.py --task search --videos FOLDER --query "a dog runs on the beach" --checkpoint runs/mine
 = train
-$ -m bench.latent
-+ base=runs/mine all=runs/mine --data . --out pictures --batch-size 16
-= pictures/latent-map.png
 
 # benchmarks
 $ -m datasets.check msrvtt --root MSRVTT --out problems.csv
@@ -139,16 +136,10 @@ $ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-
   --gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6
   --weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt
 = docs/finetune.md: **Not run**
-$ train.py --guided-share 0 --beta 0 --no-mask-false-negatives --out runs/skp
-= tests/test_train.py: def test_a_run_learns_and_writes_what_it_promises(
-$ -m bench.ablation --variants "skp all" --seeds 5 --split test -- --eval-every 750
+$ -m bench.ablation --variants "base skp all" --seeds 5 --split test -- --eval-every 750
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
-$ -m bench.ablation --variants "base skp" --seeds 1 --split test
+$ -m bench.ablation --variants "base skp all" --seeds 5 --split test
   -- --num-frames 4 --steps 200 --eval-every 200
-= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
-$ -m bench.ablation --variants "skp:guided_from=0 all:guided_from=0" --seeds 5 --split test
-  --results bench/results/continued.jsonl -- --init runs/skp --steps 150 --num-frames 8
-  --lr 5e-4 --warmup 10 --eval-every 150
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
