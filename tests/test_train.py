@@ -190,7 +190,7 @@ def test_muon_is_that_of_torch_in_float32(shape):
 
 
 def test_frames_of_each_step():
-    config = TrainConfig(num_frames="1, 4,8", steps=10, batch_size=2)
+    config = TrainConfig(num_frames="1, 4,8", steps=10, batch_size=2, guided_from=0.6)
     epoch = train.epoch_of(2, config, num_batches=10)
     jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), np.arange(20), epoch, 2)
     assert [job.num_frames for job in jobs] == [1] * 2 + [4] * 2  # then guided batches begin
