@@ -368,7 +368,7 @@ class CLOP(nn.Module):
         self.concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):
-        """What the losses need: video_emb, text_emb [B, E], and concept logits [B, 2, K] or None."""
+        """What the losses need: video_emb, text_emb [B, E], concept logits [B, 2, K] or None."""
         video_emb = self.encode_video(video)
         text_emb = self.encode_text(tokens, text_mask)
         both = torch.stack([video_emb, text_emb], dim=1)
