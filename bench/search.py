@@ -6,8 +6,7 @@
 
 The library is an index of random unit vectors, read as `eval.py --task search` reads it (the cold
 start: read and check every row, then gather all windows in memory). The model is untrained: preset
-"toy" for E = 128, "small" for 256, "base" for 512, whose text towers those widths belong to. A
-query is 8 words. Median and worst of `--queries` different ones, printed to a string as the task
+"toy" for E = 256, "base" for 512, whose text towers those widths belong to. A query is 8 words. Median and worst of `--queries` different ones, printed to a string as the task
 prints them.
 """
 
@@ -70,7 +69,7 @@ class BenchConfig:
 
     videos: int = 100000  # in the library
     windows: int = 1  # of each
-    presets: str = "toy,small,base"  # E = 128, 256, 512
+    presets: str = "toy,base"  # E = 256, 512
     queries: int = 50  # after 3 that do not count
     top: int = 10  # matches
     toy: str | None = None  # instead: a toy world, among whose videos queries claim a match or not

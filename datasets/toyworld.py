@@ -310,7 +310,7 @@ def distinct_scenes(split: str, count: int, rng: np.random.Generator) -> list[Sc
     return scenes
 
 
-# ---- what else might be ------------------------------------------------------------------------
+# ---- what else might be --------------------------------------------------------------------------
 # Each function gives scenes that are false where `scene` is true.
 
 
