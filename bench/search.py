@@ -6,8 +6,8 @@
 
 The library is an index of random unit vectors, read as `eval.py --task search` reads it (the cold
 start: read and check every row, then gather all windows in memory). The model is untrained: preset
-"toy" for E = 256, "base" for 512, whose text towers those widths belong to. A query is 8 words. Median and worst of `--queries` different ones, printed to a string as the task
-prints them.
+"toy" for E = 256, "base" for 512, whose text towers those widths belong to. A query is 8 words.
+Median and worst of `--queries` different ones, printed to a string as the task prints them.
 """
 
 import contextlib
