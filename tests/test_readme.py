@@ -82,7 +82,7 @@ $ -m bench.search --toy cache/toy
 = 20 other scenes claim a match
 $ -m bench.search --videos 20000 --presets toy --queries 10
 + --videos 200 --queries 2 --presets toy
-= 128
+= 256
 
 # more benches
 $ -m bench.gradcache --batch 256 --chunks 0,64,16 --rounds 1
