@@ -269,7 +269,7 @@ def train_and_evaluate(plan: Plan, config: AblationConfig) -> dict:
         threads=threads,
         jobs=config.jobs,
         cores=os.cpu_count(),
-        config=asdict(plan.config),
+        config={name: x for name, x in asdict(plan.config).items() if name not in ("out", "cache")},
         **{name: found[name] for name in facts},
     )
 

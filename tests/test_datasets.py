@@ -634,6 +634,9 @@ def test_a_result_on_trained_on_videos_is_named(folders, tmp_path, cache, run):
     own = dict(dataset="csv", data=str(folders(build_csv) / "train.csv"))
     train_tiny(tmp_path / "then", init=str(run), cache=cache, **own)
     export_checkpoint(tmp_path / "then", tmp_path / "small.safetensors")
+    # nor do they name folders of the machine that trained
+    assert str(tmp_path).encode() in (tmp_path / "then/step-000002.safetensors").read_bytes()
+    assert str(tmp_path).encode() not in (tmp_path / "small.safetensors").read_bytes()
     config = EvalConfig(task="csv", data=str(tmp_path / "own.csv"), device="cpu", cache=cache)
     config.checkpoint = str(tmp_path / "small.safetensors")
     note = evaluate(config)["note"]

@@ -114,9 +114,13 @@ def save_checkpoint(
     return sha256
 
 
+# settings that name files of the machine that trained
+PLACES = {"out", "cache", "data", "val_data", "data_root", "videos_root", "init"}
+
+
 def export_checkpoint(source: str | Path, path: str | Path) -> Checkpoint:
-    """Write `source`, a checkpoint or the newest of a folder, without its training state and with
-    weights in float16; what the new file holds.
+    """Write `source`, a checkpoint or the newest of a folder, without its training state and the
+    places on its machine, and with weights in float16; what the new file holds.
 
     It has about a sixth of the size. float16 keeps 11 significant bits: an error of at most 2^-11
     of each weight. Models are read back into float32. Raises UserError where a weight is too large
@@ -129,8 +133,10 @@ def export_checkpoint(source: str | Path, path: str | Path) -> Checkpoint:
             f"{found.path}: has weights beyond 65,504 or NaN, which fp16 cannot hold: it has "
             "diverged; export an earlier checkpoint"
         )
-    names = ("tokenizer", "concept_vocab", "config", "step", "progress", "trained_on")
-    save_checkpoint(path, model, **{name: getattr(found, name) for name in names})
+    names = ("tokenizer", "concept_vocab", "step", "progress", "trained_on")
+    kept = {name: getattr(found, name) for name in names}
+    config = {name: value for name, value in found.config.items() if name not in PLACES}
+    save_checkpoint(path, model, config=config, **kept)
     return load_checkpoint(path)
 
 
