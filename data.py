@@ -60,6 +60,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 AT_LEAST = 100  # videos of which --max-broken is a share, so that the first one stops no run
 ATTEMPTS = 100  # videos for one place in a batch
 
+POOL = 4  # captions that are looked through, for each that is planned
+
 # ---- frames --------------------------------------------------------------------------------------
 
 
@@ -274,11 +276,12 @@ class KnowledgeBatchSampler:
 
     Some hundred batches are planned at once, one method a step:
 
-    1. `plan`          a shuffle. Some samples become anchors, and the caller names for each anchor
-                       its hardest captions: those that the model mixes up with its own
+    1. `plan`          a shuffle. Some samples become anchors. Among four times as many captions as
+                       are planned, the caller names the hardest for each anchor: those that the
+                       model mixes up with its own
     2. `make_groups`   an anchor and the hardest of them that are negatives of each other
     3. `find_true`     knowledge says which are not: a caption may be true of another's video, too
-    4. `deal`          the groups go evenly to the batches, all other samples fill the rest
+    4. `deal`          the groups go evenly to the batches, other samples fill the rest
 
     Paper: "knowledge-guided sampling" of "hard negatives" is all that the abstract says; the way is
     our own. Groups of captions that share most words, without a model, teach less (docs/LOG.md).
@@ -329,15 +332,17 @@ class KnowledgeBatchSampler:
         """
         num_batches = len(self) if num_batches is None else num_batches
         rng = np.random.default_rng((self.seed, epoch))
-        pool = rng.permutation(self.size)[: num_batches * self.batch_size]
+        shuffled = rng.permutation(self.size)
+        planned = shuffled[: num_batches * self.batch_size]
         wanted = num_batches * self.groups_per_batch
         if find_hardest is None or not wanted:
-            return pool
+            return planned
 
         # some get into the group of another one before their turn; 256: a share for each rank
-        anchors = pool[: max(2 * wanted, 256)]
+        anchors = planned[: max(2 * wanted, 256)]
+        pool = shuffled[: POOL * len(planned)]
         groups = self.make_groups(anchors, find_hardest(anchors, pool), wanted)
-        return self.deal(rng.permutation(groups), pool, num_batches)
+        return self.deal(rng.permutation(groups), planned, num_batches)
 
     def make_groups(self, anchors: np.ndarray, hardest: np.ndarray, wanted: int) -> np.ndarray:
         """At most `wanted` disjoint groups [G, group_size]: an anchor and its hardest free ones."""
@@ -371,11 +376,11 @@ class KnowledgeBatchSampler:
         num_true = (self.known[video] @ self.held[samples].T).toarray()
         return (num_true == self.num_said[samples]) | (video[:, None] == video)
 
-    def deal(self, groups: np.ndarray, pool: np.ndarray, num_batches: int) -> np.ndarray:
-        """All of `pool` in order: each batch begins with its share of the groups."""
+    def deal(self, groups: np.ndarray, planned: np.ndarray, num_batches: int) -> np.ndarray:
+        """Each batch begins with its share of the groups; the rest of `planned` fills it."""
         is_free = np.ones(self.size, bool)
         is_free[groups] = False
-        others = pool[is_free[pool]]
+        others = planned[is_free[planned]]
 
         order, used = [], 0
         for share in np.array_split(groups, num_batches):
