@@ -1,6 +1,7 @@
 """What CLOP's parts buy on real clips with real captions: its losses on frozen features.
 
     python -m bench.real_features                # all variants on the validation file: once
+    python -m bench.real_features --towers       # the same with small towers trained from scratch
     python -m bench.real_features --gallery tune --seeds 1 --variants "base all:beta=2" \\
         --results tuning.jsonl                   # before that: choose settings
     python -m bench.real_features --train mine.csv --val mine_val.csv --results mine.jsonl
@@ -12,6 +13,10 @@ space, the logit scale, the concept head. All else is used as it is: extract_man
 ConceptVocab, KnowledgeBatchSampler, clop_loss, eval's ranks. So the question is a small one, and
 answered on real data: given the same features, do SKP and KCL make a better joint space than
 InfoNCE alone?
+
+`--towers` asks it of towers that have something to learn. A small transformer reads the features of
+the frames, and model.py's text tower reads the tokens: neither MiniLM nor anything else has told it
+what a word means.
 
 `--gallery tune` holds out 300 of the training videos (always the same), trains on the rest and
 measures on these: all settings are chosen there. `--gallery val` trains on all training videos and
@@ -54,6 +59,7 @@ from bench.ablation import (
 )
 from bench.frozen_features import text_features, video_features
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section
+from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run
 from data import KnowledgeBatchSampler
 from datasets.published import load_split
@@ -72,8 +78,12 @@ from knowledge import (
     unit_rows,
 )
 from losses import LossConfig, clop_loss
+from model import Block, ModelConfig, TextEncoder, init_tower
 
 HELD_OUT = 300  # training videos that make the tuning gallery
+
+# of the towers from scratch
+WIDTH, HEADS, VIDEO_LAYERS, TEXT_LAYERS, TEXT_LENGTH, VOCAB_SIZE = 128, 4, 2, 4, 20, 4096
 
 # Chosen on the tuning gallery (docs/LOG.md), where little made a difference.
 SAMPLING = dict(guided_share=0.25)
@@ -97,6 +107,7 @@ class FeatureConfig:
     train: str = "../shared/msrvtt_mini/train.csv"  # csv or jsonl with columns video, caption
     val: str = "../shared/msrvtt_mini/val.csv"  # the same, for --gallery val
     gallery: Literal["tune", "val"] = "val"  # tune: 300 training videos, held out
+    towers: bool = False  # small transformers from scratch instead of linear maps
     variants: str = "base skp sampling weighting kcl all"  # or changed: NAME:field=value,…
     seeds: int = 5  # seeds 0 … n − 1
     epochs: int = 4  # of all captions
@@ -127,30 +138,39 @@ def main():
 class Side:
     """Videos with captions, as features."""
 
-    video: torch.Tensor  # float32 [n_video, 1280], mean over frames
-    text: torch.Tensor  # float32 [n_text, 384]
+    video: torch.Tensor  # float32 [n_video, 1280], mean over frames; --towers: [n_video, T, 1280]
+    text: torch.Tensor  # float32 [n_text, 384]; --towers: tokens, int64 [n_text, L]
     video_of_text: np.ndarray  # int64 [n_text]
     knowledge: Knowledge  # of the captions
     meaning: np.ndarray  # int64 [n_text]
 
 
-def load_side(path: str, cache: Path) -> Side:
+def load_side(path: str, cache: Path, tokenizer: Tokenizer | None) -> Side:
+    """tokenizer: of the towers; None: features for linear maps."""
     split = load_split("csv", path)
     knowledge = extract_many(split.captions, cache=cache / "knowledge")
     frames = video_features(split.video_paths, cache / "features").astype(np.float32)
-    video = torch.from_numpy(frames).mean(dim=1)
-    text = torch.from_numpy(text_features(split.captions, cache / "features").astype(np.float32))
+    video = torch.from_numpy(frames)
+    if tokenizer:
+        text, _ = tokenizer.encode_batch(split.captions, TEXT_LENGTH)
+    else:
+        video = video.mean(dim=1)
+        features = text_features(split.captions, cache / "features")
+        text = torch.from_numpy(features.astype(np.float32))
     meaning = meaning_ids(split.captions, knowledge)
     return Side(video, text, split.video_of_caption, knowledge, meaning)
 
 
 def load_sides(config: FeatureConfig) -> tuple[Side, Side]:
     """(training, gallery), standardised by the training features."""
-    train = load_side(config.train, Path(config.cache))
+    cache, tokenizer = Path(config.cache), None
+    if config.towers:
+        tokenizer = Tokenizer.train(load_split("csv", config.train).captions, VOCAB_SIZE)
+    train = load_side(config.train, cache, tokenizer)
     if config.gallery == "tune":
         train, gallery = hold_out(train, HELD_OUT)
     else:
-        gallery = load_side(config.val, Path(config.cache))
+        gallery = load_side(config.val, cache, tokenizer)
     return standardise(train, by=train), standardise(gallery, by=train)
 
 
@@ -184,8 +204,10 @@ def standardise(side: Side, by: Side) -> Side:
     scaled = {}
     for name in ("video", "text"):
         features = getattr(by, name)
-        deviation = features.std(dim=0).clamp(min=1e-6)
-        scaled[name] = (getattr(side, name) - features.mean(dim=0)) / deviation
+        if features.is_floating_point():  # not tokens
+            features = features.flatten(end_dim=-2)
+            deviation = features.std(dim=0).clamp(min=1e-6)
+            scaled[name] = (getattr(side, name) - features.mean(dim=0)) / deviation
     return replace(side, **scaled)
 
 
@@ -214,25 +236,75 @@ def hard_questions(side: Side, vocab: ConceptVocab, options: int = 5) -> np.ndar
 # ---- one run -------------------------------------------------------------------------------------
 
 
+class FrameTower(nn.Module):
+    """A small transformer over the features of a video's frames: [B, T, 1280] -> [B, E]."""
+
+    def __init__(self, frames: int, feature_width: int, embed_dim: int):
+        super().__init__()
+        self.read = nn.Linear(feature_width, WIDTH)
+        self.when = nn.Parameter(torch.zeros(frames, WIDTH))
+        blocks = [Block(WIDTH, HEADS, quick_gelu=False) for _ in range(VIDEO_LAYERS)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm_out = nn.LayerNorm(WIDTH)
+        self.project = nn.Linear(WIDTH, embed_dim, bias=False)
+        init_tower(self, WIDTH, VIDEO_LAYERS)
+
+    def forward(self, frames):
+        x = self.blocks(self.read(frames) + self.when)
+        return self.project(self.norm_out(x).mean(dim=1))
+
+
+class TokenTower(TextEncoder):
+    """model.py's text tower, small. It finds the end of a caption by its mark: tokens -> [B, E]."""
+
+    def __init__(self, embed_dim: int, vocab_size: int = VOCAB_SIZE):
+        sizes = dict(text_width=WIDTH, text_layers=TEXT_LAYERS, text_heads=HEADS)
+        sizes |= dict(text_length=TEXT_LENGTH, vocab_size=vocab_size, embed_dim=embed_dim)
+        super().__init__(ModelConfig(**sizes))
+        init_tower(self, WIDTH, TEXT_LAYERS)
+        nn.init.normal_(self.token_embed.weight, std=0.02)
+        nn.init.normal_(self.position_embed, std=0.01)
+
+    def forward(self, tokens):
+        end = tokens.argmax(dim=1, keepdim=True)  # the mark is the highest id
+        return super().forward(tokens, torch.arange(tokens.shape[1]) <= end)
+
+
 class Heads(nn.Module):
-    """One linear map per side, the logit scale, the concept head.
+    """Two sides of the joint space, the logit scale, the concept head.
 
     The concept head comes last, so that the other weights do not depend on it.
     """
 
-    def __init__(self, video_width, text_width, embed_dim, num_concepts, dropout):
+    def __init__(self, video: nn.Module, text: nn.Module, embed_dim: int, num_concepts: int):
         super().__init__()
-        self.video = nn.Sequential(nn.Dropout(dropout), nn.Linear(video_width, embed_dim))
-        self.text = nn.Sequential(nn.Dropout(dropout), nn.Linear(text_width, embed_dim))
+        self.video, self.text = video, text
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         self.concept_head = nn.Linear(embed_dim, num_concepts)
 
+    @classmethod
+    def build(cls, side: Side, num_concepts: int, config: "FeatureConfig") -> "Heads":
+        """One linear map per side, or the towers."""
+        E, drop = config.embed_dim, nn.Dropout(config.dropout)
+        if config.towers:
+            video = nn.Sequential(drop, FrameTower(*side.video.shape[1:], E))
+            return cls(video, TokenTower(E), E, num_concepts)
+        video = nn.Sequential(drop, nn.Linear(side.video.shape[1], E))
+        return cls(video, nn.Sequential(drop, nn.Linear(side.text.shape[1], E)), E, num_concepts)
+
     def forward(self, video, text):
-        """[B, 1280], [B, 384] -> unit vectors [B, E], [B, E], concept logits [B, 2, K]."""
+        """The features of B videos and captions -> unit vectors [B, E], [B, E], concept logits
+        [B, 2, K]."""
         video_emb, text_emb = F.normalize(self.video(video)), F.normalize(self.text(text))
         both = torch.stack([video_emb, text_emb], dim=1)
         unit_variance = both * video_emb.shape[1] ** 0.5  # as model.CLOP does
         return video_emb, text_emb, self.concept_head(unit_variance)
+
+    def embed(self, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of all videos and captions of a side, [n_video, E] and [n_text, E]."""
+        video = [self.video(part) for part in side.video.split(1024)]
+        text = [self.text(part) for part in side.text.split(1024)]
+        return F.normalize(torch.cat(video)), F.normalize(torch.cat(text))
 
 
 def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed=0):
@@ -251,19 +323,17 @@ def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed
 def find_hardest(heads, side: Side, anchors, pool) -> np.ndarray:
     """The captions of the pool that the heads take soonest for those of each anchor's video."""
     heads.eval()
-    text_emb = F.normalize(heads.text(side.text[pool]))
-    video_emb = F.normalize(heads.video(side.video[side.video_of_text[anchors]]))
-    found = [rows @ text_emb.T for rows in video_emb.split(1024)]
-    hardest = torch.cat([sim.topk(64, dim=1).indices for sim in found])
+    video_emb, text_emb = heads.embed(side)
     heads.train()
-    return pool[hardest.numpy()]
+    videos, text_emb = video_emb[side.video_of_text[anchors]], text_emb[pool]
+    hardest = [(rows @ text_emb.T).topk(64, dim=1).indices for rows in videos.split(1024)]
+    return pool[torch.cat(hardest).numpy()]
 
 
 def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, seed: int):
     """Heads trained by `clop_loss` with the fields of a variant."""
     torch.manual_seed(seed)
-    widths = (side.video.shape[1], side.text.shape[1])
-    heads = Heads(*widths, config.embed_dim, len(vocab), config.dropout)
+    heads = Heads.build(side, len(vocab), config)
     heads.concept_head.bias.data.copy_(torch.from_numpy(vocab.log_odds))
     matrices = [p for p in heads.parameters() if p.ndim == 2]
     others = [p for p in heads.parameters() if p.ndim < 2]
@@ -282,7 +352,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
     held, idf = vocab.encode(side.knowledge), torch.from_numpy(vocab.idf)
     loss_fields = {name: x for name, x in fields.items() if hasattr(LossConfig, name)}
-    losses = LossConfig(**loss_fields)
+    losses, step = LossConfig(**loss_fields), 0
 
     for epoch in range(config.epochs):
         is_guided = epoch >= fields["guided_from"] * config.epochs and epoch
@@ -292,10 +362,12 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
             concepts = torch.from_numpy(held[samples].toarray())
             signature = np.stack([videos, side.meaning[samples]], axis=1)
             *pairs, concept_logits = heads(side.video[videos], side.text[samples])
+            fading = replace(losses, skp_weight=losses.skp_weight * (1 - step / steps))
+            step += 1
             loss, _ = clop_loss(
                 *pairs,
                 heads.logit_scale,
-                losses,
+                fading,  # as train.fade_skp
                 knowledge=concept_vectors(concepts, idf),
                 signature=torch.from_numpy(signature),
                 concept_logits=concept_logits,
@@ -311,7 +383,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
 @torch.inference_mode()
 def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]:
     """Ranks and multiple choice on a gallery."""
-    video_emb, text_emb = F.normalize(heads.video(side.video)), F.normalize(heads.text(side.text))
+    video_emb, text_emb = heads.embed(side)
     metrics = summarize(retrieval_ranks(text_emb, video_emb, side.video_of_text))
     if len(questions):
         video = video_emb[side.video_of_text[questions[:, 0]]].double()  # [n, E]
@@ -386,7 +458,8 @@ def describe_group(runs: list[dict]) -> str:
     """One line: what all of these runs share."""
     first, config = runs[0], runs[0]["config"]
     names = ("epochs", "batch_size", "lr", "weight_decay", "dropout", "embed_dim")
-    chosen = ", ".join(f"{name} {config[name]}" for name in names)
+    chosen = "towers from scratch; " if config["towers"] else "linear maps; "
+    chosen += ", ".join(f"{name} {config[name]}" for name in names)
     seconds = np.mean([record["seconds"] for record in runs])
     commits = ", ".join(dict.fromkeys(record["commit"] for record in runs))
     return (

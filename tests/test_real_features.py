@@ -1,5 +1,7 @@
 """bench/real_features.py and frozen_features.py: questions, batches, heads, kept features."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,16 @@ from scipy.sparse import csr_array
 
 from bench import frozen_features, paired, real_features
 from bench.real_features import FeatureConfig, Side, hard_questions, train_heads
+from captions.tokenizer import Tokenizer
 from cli import UserError
 from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids
 
 WHO = "dog cat girl boy robot horse".split()
 DOES = "chases pushes follows lifts paints watches".split()
+SCENES = [(a, verb, b) for a in WHO for verb in DOES for b in WHO if a != b]
+CAPTIONS = []  # two of each scene
+for who, does, whom in SCENES:
+    CAPTIONS += [f"a {who} {does} a {whom}", f"the old {who} {does} a {whom} in a garden"]
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +27,17 @@ def side() -> Side:
     rng = np.random.default_rng(0)
     vectors = {word: rng.normal(size=24) for word in WHO + DOES}
     roles = rng.normal(size=(3, 24, 24)) / 5
-    captions, video, text = [], [], []
-    for scene in [(a, verb, b) for a in WHO for verb in DOES for b in WHO if a != b]:
-        a, verb, b = scene
-        captions += [f"a {a} {verb} a {b}", f"the old {a} {verb} a {b} in a garden"]
+    video, text = [], []
+    for scene in SCENES:
         features = sum(vectors[word] @ role for word, role in zip(scene, roles))
         noisy = features + 0.3 * rng.normal(size=(3, 24))
         video.append(noisy[0])
         text += [noisy[1], noisy[2]]
 
-    knowledge = extract_many(captions, progress=False)
-    video_of_text = np.arange(len(captions)) // 2
+    knowledge = extract_many(CAPTIONS, progress=False)
+    video_of_text = np.arange(len(CAPTIONS)) // 2
     features = [torch.tensor(np.array(x), dtype=torch.float32) for x in (video, text)]
-    return Side(*features, video_of_text, knowledge, meaning_ids(captions, knowledge))
+    return Side(*features, video_of_text, knowledge, meaning_ids(CAPTIONS, knowledge))
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +99,21 @@ def test_questions_are_the_nearest_captions_that_say_something_else(side, vocab)
 def test_heads_learn_with_each_part(side, vocab, name):
     questions = hard_questions(side, vocab)
     torch.manual_seed(0)
-    untrained = real_features.Heads(24, 24, 16, len(vocab), 0.0).eval()
+    untrained = real_features.Heads.build(side, len(vocab), make_config()).eval()
     trained = train_heads(side, vocab, real_features.VARIANTS[name], make_config(), seed=0)
     before, after = (real_features.measure(x, side, questions) for x in (untrained, trained))
     assert after["t2v_R@10"] > before["t2v_R@10"] + 30 and after["mc_accuracy"] > 60
+
+
+def test_towers_from_scratch_learn(side, vocab):
+    tokenizer = Tokenizer.train(CAPTIONS, real_features.VOCAB_SIZE)
+    tokens, _ = tokenizer.encode_batch(CAPTIONS, real_features.TEXT_LENGTH)
+    read = replace(side, video=side.video[:, None].expand(-1, 4, -1), text=tokens)
+    questions = hard_questions(read, vocab)
+    config = make_config(towers=True, lr=3e-3, epochs=10)
+    heads = train_heads(read, vocab, real_features.VARIANTS["all"], config, seed=0)
+    after = real_features.measure(heads, read, questions)
+    assert after["t2v_R@10"] > 50
 
 
 def test_what_is_recorded_is_not_run_again(side, tmp_path):
