@@ -348,7 +348,7 @@ def make_tables(results: str) -> str:
     for runs in read_groups(results):
         shown = {name: title for name, title in HEADINGS.items() if name in runs[0]["metrics"]}
         variants = order_variants(runs)
-        pairs = [("all", other) for other in ("skp", "kcl") if other != variants[0]]
+        pairs = [("all", other) for other in variants[1:] if other != "all"]
         tables = markdown_tables(runs, shown, variants, base=variants[0], pairs=pairs)
         texts.append(f"{describe_group(runs)}\n\n{tables}")
     return "\n\n".join(texts)
