@@ -222,6 +222,19 @@ def test_a_group_is_an_anchor_with_the_hardest_that_are_left(scenes):
     assert same_words >= 10  # of 15: the same words in other roles are the hardest
 
 
+def test_groups_are_made_out_of_four_times_as_many_captions(scenes):
+    _, held, find = scenes
+    pools = []
+
+    def find_and_note(anchors, pool):
+        pools.append(len(pool))
+        return find(anchors, pool)
+
+    for num_batches in (1, 3):
+        make_sampler(held).plan(2, num_batches, find_and_note)
+    assert pools == [4 * 24, 120]  # and never more than there are
+
+
 def test_what_may_be_true_of_the_video_joins_no_group():
     captions = ["a red dog runs", "a dog runs", "a black dog runs", "a red cat runs", "123 !"]
     captions += ["a big red dog is running", "a dog sleeps"]
