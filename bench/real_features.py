@@ -83,7 +83,7 @@ from model import Block, ModelConfig, TextEncoder, init_tower
 HELD_OUT = 300  # training videos that make the tuning gallery
 
 # of the towers from scratch
-WIDTH, HEADS, VIDEO_LAYERS, TEXT_LAYERS, TEXT_LENGTH, VOCAB_SIZE = 128, 4, 2, 4, 20, 4096
+WIDTH, HEADS, VIDEO_LAYERS, TEXT_LAYERS, TEXT_LENGTH, VOCAB_SIZE = 128, 4, 2, 2, 20, 4096
 
 # Chosen on the tuning gallery (docs/LOG.md), where little made a difference.
 SAMPLING = dict(guided_share=0.25)
