@@ -1,6 +1,6 @@
 """What CLOP's parts buy on real clips with real captions: its losses on frozen features.
 
-    python -m bench.real_features                # all variants on the validation file: once
+    python -m bench.real_features                # three variants on the validation file: once
     python -m bench.real_features --towers       # the same with small towers trained from scratch
     python -m bench.real_features --gallery tune --seeds 1 --variants "base all:beta=2" \\
         --results tuning.jsonl                   # before that: choose settings
@@ -108,7 +108,7 @@ class FeatureConfig:
     val: str = "../shared/msrvtt_mini/val.csv"  # the same, for --gallery val
     gallery: Literal["tune", "val"] = "val"  # tune: 300 training videos, held out
     towers: bool = False  # small transformers from scratch instead of linear maps
-    variants: str = "base skp sampling weighting kcl all"  # or changed: NAME:field=value,…
+    variants: str = "base skp all"  # of VARIANTS, or changed: NAME:field=value,…
     seeds: int = 5  # seeds 0 … n − 1
     epochs: int = 4  # of all captions
     batch_size: int = 256  # pairs
