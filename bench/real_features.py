@@ -257,9 +257,9 @@ class FrameTower(nn.Module):
 class TokenTower(TextEncoder):
     """model.py's text tower, small. It finds the end of a caption by its mark: tokens -> [B, E]."""
 
-    def __init__(self, embed_dim: int, vocab_size: int = VOCAB_SIZE):
+    def __init__(self, embed_dim: int):
         sizes = dict(text_width=WIDTH, text_layers=TEXT_LAYERS, text_heads=HEADS)
-        sizes |= dict(text_length=TEXT_LENGTH, vocab_size=vocab_size, embed_dim=embed_dim)
+        sizes |= dict(text_length=TEXT_LENGTH, vocab_size=VOCAB_SIZE, embed_dim=embed_dim)
         super().__init__(ModelConfig(**sizes))
         init_tower(self, WIDTH, TEXT_LAYERS)
         nn.init.normal_(self.token_embed.weight, std=0.02)
@@ -352,7 +352,7 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
     held, idf = vocab.encode(side.knowledge), torch.from_numpy(vocab.idf)
     loss_fields = {name: x for name, x in fields.items() if hasattr(LossConfig, name)}
-    losses, step = LossConfig(**loss_fields), 0
+    losses = LossConfig(**loss_fields)
 
     for epoch in range(config.epochs):
         is_guided = epoch >= fields["guided_from"] * config.epochs and epoch
@@ -362,8 +362,8 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
             concepts = torch.from_numpy(held[samples].toarray())
             signature = np.stack([videos, side.meaning[samples]], axis=1)
             *pairs, concept_logits = heads(side.video[videos], side.text[samples])
-            fading = replace(losses, skp_weight=losses.skp_weight * (1 - step / steps))
-            step += 1
+            left = 1 - schedule.last_epoch / steps
+            fading = replace(losses, skp_weight=losses.skp_weight * left)
             loss, _ = clop_loss(
                 *pairs,
                 heads.logit_scale,
