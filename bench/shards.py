@@ -50,7 +50,7 @@ try:  # apt install ffmpeg; pip install --no-deps torchcodec==0.12.0 (later ones
 except ImportError:
     VideoDecoder = None
 
-from cli import give_back_memory, parse_config, run
+from cli import give_back_memory, keep_freed_memory, parse_config, run
 from datasets import toyworld
 from datasets.shards import index_file, load_shards
 from eval import machine_facts
@@ -316,6 +316,7 @@ def load_index(pattern: str, index: Path, workers: int) -> tuple:
 def main():
     config = parse_config(BenchConfig)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as train.py does
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary).resolve()
         folder.mkdir(exist_ok=True)

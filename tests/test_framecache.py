@@ -195,6 +195,22 @@ def test_a_worker_that_is_killed(fill, tmp_path, deaths):
     assert all("trouble.mp4: the decoder died twice (exit code -9" in why for why in reasons)
 
 
+def three_arrays(n: int) -> list[np.ndarray]:
+    return [np.full(n, 1, np.uint8), np.arange(n)[::2], np.full((2, n), 2.0).T]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])  # as on Linux, and elsewhere
+def test_arrays_of_any_size_come_back_from_a_worker(start, monkeypatch):
+    """Small ones, what the shared memory cannot hold, and views; the next answer changes none."""
+    monkeypatch.setattr(guarded, "CONTEXT", multiprocessing.get_context(start))
+    sizes = [5, 0, guarded.ROOM // 8, guarded.ROOM + 1, 7]
+    with guarded.guard(three_arrays, 1) as work:
+        answers = [work(n) for n in sizes]
+    for n, answer in zip(sizes, answers):
+        for found, expected in zip(answer, three_arrays(n), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 SLOW = """
 import os, sys, time
 from videos import cache

@@ -12,15 +12,18 @@ is killed and the file is given up. Another process goes on with the next.
 A process may also die by no fault of its file, say where memory runs out. So the file is tried once
 more. If its process dies again, it was the file.
 
-A job is the path of a file, or has a `path`. `concurrent.futures` waits for ever for a process that
+A job is the path of a file, or has a `path`. Its arrays come back through memory that thread and
+process share, in half of the time. `concurrent.futures` waits for ever for a process that
 hangs. `pebble` kills it, as this file does, but is six times slower on small jobs (docs/LOG.md).
 """
 
 import collections
 import contextlib
 import itertools
+import mmap
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -38,6 +41,8 @@ PATIENCE = 60.0
 
 # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+# bytes of the memory that a thread and its process share; what does not fit takes the pipe
+ROOM = 2**22  # 27 frames of 224 pixels
 
 STARTING = threading.Lock()
 OUR_ENDS = weakref.WeakSet()  # of the pipes to all processes
@@ -48,6 +53,9 @@ class Worker:
 
     def __init__(self, work: Callable):
         self.work, self.is_closed = work, False
+        # only a fork inherits memory without a name
+        can_share = CONTEXT.get_start_method() == "fork"
+        self.room = mmap.mmap(-1, ROOM) if can_share else bytearray()
         self.start()
 
     def start(self) -> None:
@@ -57,7 +65,7 @@ class Worker:
                 raise CancelledError
             self.pipe, theirs = CONTEXT.Pipe()
             OUR_ENDS.add(self.pipe)
-            args = (self.work, theirs, list(OUR_ENDS))
+            args = (self.work, theirs, self.room, list(OUR_ENDS))
             self.process = CONTEXT.Process(target=serve, args=args, daemon=True)
             self.process.start()
             theirs.close()
@@ -73,7 +81,7 @@ class Worker:
                 self.pipe.send(job)
                 is_late = not self.pipe.poll(seconds)
                 if not is_late:
-                    result, error = self.pipe.recv()
+                    result, error = unpack(*self.pipe.recv(), self.room)
                     break
             except (EOFError, ConnectionError):  # it has died
                 pass
@@ -105,7 +113,7 @@ class Worker:
         self.process.join()
 
 
-def serve(work: Callable, pipe: Connection, inherited: list[Connection]) -> None:
+def serve(work: Callable, pipe: Connection, room, inherited: list[Connection]) -> None:
     """In the process: do the jobs that come through the pipe, until the parent is gone."""
     for end in inherited:  # kept open here, no pipe would end with the parent
         end.close()
@@ -119,7 +127,29 @@ def serve(work: Callable, pipe: Connection, inherited: list[Connection]) -> None
                 answer = work(job), None
             except UserError as error:
                 answer = None, error
-            pipe.send(answer)
+            pipe.send(pack(answer, room))
+
+
+def pack(answer, room: mmap.mmap | bytearray) -> tuple[bytes, list[int]]:
+    """(pickle of the answer, where each array ends in `room`): those that fit are put there."""
+    ends = [0]
+
+    def takes_the_pipe(array: pickle.PickleBuffer) -> bool:
+        end = ends[-1] + array.raw().nbytes
+        if end > len(room):
+            return True
+        room[ends[-1] : end] = array.raw()
+        ends.append(end)
+        return False
+
+    return pickle.dumps(answer, protocol=5, buffer_callback=takes_the_pipe), ends
+
+
+def unpack(pickled: bytes, ends: list[int], room: mmap.mmap | bytearray):
+    """The answer, with copies of its arrays: the next one needs the room."""
+    shared = memoryview(room)
+    arrays = [bytearray(shared[start:end]) for start, end in itertools.pairwise(ends)]
+    return pickle.loads(pickled, buffers=arrays)
 
 
 def seconds_allowed(path: str) -> float:
