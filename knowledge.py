@@ -3,6 +3,7 @@
 "two dogs chase a red ball" becomes
 
     noun: dog, ball    verb: chase    relation: chase ball    attribute: two dog, red ball
+    patient: ball
 
 captions/tagger.py says which words are nouns and verbs, and captions/relations.py which noun a verb
 acts on. Each such piece is a *concept*: "noun:dog", "verb:chase", "relation:chase ball". What many
@@ -17,10 +18,10 @@ of their weighted concept vectors, from 0 to 1:
 With the idf of these four captions:
 
     a dog chases a cat      κ = 1.00   a cat is chased by a dog      the same: a false negative
-                            κ = 0.58   a cat chases a dog            a hard negative: other roles
-                            κ = 0.18   a dog sleeps
+                            κ = 0.41   a cat chases a dog            a hard negative: other roles
+                            κ = 0.16   a dog sleeps
 
-KCL weighs negatives by κ. `meaning_ids` says which pairs are no negatives at all.
+KCL can weigh negatives by κ. `meaning_ids` says which pairs are no negatives at all.
 
 Simplified: English only, no parse tree, no synonyms, no coreference ("it" is nothing). How well it
 reads captions: docs/results.md.
@@ -83,18 +84,28 @@ def find_attributes(s: Sentence) -> list[str]:
     return pairs
 
 
+def find_patients(s: Sentence) -> list[str]:
+    """The nouns of all relations: to whom it is done, whatever it is.
+
+    "chase ball" is rare, and a model sees few videos of it. "Something is done to a ball" is
+    frequent, and tells as well who does it to whom (docs/LOG.md).
+    """
+    return [relation.partition(" ")[2] for relation in find_relations(s)]
+
+
 # Paper: "explicit structural representations … of several granularities" is all that the abstract
-# says. Ours are these four. Another one is one more entry.
+# says. Ours are these five. Another one is one more entry.
 GRANULARITIES = {
     "noun": find_nouns,
     "verb": find_verbs,
     "relation": find_relations,
     "attribute": find_attributes,
+    "patient": find_patients,
 }
 
 
 def extract_knowledge(caption: str) -> dict[str, list[str]]:
-    """{"noun": [...], "verb": [...], "relation": ["verb noun", ...]}: each lemma once, in order.
+    """{"noun": […], "verb": […], "relation": ["verb noun", …], …}: each lemma once, in order.
 
     A caption without letters has no concepts. Raises UserError where the tagger's weights are
     missing (`load_tagger`).
