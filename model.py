@@ -69,8 +69,8 @@ class ModelConfig:
 # fmt: off
 PRESETS = {
     "toy": dict(
-        image_size=32, patch_size=8, frames_per_patch=4, conv_stem=True,
-        video_width=128, video_layers=4, video_heads=4,
+        image_size=32, patch_size=8, frames_per_patch=2, conv_stem=True,
+        video_width=128, video_layers=3, video_heads=4,
         text_width=128, text_layers=3, text_heads=4, text_length=32, vocab_size=1024, embed_dim=256,
     ),
     "small": dict(
