@@ -89,7 +89,7 @@ MINE_EVERY = 100  # steps: what the model mixes up changes
 @dataclass
 class MethodFlags(LossConfig):
     skp_weight: float = 0.5  # SKP: weight of the concept prediction, at first; it falls to zero
-    beta: float = 1.0  # KCL: how much shared knowledge raises a negative's logit
+    beta: float = 0.0  # KCL: how much shared knowledge raises a negative's logit; no help shown
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
     guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
     guided_from: float = 0.2  # … after this share of the steps …
@@ -114,7 +114,7 @@ class ModelFlags:
     preset: Literal["toy", "small", "base"] = "toy"  # size of the model, see model.py
     init: str | None = None  # weights of a CLIP, or a run: sizes and tokenizer follow from them
     image_size: int | None = None  # H = W of a frame, pixels; None: the preset's, or that of --init
-    num_frames: str = "4,8"  # T, frames of a video; several: an equal share of the steps each
+    num_frames: str = "4,4,8"  # T, frames of a video; several: an equal share of the steps each
 
 
 @dataclass
@@ -201,7 +201,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
     with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
             batch = run.next_batch(batches)
-            batch["knowledge"] = concept_vectors(batch["concepts"], idf)  # κ = their dot products
+            if config.beta:
+                batch["knowledge"] = concept_vectors(batch["concepts"], idf)  # κ: dot products
 
             lr = learning_rate(run.step, config)
             for optimizer in optimizers:
@@ -419,6 +420,12 @@ def num_frames(config: TrainConfig) -> list[int]:
     return stages
 
 
+def frames_at(config: TrainConfig, step: int) -> int:
+    """T at this step."""
+    stages = num_frames(config)
+    return stages[min(step * len(stages) // config.steps, len(stages) - 1)]
+
+
 # ---- 2. model and optimizer ----------------------------------------------------------------------
 
 
@@ -499,7 +506,7 @@ def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator
 
     def embed_samples(rows, place):
         """video_emb of these samples, the first at this place among those of all ranks."""
-        T, size = num_frames(config)[-1], config.batch_size
+        T, size = frames_at(config, run.step), config.batch_size
         starts = range(0, len(rows), size)
         jobs = [Job(rows[i : i + size], place + i, 0, T) for i in starts]
         for batch in read_batches(samples, jobs, **reading):
@@ -523,13 +530,12 @@ def plan_batches(
     config: TrainConfig, ranks: Ranks, order: np.ndarray, epoch: Epoch, first_step: int
 ) -> Iterator[Job]:
     """What this rank loads from the first step on, to the end of the epoch."""
-    stages, B = num_frames(config), config.batch_size
+    B = config.batch_size
     for step in range(first_step, epoch.end):
-        stage = min(step * len(stages) // config.steps, len(stages) - 1)
         place = (step - epoch.first) * B
         shares = np.array_split(order[place : place + B], ranks.world_size)
         first = place + sum(map(len, shares[: ranks.rank]))
-        yield Job(shares[ranks.rank], first, epoch.number, stages[stage])
+        yield Job(shares[ranks.rank], first, epoch.number, frames_at(config, step))
 
 
 # ---- 3. a step -----------------------------------------------------------------------------------
@@ -582,7 +588,7 @@ def loss_of(outputs: tuple, logit_scale, batch: dict, config: TrainConfig) -> tu
         text_emb,
         logit_scale,
         config,
-        knowledge=batch["knowledge"],
+        knowledge=batch.get("knowledge"),
         signature=batch["signature"],
         concept_logits=concept_logits,
         concepts=batch["concepts"],

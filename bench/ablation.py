@@ -77,9 +77,9 @@ VARIANTS = {
     "masks": BASE | MASKS,
     "weighting": BASE | WEIGHTING,
     "mining": BASE | MINING,
-    "kcl": BASE | SAMPLING | WEIGHTING,
-    "all": BASE | SKP | SAMPLING | WEIGHTING,  # what train.py does without any flag
-    "all+mining": BASE | SKP | SAMPLING | WEIGHTING | MINING,
+    "kcl": BASE | SAMPLING | MASKS,
+    "all": BASE | SKP | SAMPLING | MASKS,  # what train.py does without any flag
+    "all+mining": BASE | SKP | SAMPLING | MINING,
 }
 OURS = {"out", "seed", "test"}  # fields of train.py that this script sets itself
 
