@@ -88,7 +88,7 @@ MINE_EVERY = 100  # steps: what the model mixes up changes
 
 @dataclass
 class MethodFlags(LossConfig):
-    skp_weight: float = 0.5  # SKP: weight of the concept prediction, at first; it falls to zero
+    skp_weight: float = 0.5  # SKP: weight of the concept prediction
     beta: float = 0.0  # KCL: how much shared knowledge raises a negative's logit; no help shown
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
     guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
@@ -208,7 +208,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"]
-            parts = backward(towers, model.logit_scale, batch, fade_skp(config, run.step))
+            parts = backward(towers, model.logit_scale, batch, config)
             parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
             parts = ranks.mean_of(parts)  # the same numbers on all ranks: all decide alike
             if math.isfinite(parts["loss"] + parts["grad_norm"]):
@@ -547,11 +547,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def fade_skp(config: TrainConfig, step: int) -> TrainConfig:
-    """SKP's weight falls to zero: first what videos share, in the end what tells them apart."""
-    return replace(config, skp_weight=config.skp_weight * (1 - step / config.steps))
 
 
 def backward(towers, logit_scale, batch: dict, config: TrainConfig) -> dict[str, torch.Tensor]:

@@ -362,12 +362,10 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
             concepts = torch.from_numpy(held[samples].toarray())
             signature = np.stack([videos, side.meaning[samples]], axis=1)
             *pairs, concept_logits = heads(side.video[videos], side.text[samples])
-            left = 1 - schedule.last_epoch / steps
-            fading = replace(losses, skp_weight=losses.skp_weight * left)
             loss, _ = clop_loss(
                 *pairs,
                 heads.logit_scale,
-                fading,  # as train.fade_skp
+                losses,
                 knowledge=concept_vectors(concepts, idf),
                 signature=torch.from_numpy(signature),
                 concept_logits=concept_logits,
