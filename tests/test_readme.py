@@ -136,10 +136,7 @@ $ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-
   --gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6
   --weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt
 = docs/finetune.md: **Not run**
-$ -m bench.ablation --variants "base skp all all:beta=0" --seeds 5 --split test
-= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --variants "base skp all" --seeds 5 --split test
-  -- --num-frames 4 --steps 200 --eval-every 200
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(

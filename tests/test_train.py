@@ -198,7 +198,7 @@ def test_frames_of_each_step():
     assert epoch == (1, 6, 10, True)
     jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), np.arange(8), epoch, 7)
     assert [(job.first, job.num_frames) for job in jobs] == [(2, 8), (4, 8), (6, 8)]
-    for wrong in ("", "8,4", "0,8", "-1,8", "one,8", "1,,8", "1;8", "8," * 2000 + "8"):
+    for wrong in ("", "8,4", "0,8", "-1,8", "one,8", "1,,8", "1;8"):
         with pytest.raises(UserError, match="--num-frames .*expected a number"):
             train.num_frames(TrainConfig(num_frames=wrong))
 
