@@ -140,7 +140,7 @@ $ -m bench.ablation --variants "base skp all" --seeds 5 --split test
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
-$ -m bench.real_features --towers
+$ -m bench.real_features --towers --variants "base skp"
 = tests/test_real_features.py: def test_towers_from_scratch_learn(
 $ -m bench.real_features --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
