@@ -89,7 +89,7 @@ MINE_EVERY = 100  # steps: what the model mixes up changes
 @dataclass
 class MethodFlags(LossConfig):
     skp_weight: float = 0.5  # SKP: weight of the concept prediction
-    beta: float = 0.0  # KCL: how much shared knowledge raises a negative's logit; no help shown
+    beta: float = 0.0  # KCL: how much shared knowledge raises a negative's logit; did not help
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
     guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
     guided_from: float = 0.2  # … after this share of the steps …
