@@ -447,7 +447,7 @@ def test_a_run_starts_from_a_run(tiny_world, tmp_path, capsys):
     assert before.model.config.image_size == 24
     weights = before.model.state_dict()
     found = read_pretrained(first.out, num_frames=8, image_size=48)
-    assert found.sizes.image_size == 48 and len(found.weights["video.time_embed"]) == 2
+    assert found.sizes.image_size == 48 and len(found.weights["video.time_embed"]) == 4
     model = CLOP(found.sizes)
     assert not found.load_into(model)  # without captions there is no SKP head
     for name, t in model.state_dict().items():
@@ -493,7 +493,7 @@ def test_groups_have_their_own_learning_rates():
             found[name_of.pop(p)] = (pytest.approx(group["scale"]), group["weight_decay"])
     assert not name_of  # each is in one group
     expected = {
-        "video.blocks.3.mlp.0.weight": (0.1, 0.2),
+        "video.blocks.2.mlp.0.weight": (0.1, 0.2),
         "text.blocks.2.mlp.0.bias": (0.1, 0.0),
         "logit_scale": (0.1, 0.0),
         "video.blocks.0.time_attn.out.weight": (1.0, 0.2),
