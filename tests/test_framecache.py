@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
@@ -209,6 +210,20 @@ def test_arrays_of_any_size_come_back_from_a_worker(start, monkeypatch):
     for n, answer in zip(sizes, answers):
         for found, expected in zip(answer, three_arrays(n), strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+def die_while_sending(job: str) -> None:
+    def half(pipe, data):
+        os.write(pipe.fileno(), data[:2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send = half
+
+
+def test_a_worker_that_dies_in_the_middle_of_its_answer_is_replaced():
+    with guarded.guard(die_while_sending, 1) as work:
+        with pytest.raises(VideoError, match=r"a.mp4: the decoder died twice \(exit code -9"):
+            work("a.mp4")
 
 
 SLOW = """

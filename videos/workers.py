@@ -46,7 +46,8 @@ CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "sp
 # bytes of the memory that a thread and its process share; what does not fit takes the pipe
 ROOM = 2**22  # 27 frames of 224 pixels
 
-STARTING = threading.Lock()
+# held while a process starts or ends: Python loses the exit code where two threads wait for it
+CHANGING = threading.Lock()
 OUR_ENDS = weakref.WeakSet()  # of the pipes to all processes
 
 
@@ -62,7 +63,7 @@ class Worker:
 
     def start(self) -> None:
         # one at a time: no process may inherit the other end of a pipe, or its death would not show
-        with STARTING:
+        with CHANGING:
             if self.is_closed:
                 raise CancelledError
             self.pipe, theirs = CONTEXT.Pipe()
@@ -85,11 +86,10 @@ class Worker:
                 if not is_late:
                     result, error = unpack(*self.pipe.recv(), self.room)
                     break
-            except (EOFError, ConnectionError):  # it has died
+            except (EOFError, OSError):  # it has died, perhaps while it sent
                 pass
 
-            self.process.kill()
-            self.process.join()
+            self.stop()
             exit_code = self.process.exitcode
             self.start()
             if is_late:
@@ -109,10 +109,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process, and the call that a thread may be waiting for."""
-        with STARTING:
-            self.is_closed = True
+        self.is_closed = True
+        self.stop()
+
+    def stop(self) -> None:
+        with CHANGING:
             self.process.kill()
-        self.process.join()
+            self.process.join()
 
 
 def serve(work: Callable, pipe: Connection, room, inherited: list[Connection]) -> None:
