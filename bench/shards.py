@@ -2,6 +2,7 @@
 
     python -m bench.shards              # 100,000 samples, 2.5 million rows: some ten minutes
     python -m bench.shards --samples 2000 --shards 4 --links 2 --steps 20 --run-steps 8
+    python -m bench.shards --videos DIR --size 224 --samples 120 --shards 2     # real clips: rates
 
 Clips of the toy world are packed into shards, each many times, with other captions. Then:
 
@@ -14,6 +15,8 @@ Clips of the toy world are packed into shards, each many times, with other capti
     run       train.py on all shards under --links names each (hard links, with the same index: 2.5
               million samples in no more space): seconds to the first step, memory, share of
               waiting; killed with -9, and started again
+    mining    the same with batches of --mine-batch, guided from the first step: seconds to plan
+              100 steps, of which the model mines; memory
 
 A line of results is added to bench/results/shards.jsonl.
 """
@@ -23,6 +26,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -59,7 +63,7 @@ from videos.decode import PART, frame_indices, read_frames, square
 from videos.workers import guard, prefetch
 
 ROOT = Path(__file__).resolve().parent.parent
-FRAMES, SIZE = 8, 32  # of the toy preset
+FRAMES = 8  # of the toy preset
 
 
 @dataclass
@@ -69,11 +73,14 @@ class BenchConfig:
     samples: int = 100_000  # in all shards
     shards: int = 100
     clips: int = 300  # different ones
+    videos: str | None = None  # folder of clips to pack; None: of the toy world
+    size: int = 32  # H = W of a frame as it is read, pixels
     links: int = 25  # names of each shard in the run: samples × links rows of the index
     workers: int = 2  # processes
     batch: int = 64
     steps: int = 1000  # batches over which memory is watched
     run_steps: int = 40  # of train.py
+    mine_batch: int = 1024  # pairs of a batch where it mines
     rounds: int = 3  # of the rates; the median counts
     folder: str | None = None  # for the shards; None: one that is deleted at the end
     out: str = str(ROOT / "bench" / "results" / "shards.jsonl")
@@ -84,9 +91,13 @@ def make_shards(folder: Path, config: BenchConfig) -> str:
     pattern = f"{folder}/{{00000..{config.shards - 1:05d}}}.tar"
     if (folder / f"{config.shards - 1:05d}.tar").exists():
         return pattern
-    world = toyworld.generate(folder / "toy", splits=["train"], train=config.clips)
-    with open(world / "train.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    if config.videos:
+        world, names = Path(config.videos), sorted(os.listdir(config.videos))[: config.clips]
+        rows = [dict(video=name, caption=f"a video, {name}") for name in names]
+    else:
+        world = toyworld.generate(folder / "toy", splits=["train"], train=config.clips)
+        with open(world / "train.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
     clips = {row["video"]: (world / row["video"]).read_bytes() for row in rows}
 
     for shard, numbers in enumerate(np.array_split(np.arange(config.samples), config.shards)):
@@ -109,6 +120,12 @@ def rss(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") // 10**6
 
 
+def peak_rss(pid: int) -> int:
+    """The most resident megabytes that a process had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1000
+
+
 # ---- rates ---------------------------------------------------------------------------------------
 
 
@@ -122,18 +139,18 @@ def stream(paths: list[str], config: BenchConfig) -> Iterator[np.ndarray]:
     """The frames of each batch, as data.read_batches reads them where the cache is too small."""
     wants = [wanted(path, number) for number, path in enumerate(paths)]
     batches = [wants[i : i + config.batch] for i in range(0, len(wants), config.batch)]
-    cache = FrameCache(tempfile.gettempdir(), size=SIZE, num_frames=2 * FRAMES, gigabytes=0)
+    cache = FrameCache(tempfile.gettempdir(), size=config.size, num_frames=2 * FRAMES, gigabytes=0)
     with guard(cache.read, config.workers) as read:
         yield from prefetch(lambda batch: np.stack(list(map(read, batch))), batches, config.workers)
 
 
-def decode(want: Want) -> np.ndarray:
-    return read_frames(want.path, 2 * FRAMES, size=SIZE, only=want.only)
+def decode(want: Want, size: int) -> np.ndarray:
+    return read_frames(want.path, 2 * FRAMES, size=size, only=want.only)
 
 
-def decode_all(wants: list[Want]) -> None:
+def decode_all(wants: list[Want], size: int) -> None:
     for want in wants:
-        decode(want)
+        decode(want, size)
 
 
 def by_pyav(data: bytes, only: list[int]) -> list[np.ndarray]:
@@ -163,8 +180,8 @@ def by_torchcodec(data: bytes, only: list[int]) -> np.ndarray:
 class Clips(torch.utils.data.Dataset):
     """The same frames of the same bytes, by another library."""
 
-    def __init__(self, wants: list[Want], read: Callable):
-        self.wants, self.read = wants, read
+    def __init__(self, wants: list[Want], read: Callable, size: int):
+        self.wants, self.read, self.size = wants, read, size
 
     def __len__(self) -> int:
         return len(self.wants)
@@ -173,7 +190,7 @@ class Clips(torch.utils.data.Dataset):
         want = self.wants[number]
         file, first, size = PART.fullmatch(want.path).groups()
         data = np.fromfile(file, np.uint8, int(size), offset=int(first)).tobytes()
-        frames = [square(frame, SIZE) for frame in self.read(data, want.only)]
+        frames = [square(frame, self.size) for frame in self.read(data, want.only)]
         return torch.from_numpy(np.stack(frames))
 
 
@@ -187,13 +204,13 @@ def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, tuple[floa
     """{way: (clips per second, milliseconds of processor time a clip)}, medians."""
     wants = [wanted(path, number) for number, path in enumerate(paths)]
     parts = [wants[i :: config.workers] for i in range(config.workers)]
-    rivals = {"PyAV": Clips(wants, by_pyav)} if av else {}
+    rivals = {"PyAV": Clips(wants, by_pyav, config.size)} if av else {}
     if VideoDecoder:
-        rivals["torchcodec"] = Clips(wants, by_torchcodec)
+        rivals["torchcodec"] = Clips(wants, by_torchcodec, config.size)
 
     def bare() -> None:
         with ProcessPoolExecutor(config.workers) as pool:
-            list(pool.map(decode_all, parts))
+            list(pool.map(partial(decode_all, size=config.size), parts))
 
     ways = dict(bare=bare, stream=lambda: list(stream(paths, config)))
     for name, clips in rivals.items():
@@ -208,7 +225,7 @@ def measure_rates(paths: list[str], config: BenchConfig) -> dict[str, tuple[floa
             rates[name].append((len(paths) / (time.perf_counter() - start), cpu_ms))
     for clips in rivals.values():
         for n in range(0, len(wants), max(1, len(wants) // 100)):
-            np.testing.assert_array_equal(clips[n].numpy(), decode(wants[n]))
+            np.testing.assert_array_equal(clips[n].numpy(), decode(wants[n], config.size))
     medians = {name: map(statistics.median, zip(*values)) for name, values in rates.items()}
     return {name: tuple(round(value, 2) for value in values) for name, values in medians.items()}
 
@@ -237,13 +254,13 @@ def lines_of(out: Path) -> list[dict]:
         return []
 
 
-def start_run(pattern: str, folder: Path, config: BenchConfig) -> subprocess.Popen:
-    steps = config.run_steps
-    flags = f"""--dataset shards --data {pattern} --cache {folder}/cache --out {folder}/run
-        --cache-gb 0 --workers {config.workers} --batch-size {config.batch} --num-frames {FRAMES}
-        --steps {steps} --eval-every {max(1, steps // 4)} --log-every 1"""
+def start_run(pattern: str, out: Path, config: BenchConfig, flags: str) -> subprocess.Popen:
+    flags += f""" --dataset shards --data {pattern} --cache {out.parent}/cache --out {out}
+        --cache-gb 0 --workers {config.workers} --num-frames {FRAMES} --log-every 1"""
     command = [sys.executable, str(ROOT / "train.py"), *flags.split()]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    with open(out.with_suffix(".txt"), "w", encoding="utf-8") as printed:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=printed)
 
 
 def wait_for(step: int, process: subprocess.Popen, out: Path) -> float:
@@ -257,25 +274,36 @@ def wait_for(step: int, process: subprocess.Popen, out: Path) -> float:
 
 def measure_run(pattern: str, folder: Path, config: BenchConfig) -> dict:
     out, steps = folder / "run", config.run_steps
-    process = start_run(pattern, folder, config)
+    flags = f"--batch-size {config.batch} --steps {steps} --eval-every {max(1, steps // 4)}"
+    process = start_run(pattern, out, config, flags)
     found = dict(first_step_s=wait_for(1, process, out))
     wait_for(steps // 4 + 1, process, out)
     children = []
     for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
         children += path.read_text().split()
     found["rank_mb"], found["workers_mb"] = rss(process.pid), [rss(int(pid)) for pid in children]
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    found["rank_peak_mb"] = int(status.split("VmHWM:")[1].split()[0]) // 1000
+    found["rank_peak_mb"] = peak_rss(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
     killed_after = lines_of(out)[-1]["step"]
-    process = start_run(pattern, folder, config)
+    process = start_run(pattern, out, config, flags)
     found["resumed_s"] = wait_for(killed_after + 1, process, out)
     assert process.wait() == 0
     lines = lines_of(out)[steps // 2 :]
     found["share_of_waiting"] = sum(x["data_s"] for x in lines) / sum(x["step_s"] for x in lines)
     return found
+
+
+def measure_mining(pattern: str, folder: Path, config: BenchConfig) -> dict:
+    out = folder / "mining"
+    flags = f"--batch-size {config.mine_batch} --steps 100 --guided-from 0"
+    process = start_run(pattern, out, config, flags)
+    found = dict(first_step_s=wait_for(1, process, out), rank_peak_mb=peak_rss(process.pid))
+    process.kill()
+    process.wait()
+    (line,) = re.findall("mined .*", out.with_suffix(".txt").read_text(encoding="utf-8"))
+    return found | dict(said=line, step_s=lines_of(out)[0]["step_s"])
 
 
 def link_shards(folder: Path, config: BenchConfig) -> str:
@@ -328,19 +356,18 @@ def main():
 
         index = folder / "cache" / "shards"
         record["index"] = measure_index(pattern, index, config.workers)
-        links = link_shards(folder, config)
-        record["index of links"] = measure_index(links, index, config.workers)
-        print(record["index"], record["index of links"], flush=True)
-
         split = load_shards(pattern, index=index, workers=1, progress=False)
         paths = list(split.video_paths[: min(2000, config.samples)])
-        for name, measure in (
-            ("clips per second", partial(measure_rates, paths, config)),
-            ("memory, MB", partial(measure_memory, paths, config)),
-            ("run", partial(measure_run, links, folder, config)),
-        ):
-            record[name] = measure()
-            print(name, record[name], flush=True)
+        record["clips per second"] = measure_rates(paths, config)
+        print(record, flush=True)
+
+        if not config.videos:  # their captions say nothing
+            links = link_shards(folder, config)
+            record["index of links"] = measure_index(links, index, config.workers)
+            record["memory, MB"] = measure_memory(paths, config)
+            record["run"] = measure_run(links, folder, config)
+            record["mining"] = measure_mining(links, folder, config)
+            print(record, flush=True)
 
     with open(config.out, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
