@@ -60,7 +60,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 AT_LEAST = 100  # videos of which --max-broken is a share, so that the first one stops no run
 ATTEMPTS = 100  # videos for one place in a batch
 
-POOL = 4  # captions that are looked through, for each that is planned
+POOL = 2  # captions that are looked through, for each that is planned
 
 # ---- frames --------------------------------------------------------------------------------------
 
@@ -170,7 +170,9 @@ class PairDataset:
         return Want(path, *self.split.window, only.tolist())
 
     def collate(self, samples: Sequence[int], video: np.ndarray) -> dict[str, torch.Tensor]:
-        """The batch of these samples and their frames [B, T, H, W, 3]."""
+        """The batch of the captions of these samples, and the frames of the first of them
+        [B, T, H, W, 3].
+        """
         captions = [self.split.captions[i] for i in samples]
         tokens, text_mask = self.tokenizer.encode_batch(captions, self.text_length)
         signature = np.stack([self.video_id[samples], self.meaning_id[samples]], axis=1)
@@ -184,9 +186,10 @@ class PairDataset:
 
 
 class Job(NamedTuple):
-    """A batch to load: these samples, and what decides on their frames."""
+    """A batch to load: these samples and captions, and what decides on the frames."""
 
     samples: np.ndarray
+    captions: np.ndarray  # samples of which only the caption is shown
     first: int  # place of the first of them in the epoch
     epoch: int
     num_frames: int
@@ -232,7 +235,7 @@ class BatchReader:
             sample, frames = self.read_sample(job, place, int(sample))
             samples.append(sample)
             video.append(frames)
-        return self.dataset.collate(samples, np.stack(video))
+        return self.dataset.collate([*samples, *job.captions], np.stack(video))
 
     def read_sample(self, job: Job, place: int, sample: int) -> tuple[int, np.ndarray]:
         """(sample, its frames) for this place in the epoch: of another one if it is broken."""
@@ -274,12 +277,15 @@ class BatchReader:
 class KnowledgeBatchSampler:
     """Batches in which groups of samples are hard to tell apart; each at most once per plan.
 
-    Some hundred batches are planned at once, one method a step:
+    A batch may also have captions without their videos, which are negatives alone: nearly free,
+    where a video costs many times as much as a caption. Some hundred batches are planned at once,
+    one method a step:
 
-    1. `plan`          a shuffle. Some samples become anchors. Among four times as many captions as
-                       are planned, the caller names the hardest for each anchor: those that the
-                       model mixes up with its own
-    2. `make_groups`   an anchor and the hardest of them that are negatives of each other
+    1. `plan`          a shuffle. Some samples become anchors. Among twice as many captions as are
+                       planned, the caller names the hardest for each anchor: those that the model
+                       mixes up with its own
+    2. `make_groups`   an anchor and the hardest of them that are negatives of each other; then the
+                       hardest that are negatives of all of these, as captions alone
     3. `find_true`     knowledge says which are not: a caption may be true of another's video, too
     4. `deal`          the groups go evenly to the batches, other samples fill the rest
 
@@ -296,11 +302,13 @@ class KnowledgeBatchSampler:
         seed: int = 0,
         guided_share: float = 0.5,
         group_size: int = 4,
+        text_negatives: float = 0.0,
     ):
         """held [N, K], sparse: the concepts of each sample; video_id [N].
 
-        batch_size: of the whole batch, which all processes share. Raises UserError where it is more
-        than there are samples.
+        batch_size: of the whole batch, which all processes share. text_negatives: captions without
+        their video, for each sample of it. Raises UserError where batch_size is more than there are
+        samples.
         """
         size = held.shape[0]
         if not 0 < batch_size <= size:
@@ -310,6 +318,8 @@ class KnowledgeBatchSampler:
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.groups_per_batch = round(guided_share * batch_size) // group_size
         self.group_size = group_size
+        self.num_captions = round(text_negatives * batch_size)  # without their videos
+        self.captions_per_group = self.num_captions // max(1, self.groups_per_batch)
 
         self.held, self.video_id = held, np.asarray(video_id)
         self.num_said = held.sum(axis=1)  # [N], concepts of each caption
@@ -325,27 +335,33 @@ class KnowledgeBatchSampler:
     def plan(
         self, epoch: int, num_batches: int | None = None, find_hardest: Callable | None = None
     ) -> np.ndarray:
-        """Samples in the order of the epoch, int64 [num_batches * batch_size]: its batches.
+        """The batches of an epoch, int64 [num_batches, batch_size + x]: samples, x captions alone.
 
         find_hardest(anchors [A], pool [P]) -> [A, k] samples of the pool, the hardest first.
-        Without it, or without a guided share, the order is a plain shuffle.
+        Without it, or without a guided share, all are drawn at random.
         """
         num_batches = len(self) if num_batches is None else num_batches
         rng = np.random.default_rng((self.seed, epoch))
         shuffled = rng.permutation(self.size)
         planned = shuffled[: num_batches * self.batch_size]
         wanted = num_batches * self.groups_per_batch
-        if find_hardest is None or not wanted:
-            return planned
+        groups = []
+        if find_hardest and wanted:
+            # some get into the group of another one before their turn; 256: a share for each rank
+            anchors = planned[: max(2 * wanted, 256)]
+            pool = shuffled[: POOL * len(planned)]
+            groups = self.make_groups(anchors, find_hardest(anchors, pool), wanted)
+        captions = rng.integers(self.size, size=(num_batches, self.num_captions))
+        return self.deal([groups[i] for i in rng.permutation(len(groups))], planned, captions)
 
-        # some get into the group of another one before their turn; 256: a share for each rank
-        anchors = planned[: max(2 * wanted, 256)]
-        pool = shuffled[: POOL * len(planned)]
-        groups = self.make_groups(anchors, find_hardest(anchors, pool), wanted)
-        return self.deal(rng.permutation(groups), planned, num_batches)
+    def make_groups(
+        self, anchors: np.ndarray, hardest: np.ndarray, wanted: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """At most `wanted` of (group, captions alone).
 
-    def make_groups(self, anchors: np.ndarray, hardest: np.ndarray, wanted: int) -> np.ndarray:
-        """At most `wanted` disjoint groups [G, group_size]: an anchor and its hardest free ones."""
+        A group is an anchor and its hardest free ones, [group_size]; groups are disjoint. Captions
+        alone are at most `captions_per_group`, and may be in other groups, too.
+        """
         is_free = np.ones(self.size, bool)
         groups = []
         for anchor, others in zip(anchors, hardest):
@@ -355,40 +371,50 @@ class KnowledgeBatchSampler:
                 continue
             candidates = np.concatenate([[anchor], others[is_free[others] & (others != anchor)]])
 
-            clash = self.find_true(candidates)
+            clash = self.find_true(candidates, candidates)
             clash |= clash.T
-            group = [0]  # places among the candidates: the anchor
+            places = [0]  # among the candidates: the anchor
             for place in range(1, len(candidates)):
-                if len(group) < self.group_size and not clash[place, group].any():
-                    group.append(place)
-            if len(group) == self.group_size:
-                groups.append(candidates[group])
-                is_free[groups[-1]] = False
-        return np.array(groups, np.int64).reshape(-1, self.group_size)
+                if len(places) < self.group_size and not clash[place, places].any():
+                    places.append(place)
+            if len(places) == self.group_size:
+                group = candidates[places]
+                is_free[group] = False
+                is_false = ~self.find_true(group, others).any(axis=0)
+                groups.append((group, others[is_false][: self.captions_per_group]))
+        return groups
 
-    def find_true(self, samples: np.ndarray) -> np.ndarray:
-        """Which of these captions (columns) may be true of which of their videos (rows): [n, n].
+    def find_true(self, samples: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        """Which of these captions may be true of the videos of these samples: [samples, captions].
 
         It is true if it says nothing but what the captions of that video say, too: "a dog runs" is
         no negative of "a black dog runs".
         """
         video = self.video_id[samples]
-        num_true = (self.known[video] @ self.held[samples].T).toarray()
-        return (num_true == self.num_said[samples]) | (video[:, None] == video)
+        num_true = (self.known[video] @ self.held[captions].T).toarray()
+        is_its_own = video[:, None] == self.video_id[captions]
+        return (num_true == self.num_said[captions]) | is_its_own
 
-    def deal(self, groups: np.ndarray, planned: np.ndarray, num_batches: int) -> np.ndarray:
-        """Each batch begins with its share of the groups; the rest of `planned` fills it."""
+    def deal(self, groups: list, planned: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        """Each batch begins with its share of the groups; the rest of `planned` fills it. Likewise
+        their captions alone replace the first of `captions` [num_batches, x].
+        """
         is_free = np.ones(self.size, bool)
-        is_free[groups] = False
-        others = planned[is_free[planned]]
+        for group, _ in groups:
+            is_free[group] = False
+        others, used = planned[is_free[planned]], 0
 
-        order, used = [], 0
-        for share in np.array_split(groups, num_batches):
-            guided = share.ravel()
+        batches = []
+        for n, at_random in enumerate(captions):
+            guided, hard = [], []
+            for group, alone in groups[n :: len(captions)]:
+                guided += [*group]
+                hard += [*alone]
             num_others = self.batch_size - len(guided)
-            order += [guided, others[used : used + num_others]]
+            rest = others[used : used + num_others]
             used += num_others
-        return np.concatenate(order)
+            batches.append(np.array([*guided, *rest, *hard, *at_random[len(hard) :]]))
+        return np.stack(batches)
 
 
 def find_overlapping(words: csr_array, anchors: np.ndarray, pool: np.ndarray) -> np.ndarray:
@@ -422,7 +448,7 @@ def main():
 
     for name, find in (("random", None), ("guided", find_hardest)):
         print(f"a {name} batch:")
-        for sample in sampler.plan(epoch=0, find_hardest=find)[:12]:
+        for sample in sampler.plan(epoch=0, find_hardest=find)[0]:
             print(f"    {split.captions[sample]}")
 
 

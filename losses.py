@@ -10,13 +10,14 @@ InfoNCE     a_ij = s·v_i·t_j. Each video must find its caption among B, each c
 KCL pushes  a_ij = s·v_i·t_j + β·κ_ij for j ≠ i, where κ_ij in [0, 1] is the overlap of C_i and C_j.
             A caption that shares knowledge with the video weighs e^(βκ) times more among the
             negatives. Pairs of the same video, knowledge or text are no negatives: they leave both
-            sums. A second InfoNCE, of the positive against its k hardest negatives, may be added.
+            sums. Captions may come without a video: negatives of every video, j > B.
+            A second InfoNCE, of the positive against its k hardest negatives, may be added.
             (Which captions meet in a batch at all is decided by data.KnowledgeBatchSampler.)
 
-SKP pulls   the embedding of the video, and that of its caption, predict the concepts of the
-            caption. Those that share concepts share targets, hence directions. y_i = multi-hot of
-            C_i, z_i = the K logits of video i, and again of caption i:
-                L_SKP = mean_i Σ_z −Σ_c [y_ic log σ(z_ic) + (1 − y_ic) log(1 − σ(z_ic))]
+SKP pulls   the embedding of a video, and that of each caption, predict the concepts of the caption.
+            Those that share concepts share targets, hence directions. y_i = multi-hot of C_i,
+            z_i = the K logits of video i, and again of caption i:
+                L_SKP = 1/B Σ_i Σ_z −Σ_c [y_ic log σ(z_ic) + (1 − y_ic) log(1 − σ(z_ic))]
             A caption without any concept counts as zero.
 
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
@@ -65,8 +66,8 @@ def info_nce(video_emb, text_emb, logit_scale):
 
 
 def skp_loss(concept_logits, concepts):
-    """Structural Knowledge Prediction: logits [B, 2, K] of each video and its caption, multi-hot
-    concepts [B, K] -> a scalar.
+    """Structural Knowledge Prediction: logits [n, K] of videos or captions, multi-hot concepts
+    [n, K] -> [n].
 
     Paper: SKP is "a simple task". We take a binary cross-entropy per concept, summed: each concept
     is a question of its own. One softmax shared by a caption's concepts was worse (docs/LOG.md).
@@ -75,12 +76,11 @@ def skp_loss(concept_logits, concepts):
     (https://arxiv.org/abs/1708.02002).
     """
     logits = concept_logits.to(torch.promote_types(concept_logits.dtype, torch.float32))
-    target = concepts[:, None].to(logits.dtype).expand_as(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=(1, 2))
+    target = concepts.to(logits.dtype)
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
 
     # a caption without concepts says nothing about what the video shows
-    has_concepts = concepts.any(dim=1)
-    return (loss * has_concepts).mean()  # of [B]
+    return loss * concepts.any(dim=1)
 
 
 def clop_loss(
@@ -93,42 +93,39 @@ def clop_loss(
     signature=None,
     concept_logits=None,
     concepts=None,
-    extra_text_emb=None,
-    extra_knowledge=None,
-    extra_signature=None,
     batch_size: int | None = None,
+    num_captions: int | None = None,
     dtype: torch.dtype | None = None,
     impl="auto",
 ):
     """The whole objective of one batch -> (loss, {name: detached part}).
 
-    video_emb, text_emb [n, E], unit norm: this rank's n of the batch_size pairs of all ranks
-    (None: as many on each). knowledge [n, M], for β > 0: unit rows whose dot product is κ
-    (knowledge.concept_vectors). signature [n, S] int64: captions with an equal entry in any column
-    are false negatives (video id, meaning id). concept_logits [n, 2, K], concepts [n, K]: SKP's
-    predictions and their target. extra_text_emb [x, E], with extra_knowledge and extra_signature
-    where the batch has such: this rank's x captions without a video, negatives of every video; as
-    many on each rank. dtype, impl: see kernels. A loss that is not finite is returned, not raised:
-    the caller looks.
+    video_emb [n, E], unit norm: this rank's n videos. text_emb [n + x, E]: their captions, then x
+    captions without a video, negatives of every video. knowledge [n + x, M], for β > 0: unit rows
+    whose dot product is κ (knowledge.concept_vectors). signature [n + x, S] int64: captions with an
+    equal entry in any column are false negatives (video id, meaning id). concept_logits: of videos
+    and captions, [n, K] and [n + x, K]; concepts [n + x, K]: SKP's predictions and their target.
+    batch_size, num_captions: videos and captions of all ranks (None: as many on each). dtype, impl:
+    see kernels. A loss that is not finite is returned, not raised: the caller looks.
     """
-    n, B = len(video_emb), batch_size or len(video_emb) * world_size()
-    sizes = share_sizes(B, world_size())
+    n, ranks = len(video_emb), world_size()
+    B, num_captions = batch_size or n * ranks, num_captions or len(text_emb) * ranks
+    sizes, alone_sizes = share_sizes(B, ranks), share_sizes(num_captions - B, ranks)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    assert n == sizes[rank], f"rank {rank} has {n} of {B} pairs, its share is {sizes[rank]}"
+    given, share = (n, len(text_emb) - n), (sizes[rank], alone_sizes[rank])
+    assert given == share, f"rank {rank} has {given} pairs and captions alone, its share is {share}"
 
-    # this rank's videos against the captions of all ranks, then the extra ones of all ranks
-    def all_texts(mine, extra):  # [n, …], [x, …] -> [B + world_size · x, …]
-        texts = gather(mine, sizes)
-        if extra is None:
-            return texts
-        return torch.cat([texts, gather(extra, [len(extra)] * world_size())])
+    # this rank's videos meet the captions of all ranks, then those without a video
+    def all_texts(mine):  # [n + x, …] -> [num_captions, …]
+        paired = gather(mine[:n], sizes)
+        return torch.cat([paired, gather(mine[n:], alone_sizes)]) if num_captions > B else paired
 
     concepts_of, ids = None, None
     if config.beta:
-        concepts_of = knowledge, all_texts(knowledge, extra_knowledge)
+        concepts_of = knowledge[:n], all_texts(knowledge)
     if config.mask_false_negatives:
-        ids = signature, all_texts(signature, extra_signature)
-    all_text_emb = all_texts(text_emb, extra_text_emb)
+        ids = signature[:n], all_texts(signature)
+    all_text_emb = all_texts(text_emb)
     stats = knowledge_nce_stats(
         video_emb,
         all_text_emb,
@@ -148,15 +145,18 @@ def clop_loss(
     col_negatives = by_rank.clamp(min=NO_NEGATIVES).logsumexp(dim=0)  # [n]
     text_to_video = F.softplus(col_negatives - stats.positive)  # [n]
 
-    weight = world_size() / B
+    weight = ranks / B
     parts = {"nce": weight * (video_to_text + text_to_video).sum() / 2}
     loss = parts["nce"]
     if config.hard_k and config.hard_weight:
-        hard = hard_negative_loss(video_emb, text_emb, all_text_emb, logit_scale, stats, sizes)
+        paired = video_emb, text_emb[:n], all_text_emb
+        hard = hard_negative_loss(*paired, logit_scale, stats, sizes)
         parts["hard"] = weight * hard.sum()
         loss = loss + config.hard_weight * parts["hard"]
     if config.skp_weight:
-        parts["skp"] = weight * n * skp_loss(concept_logits, concepts)
+        of_videos, of_captions = concept_logits
+        skp = skp_loss(of_videos, concepts[:n]).sum() + skp_loss(of_captions, concepts).sum()
+        parts["skp"] = weight * skp
         loss = loss + config.skp_weight * parts["skp"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
@@ -164,8 +164,9 @@ def clop_loss(
 def hard_negative_loss(video_emb, text_emb, all_text_emb, logit_scale, stats, sizes):
     """KCL's second InfoNCE: the positive against the k hardest of its row and its column -> [n].
 
-    all_text_emb [B, E]: those of all ranks, and behind them the extra ones; sizes: how many each
-    has. The op mines without gradient, so the few logits that it names are made again, with one.
+    text_emb [n, E]: of the videos; all_text_emb [num_captions, E]: of all ranks, those without a
+    video last; sizes: how many videos each rank has. The op mines without gradient, so the few
+    logits that it names are made again, with one.
     """
     scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
@@ -210,9 +211,9 @@ def main():
     for beta in (0.0, 1.0, 3.0):
         loss, _ = clop_loss(*pairs, LossConfig(beta=beta), knowledge=knowledge)
         print(f"β = {beta:.0f}: {loss:.4f}, higher where negatives share knowledge")
-    log_odds = torch.full((B, 2, K), math.log(0.1 / 0.9))
-    print(f"SKP that knows nothing: {skp_loss(torch.zeros(B, 2, K), concepts):.4f}")
-    print(f"SKP that knows how frequent concepts are: {skp_loss(log_odds, concepts):.4f}")
+    for what, logit in (("nothing", 0.0), ("how frequent concepts are", math.log(0.1 / 0.9))):
+        skp = skp_loss(torch.full((B, K), logit), concepts).mean()
+        print(f"SKP that knows {what}: {skp:.4f}")
 
 
 if __name__ == "__main__":

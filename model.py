@@ -357,7 +357,7 @@ class CLOP(nn.Module):
         return F.normalize(self.text(tokens, text_mask).float(), dim=-1)
 
     def predict_concepts(self, emb):
-        """SKP: unit vectors [..., E] -> concept logits [..., K]; without the head None."""
+        """SKP: unit vectors [B, E] -> concept logits [B, K]; without the head None."""
         if self.concept_head is None:
             return None
         unit_variance = emb * self.config.embed_dim**0.5  # as a linear layer expects it
@@ -368,11 +368,13 @@ class CLOP(nn.Module):
         self.concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):
-        """What the losses need: video_emb, text_emb [B, E], concept logits [B, 2, K] or None."""
+        """What the losses need: video_emb [B, E], text_emb [B', E], and their concept logits
+        [B, K], [B', K] or None.
+        """
         video_emb = self.encode_video(video)
         text_emb = self.encode_text(tokens, text_mask)
-        both = torch.stack([video_emb, text_emb], dim=1)
-        return video_emb, text_emb, self.predict_concepts(both)
+        logits = self.predict_concepts(video_emb), self.predict_concepts(text_emb)
+        return video_emb, text_emb, *logits
 
 
 def main():

@@ -91,6 +91,7 @@ class MethodFlags(LossConfig):
     skp_weight: float = 0.5  # SKP: weight of the concept prediction
     beta: float = 0.0  # KCL: how much shared knowledge raises a negative's logit; did not help
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
+    text_negatives: float = 1.0  # KCL: captions without their video, for each pair of a batch
     guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
     guided_from: float = 0.2  # … after this share of the steps …
     group_size: int = 8  # … of so many each
@@ -331,6 +332,7 @@ def load_data(config: TrainConfig, resumed: Checkpoint | None, ranks: Ranks) -> 
         seed=config.seed,
         guided_share=config.guided_share,
         group_size=config.group_size,
+        text_negatives=config.text_negatives,
     )
     if show:
         counts = f"{len(samples)} captions of {len(train_split.video_paths)} videos"
@@ -508,10 +510,10 @@ def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator
         """video_emb of these samples, the first at this place among those of all ranks."""
         T, size = frames_at(config, run.step), config.batch_size
         starts = range(0, len(rows), size)
-        jobs = [Job(rows[i : i + size], place + i, 0, T) for i in starts]
+        jobs = [Job(rows[i : i + size], rows[:0], place + i, 0, T) for i in starts]
         for batch in read_batches(samples, jobs, **reading):
             batch = {name: x.to(ranks.device) for name, x in batch.items()}
-            yield embed(towers, batch, slice(None), config)[0]
+            yield embed(towers, batch, config)[0]
 
     def find_hardest(anchors, pool):
         return mine(run, embed_samples, anchors, pool)
@@ -532,10 +534,11 @@ def plan_batches(
     """What this rank loads from the first step on, to the end of the epoch."""
     B = config.batch_size
     for step in range(first_step, epoch.end):
-        place = (step - epoch.first) * B
-        shares = np.array_split(order[place : place + B], ranks.world_size)
-        first = place + sum(map(len, shares[: ranks.rank]))
-        yield Job(shares[ranks.rank], first, epoch.number, frames_at(config, step))
+        samples, captions = np.split(order[step - epoch.first], [B])
+        shares = np.array_split(samples, ranks.world_size)
+        mine, alone = shares[ranks.rank], np.array_split(captions, ranks.world_size)[ranks.rank]
+        first = (step - epoch.first) * B + sum(map(len, shares[: ranks.rank]))
+        yield Job(mine, alone, first, epoch.number, frames_at(config, step))
 
 
 # ---- 3. a step -----------------------------------------------------------------------------------
@@ -551,20 +554,19 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def backward(towers, logit_scale, batch: dict, config: TrainConfig) -> dict[str, torch.Tensor]:
     """Add the gradient of one batch to the parameters; {name: detached part of the loss}."""
-    if config.chunk and config.chunk < len(batch["tokens"]):
+    if config.chunk and config.chunk < len(batch["video"]):
         return backward_in_chunks(towers, logit_scale, batch, config)
-    outputs = embed(towers, batch, slice(None), config)
+    outputs = embed(towers, batch, config)
     loss, parts = loss_of(outputs, logit_scale, batch, config)
     loss.backward()
     return parts
 
 
-def embed(towers, batch: dict, rows: slice, config: TrainConfig) -> tuple:
-    """(video_emb, text_emb, concept_logits or None) of these rows of the batch."""
+def embed(towers, batch: dict, config: TrainConfig) -> tuple:
+    """(video_emb, text_emb, and the concept logits of both, or None)."""
     device = batch["video"].device.type
     with torch.autocast(device, torch.bfloat16, enabled=is_half(config, device)):
-        video = prepare_video(batch["video"][rows])
-        return towers(video, batch["tokens"][rows], batch["text_mask"][rows])
+        return towers(prepare_video(batch["video"]), batch["tokens"], batch["text_mask"])
 
 
 def is_half(config: TrainConfig, device: str) -> bool:
@@ -577,7 +579,7 @@ def is_half(config: TrainConfig, device: str) -> bool:
 
 def loss_of(outputs: tuple, logit_scale, batch: dict, config: TrainConfig) -> tuple:
     """(loss of the whole batch, {name: detached part})."""
-    video_emb, text_emb, concept_logits = outputs
+    video_emb, text_emb, *concept_logits = outputs
     loss, parts = clop_loss(
         video_emb,
         text_emb,
@@ -588,6 +590,7 @@ def loss_of(outputs: tuple, logit_scale, batch: dict, config: TrainConfig) -> tu
         concept_logits=concept_logits,
         concepts=batch["concepts"],
         batch_size=config.batch_size,
+        num_captions=config.batch_size + round(config.text_negatives * config.batch_size),
         dtype=torch.float16 if is_half(config, video_emb.device.type) else None,
     )
     return loss, {"loss": loss.detach(), **parts}
@@ -602,25 +605,26 @@ def backward_in_chunks(towers, logit_scale, batch: dict, config: TrainConfig) ->
     gradient: the same gradient, for one more forward pass. It holds because no pair sees another
     one inside the encoders (no batch norm), and because both passes agree (no dropout).
     """
-    pairs = len(batch["tokens"])
-    chunks = [slice(start, start + config.chunk) for start in range(0, pairs, config.chunk)]
+    count = math.ceil(len(batch["video"]) / config.chunk)
+    split = [x.tensor_split(count) for x in batch.values()]
+    chunks = [dict(zip(batch, parts)) for parts in zip(*split)]
 
     with torch.no_grad():
-        embedded = [embed(towers, batch, rows, config) for rows in chunks]
+        embedded = [embed(towers, chunk, config) for chunk in chunks]
     columns = [torch.cat(parts) for parts in zip(*embedded) if parts[0] is not None]
-    outputs = [column.requires_grad_() for column in columns]  # 2, or 3 with SKP: [n, …] each
+    outputs = [column.requires_grad_() for column in columns]  # 2, or 4 with SKP
     scale = logit_scale.detach().requires_grad_()
-    concept_logits = outputs[2] if len(outputs) == 3 else None
-    loss, parts = loss_of((outputs[0], outputs[1], concept_logits), scale, batch, config)
+    loss, parts = loss_of(outputs, scale, batch, config)
     *gradients, scale_gradient = torch.autograd.grad(loss, [*outputs, scale])
+    gradients = [gradient.tensor_split(count) for gradient in gradients]
 
-    for rows in chunks:
-        is_last = rows is chunks[-1]
+    for i, chunk in enumerate(chunks):
+        is_last = chunk is chunks[-1]
         # DDP averages at the end of a backward pass, unless told not to
         waits = not is_last and isinstance(towers, DistributedDataParallel)
         with towers.no_sync() if waits else contextlib.nullcontext():
-            again = [output for output in embed(towers, batch, rows, config) if output is not None]
-            wanted = [gradient[rows] for gradient in gradients]
+            again = [output for output in embed(towers, chunk, config) if output is not None]
+            wanted = [parts_of[i] for parts_of in gradients]
             if is_last:
                 again, wanted = [*again, logit_scale], [*wanted, scale_gradient]
             torch.autograd.backward(again, wanted)
@@ -636,8 +640,8 @@ def check_config(config: TrainConfig) -> None:
     at_least = dict(
         steps=1, batch_size=2, group_size=2, seed=0, chunk=0, gpus=0, procs=0, workers=1, warmup=0,
         log_every=1, eval_every=1, keep=0, hard_k=0, hard_weight=0, skp_weight=0, beta=0,
-        weight_decay=0, guided_share=0, guided_from=0, max_broken=0, cache_gb=0, lr=1e-12,
-        encoder_lr=1e-12, muon_lr=0,
+        weight_decay=0, guided_share=0, guided_from=0, text_negatives=0, max_broken=0,
+        cache_gb=0, lr=1e-12, encoder_lr=1e-12, muon_lr=0,
     )  # fmt: skip
     check_ranges(config, at_least, dict(guided_share=1, guided_from=1, max_broken=1))
 

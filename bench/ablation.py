@@ -63,10 +63,12 @@ BASE = dict(
     guided_share=0.0,
     guided_from=0.0,
     group_size=4,  # says nothing without a guided share
+    text_negatives=0.0,
     mask_false_negatives=False,
 )
 SKP = dict(skp_weight=0.5)
 SAMPLING = dict(guided_share=1.0, guided_from=0.2, group_size=8)
+TEXTS = dict(text_negatives=1.0)
 MASKS = dict(mask_false_negatives=True)
 WEIGHTING = dict(beta=1.0) | MASKS
 MINING = dict(hard_k=64, hard_weight=0.25) | MASKS
@@ -74,12 +76,13 @@ VARIANTS = {
     "base": BASE,
     "skp": BASE | SKP,
     "sampling": BASE | SAMPLING,
+    "texts": BASE | TEXTS,
     "masks": BASE | MASKS,
     "weighting": BASE | WEIGHTING,
     "mining": BASE | MINING,
-    "kcl": BASE | SAMPLING | MASKS,
-    "all": BASE | SKP | SAMPLING | MASKS,  # what train.py does without any flag
-    "all+mining": BASE | SKP | SAMPLING | MINING,
+    "kcl": BASE | SAMPLING | TEXTS | MASKS,
+    "all": BASE | SKP | SAMPLING | TEXTS | MASKS,  # what train.py does without any flag
+    "all+mining": BASE | SKP | SAMPLING | TEXTS | MINING,
 }
 OURS = {"out", "seed", "test"}  # fields of train.py that this script sets itself
 

@@ -293,12 +293,12 @@ class Heads(nn.Module):
         return cls(video, nn.Sequential(drop, nn.Linear(side.text.shape[1], E)), E, num_concepts)
 
     def forward(self, video, text):
-        """The features of B videos and captions -> unit vectors [B, E], [B, E], concept logits
-        [B, 2, K]."""
+        """The features of videos and captions -> unit vectors [B, E], [B', E], and the concept
+        logits of both."""
         video_emb, text_emb = F.normalize(self.video(video)), F.normalize(self.text(text))
-        both = torch.stack([video_emb, text_emb], dim=1)
-        unit_variance = both * video_emb.shape[1] ** 0.5  # as model.CLOP does
-        return video_emb, text_emb, self.concept_head(unit_variance)
+        widen = video_emb.shape[1] ** 0.5  # to unit variance, as model.CLOP does
+        logits = (self.concept_head(emb * widen) for emb in (video_emb, text_emb))
+        return video_emb, text_emb, *logits
 
     def embed(self, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors of all videos and captions of a side, [n_video, E] and [n_text, E]."""
@@ -316,6 +316,7 @@ def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed
         seed=seed,
         guided_share=fields["guided_share"],
         group_size=fields["group_size"],
+        text_negatives=fields["text_negatives"],
     )
 
 
@@ -357,13 +358,15 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
     for epoch in range(config.epochs):
         is_guided = epoch >= fields["guided_from"] * config.epochs and epoch
         find = functools.partial(find_hardest, heads, side) if is_guided else None
-        for samples in np.split(sampler.plan(epoch, find_hardest=find), len(sampler)):
+        for samples in sampler.plan(epoch, find_hardest=find):
             videos = side.video_of_text[samples]
             concepts = torch.from_numpy(held[samples].toarray())
             signature = np.stack([videos, side.meaning[samples]], axis=1)
-            *pairs, concept_logits = heads(side.video[videos], side.text[samples])
+            shown = side.video[videos[: config.batch_size]]
+            video_emb, text_emb, *concept_logits = heads(shown, side.text[samples])
             loss, _ = clop_loss(
-                *pairs,
+                video_emb,
+                text_emb,
                 heads.logit_scale,
                 losses,
                 knowledge=concept_vectors(concepts, idf),

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 FRAMES = 8  # T
 CONCEPTS = 4096  # K, ConceptVocab.build's largest
 IDS = 2  # signature: video, meaning
+CAPTIONS = 2  # for each video of a batch: its own, and one without a video
 H100 = (
     400e12  # FLOP/s that bf16 encoders and the op may reach on an H100 (assumed: 40 % of the peak)
 )
@@ -83,15 +84,16 @@ def count_parameters(preset: str) -> int:
 
 
 def cost(preset: str, B: int, N: int, concepts: int = CONCEPTS) -> dict[str, float]:
-    """FLOPs and received bytes of a rank in one step: N ranks, B pairs in all, fp32 on the wire."""
+    """FLOPs and received bytes of a rank in one step: N ranks, B videos in all, fp32 sent."""
     sizes = build_config(preset)
-    E, others = sizes.embed_dim, (N - 1) / N
+    E, others, C = sizes.embed_dim, (N - 1) / N, CAPTIONS * B
+    video, text = encoder_flops(sizes)
     return dict(
-        encoders=3 * (B / N) * sum(encoder_flops(sizes)),  # backward: twice the forward
-        op=4 * 2 * (B / N) * B * (E + concepts),  # 1 product forward, 3 backward
-        text=2 * others * 4 * B * E,  # all_gather, reduce_scatter
-        knowledge=others * 4 * B * concepts,  # all_gather: data, no gradient
-        ids=others * 8 * B * IDS,
+        encoders=3 * (B * video + C * text) / N,  # backward: twice the forward
+        op=4 * 2 * (B / N) * C * (E + concepts),  # 1 product forward, 3 backward
+        text=2 * others * 4 * C * E,  # all_gather, reduce_scatter
+        knowledge=others * 4 * C * concepts,  # all_gather: data, no gradient
+        ids=others * 8 * C * IDS,
         columns=2 * others * 4 * B,  # all_to_all and back
         gradients=2 * others * 4 * count_parameters(preset),
     )  # all_reduce

@@ -65,9 +65,9 @@ def dataset(folder):
     return make_dataset(load_split("csv", folder), cache)
 
 
-def read(dataset, samples, num_frames=4, seed=0, epoch=0):
-    """The batch of these samples."""
-    job = Job(np.array(samples), 0, epoch, num_frames)
+def read(dataset, samples, num_frames=4, seed=0, epoch=0, captions=()):
+    """The batch of these samples, and captions alone."""
+    job = Job(np.array(samples), np.array(captions, int), 0, epoch, num_frames)
     (batch,) = read_batches(dataset, [job], seed=seed, workers=1, max_broken=0)
     return batch
 
@@ -83,6 +83,10 @@ def test_a_batch_has_all_that_the_model_needs(dataset):
         "signature": (torch.int64, (3, 2)),
     }
     assert batch["signature"][:, 0].tolist() == [1, 0, 5]
+    more = read(dataset, [3, 0, 11], num_frames=12, captions=[5, 0])
+    assert torch.equal(more["video"], batch["video"])
+    assert torch.equal(more["concepts"][:3], batch["concepts"])
+    assert (more["concepts"][3:].numpy() == dataset.held[[5, 0]].toarray()).all()
     tokens = batch["tokens"][0][batch["text_mask"][0]]
     assert dataset.tokenizer.decode(tokens.tolist()) == "the cat chases a ball"
     assert (batch["concepts"].numpy() == dataset.held[[3, 0, 11]].toarray()).all()
@@ -195,9 +199,9 @@ def test_every_sample_exactly_once(scenes, options):
     _, held, find = scenes
     sampler = make_sampler(held, **options)
     assert len(sampler) == 5
-    assert sorted(sampler.plan(2, find_hardest=find).tolist()) == list(range(120))
+    assert sorted(sampler.plan(2, find_hardest=find).ravel().tolist()) == list(range(120))
     part = sampler.plan(2, 3, find)
-    assert len(part) == len(set(part.tolist())) == 3 * 24
+    assert part.shape == (3, 24) and len(set(part.ravel().tolist())) == 3 * 24
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(scenes):
@@ -214,7 +218,7 @@ def test_a_group_is_an_anchor_with_the_hardest_that_are_left(scenes):
     captions, held, find = scenes
     plan = make_sampler(held).plan(0, find_hardest=find)
     same_words = 0
-    for batch in plan.reshape(5, 24):
+    for batch in plan:
         for group in batch[:12].reshape(3, 4):
             first, *others = [sorted(captions[i].split()) for i in group]
             assert all(len(set(first) & set(other)) >= 3 for other in others)  # "a" and two words
@@ -222,7 +226,7 @@ def test_a_group_is_an_anchor_with_the_hardest_that_are_left(scenes):
     assert same_words >= 10  # of 15: the same words in other roles are the hardest
 
 
-def test_groups_are_made_out_of_four_times_as_many_captions(scenes):
+def test_groups_are_made_out_of_twice_as_many_captions(scenes):
     _, held, find = scenes
     pools = []
 
@@ -232,7 +236,7 @@ def test_groups_are_made_out_of_four_times_as_many_captions(scenes):
 
     for num_batches in (1, 3):
         make_sampler(held).plan(2, num_batches, find_and_note)
-    assert pools == [4 * 24, 120]  # and never more than there are
+    assert pools == [2 * 24, 120]  # and never more than there are
 
 
 def test_what_may_be_true_of_the_video_joins_no_group():
@@ -242,29 +246,56 @@ def test_what_may_be_true_of_the_video_joins_no_group():
     knowledge = extract_many(captions, progress=False)
     held = ConceptVocab.build(knowledge, min_count=1).encode(knowledge)
     sampler = make_sampler(held, video, batch_size=2)
-    is_true = sampler.find_true(np.arange(7))
+    is_true = sampler.find_true(np.arange(7), np.arange(7))
     assert set(np.flatnonzero(~is_true[0])) == {2, 3, 6}  # 1 says less, 5 is its own, 4 nothing
     assert set(np.flatnonzero(~is_true[1])) == {0, 2, 3, 5, 6}  # "red" is not known of the second
 
-    hardest = np.array([[1, 4, 5, 2, 3, 6]])  # of sample 0
-    sampler.group_size = 4
-    assert sampler.make_groups(np.array([0]), hardest, 1).tolist() == [[0, 2, 3, 6]]
+    def groups_of(anchor, hardest):
+        found = sampler.make_groups(np.array([anchor]), np.array([hardest]), 1)
+        return [(group.tolist(), alone.tolist()) for group, alone in found]
+
+    sampler.group_size, sampler.captions_per_group = 4, 2
+    assert groups_of(0, [1, 4, 5, 2, 3, 6]) == [([0, 2, 3, 6], [])]
     # 1 may be true of the videos of 0 and of 2, so neither is in a group with it
-    assert sampler.make_groups(np.array([1]), np.array([[0, 2, 3, 6]]), 1).tolist() == []
+    assert groups_of(1, [0, 2, 3, 6]) == []
+    # captions alone are those that no video of the group knows all of
+    sampler.group_size = 2
+    assert groups_of(0, [1, 4, 5, 2, 3, 6]) == [([0, 2], [3, 6])]
+    assert groups_of(1, [0, 3, 5, 2, 6]) == [([1, 3], [0, 5])]
+
+
+def test_captions_alone_are_the_hardest_of_their_groups(scenes):
+    captions, held, find = scenes
+    batches = make_sampler(held, text_negatives=0.5).plan(0, find_hardest=find)
+    assert batches.shape == (5, 24 + 12)
+    whole = make_sampler(held).plan(0, find_hardest=find)
+    assert (np.sort(batches[:, :24].ravel()) == np.sort(whole.ravel())).all()
+
+    shared = 0
+    for batch in batches:
+        for n in range(3):  # each group has four
+            first = set(captions[batch[4 * n]].split())
+            alone = batch[24 + 4 * n :][:4]
+            shared += sum(len(first & set(captions[i].split())) >= 3 for i in alone)
+            assert not set(alone) & set(batch[4 * n :][:4])
+    assert shared > 50  # of 60; at random 13
+    # without guidance they are drawn from all
+    alone = make_sampler(held, text_negatives=2.0).plan(0)[:, 24:]
+    assert alone.shape == (5, 48) and len(set(alone.ravel().tolist())) > 90
 
 
 def test_captions_of_one_video_do_not_meet_in_a_group(scenes):
     _, held, find = scenes
     video = np.arange(120) // 2
     plan = make_sampler(held, video, guided_share=1.0).plan(0, find_hardest=find)
-    groups = [batch[:20].reshape(5, 4) for batch in plan.reshape(5, 24)]
+    groups = [batch[:20].reshape(5, 4) for batch in plan]
     whole = [group for group in np.concatenate(groups) if len(set(video[group])) == 4]
     assert len(whole) >= 20
 
 
 def test_without_guidance_it_is_a_plain_shuffle(scenes):
     _, held, find = scenes
-    expected = np.random.default_rng((4, 7)).permutation(120)
+    expected = np.random.default_rng((4, 7)).permutation(120).reshape(5, 24)
     assert (make_sampler(held, seed=4).plan(7) == expected).all()
     assert (make_sampler(held, seed=4, guided_share=0).plan(7, find_hardest=find) == expected).all()
     nothing = csr_array((120, 3), dtype=np.float32)  # captions that say nothing are all dropped

@@ -43,6 +43,7 @@ TINY = dict(image_size=16, num_frames=2, video_width=32, video_layers=1, video_h
 TINY |= dict(text_width=32, text_layers=1, text_heads=2, text_length=8, vocab_size=64)
 TINY |= dict(embed_dim=16, num_concepts=9)
 COUNT = 3  # ranks
+ALONE_CAPTIONS = 7  # without a video; unequal shares
 CASES = {  # pairs in the batch, pairs encoded at a time, activations recomputed
     "equal shares": (15, 0, False),
     "unequal shares": (13, 0, False),
@@ -61,37 +62,45 @@ def embeddings(B, rank, parts):
     def unit(rows):
         return F.normalize(torch.randn(rows, 6, generator=g, dtype=torch.float64), dim=1)
 
-    concepts = (torch.rand(B, 9, generator=g) < 0.3).double()
+    captions = B + ALONE_CAPTIONS
+    concepts = (torch.rand(captions, 9, generator=g) < 0.3).double()
     concepts[2] = 0
-    signature = torch.arange(B + 6)[:, None].repeat(1, 2)
+    signature = torch.arange(captions)[:, None].repeat(1, 2)
     signature[5, 1], signature[9, 1], signature[B + 1, 1] = 4, 8, 4  # false negatives
     rows = dict(
         video_emb=unit(B),
-        text_emb=unit(B),
+        text_emb=unit(captions),
         concepts=concepts,
         knowledge=F.normalize(concepts, dim=1),
-        concept_logits=torch.randn(B, 2, 9, generator=g, dtype=torch.float64),
-        signature=signature[:B],
-        extra_text_emb=unit(6),
-        extra_knowledge=F.normalize(concepts[3:9], dim=1),
-        extra_signature=signature[B:],
+        video_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
+        text_logits=torch.randn(captions, 9, generator=g, dtype=torch.float64),
+        signature=signature,
     )
-    return {name: x.split(share_sizes(len(x), parts))[rank].clone() for name, x in rows.items()}
+    return {name: share_of(x, B, rank, parts) for name, x in rows.items()}
+
+
+def share_of(x, B, rank, parts):
+    """A rank's rows of the B pairs, and of the captions behind them."""
+    shares = [part.tensor_split(parts)[rank] for part in (x[:B], x[B:])]
+    return torch.cat(shares)
 
 
 def loss_gradients(B, rank=0, parts=1):
     """(loss, gradients of this rank's rows and of the scale)."""
     rows = embeddings(B, rank, parts)
     scale = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
-    names = ("video_emb", "text_emb", "concept_logits", "extra_text_emb")
+    names = ("video_emb", "text_emb", "video_logits", "text_logits")
     wanted = [rows[name].requires_grad_() for name in names] + [scale]
-    loss, _ = clop_loss(logit_scale=scale, config=ALL_ON, batch_size=B, **rows)
+    rows["concept_logits"] = rows.pop("video_logits"), rows.pop("text_logits")
+    sizes = dict(batch_size=B, num_captions=B + ALONE_CAPTIONS)
+    loss, _ = clop_loss(logit_scale=scale, config=ALL_ON, **sizes, **rows)
     return loss.item(), [g.numpy() for g in torch.autograd.grad(loss, wanted)]
 
 
 def module_gradients(rank=0, parts=1):
     """The same of the loss module for open_clip; of the op, where there is one process."""
     rows = embeddings(15, rank, parts)
+    rows = {name: x[: len(rows["video_emb"])] for name, x in rows.items()}
     wanted = [rows[name].requires_grad_() for name in ("video_emb", "text_emb")]
     wanted.append(torch.tensor(10.0, dtype=torch.float64, requires_grad=True))
     known = dict(concepts=rows["knowledge"], signature=rows["signature"])
@@ -115,18 +124,18 @@ def step_gradients(case, ranks=ALONE):
     towers = torch.nn.parallel.DistributedDataParallel(model) if ranks.world_size > 1 else model
 
     g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 9, (B,), generator=g)
+    captions = 2 * B
+    lengths = torch.randint(2, 9, (captions,), generator=g)
     batch = dict(
         video=torch.randint(256, (B, 2, 16, 16, 3), generator=g).byte(),
-        tokens=torch.randint(64, (B, 8), generator=g),
+        tokens=torch.randint(64, (captions, 8), generator=g),
         text_mask=torch.arange(8) < lengths[:, None],
-        concepts=(torch.rand(B, 9, generator=g) < 0.3).float(),
-        signature=torch.randint(9, (B, 2), generator=g),
+        concepts=(torch.rand(captions, 9, generator=g) < 0.3).float(),
+        signature=torch.randint(9, (captions, 2), generator=g),
     )
     batch["knowledge"] = concept_vectors(batch["concepts"], torch.ones(9))
-    sizes = share_sizes(B, ranks.world_size)
-    batch = {name: x.split(sizes)[ranks.rank] for name, x in batch.items()}
-    config = TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk)
+    batch = {name: share_of(x, B, ranks.rank, ranks.world_size) for name, x in batch.items()}
+    config = TrainConfig(**vars(ALL_ON), batch_size=B, chunk=chunk, text_negatives=1.0)
     backward(towers, model.logit_scale, batch, config)
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
 
@@ -253,8 +262,9 @@ def test_rows_reach_who_needs_them(group):
 
 def test_ranks_find_groups_together(group, folder):
     """Each mines for its own share; the plan of the epoch is one, and is in the checkpoint."""
-    order = resume_checkpoint(folder / "guided").training["order"].tolist()
-    assert len(order) == len(set(order)) and len(order) % 83 == 0
+    order = resume_checkpoint(folder / "guided").training["order"]
+    samples = order[:, :83].ravel().tolist()
+    assert order.shape[1] == 2 * 83 and len(samples) == len(set(samples))
     losses = losses_of(folder / "guided")
     assert len(losses) == 4 and "nan" not in str(losses)
 
@@ -264,10 +274,14 @@ def test_loss_and_its_gradient_are_those_of_the_whole_batch(group, alone, which)
     loss, gradients = alone[which]
     losses, parts = zip(*(found[which] for found in group))
     assert np.mean(losses) == pytest.approx(loss, rel=1e-12)
-    for expected, shares in zip(gradients, zip(*parts)):
-        # DDP averages: rows scatter, the scale is shared
-        merged = np.concatenate(shares) / COUNT if expected.ndim else np.mean(shares)
-        np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
+    B = 13 if which == "loss of 13" else 15
+    for whole, shares in zip(gradients, zip(*parts)):
+        if whole.ndim:  # DDP averages: rows scatter
+            for rank, share in enumerate(shares):
+                expected = share_of(torch.from_numpy(whole), B, rank, COUNT)
+                np.testing.assert_allclose(share / COUNT, expected, rtol=1e-9, atol=1e-12)
+        else:  # the scale is shared
+            np.testing.assert_allclose(np.mean(shares), whole, rtol=1e-9, atol=1e-12)
 
 
 def assert_close(found, expected, name):
@@ -319,15 +333,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, folder):
 # ---- alone ---------------------------------------------------------------------------------------
 
 
-def test_extra_texts_may_be_the_hardest():
+def test_captions_alone_may_be_the_hardest():
     """A copy of a caption with another meaning: the second InfoNCE sees it too."""
     rows = embeddings(15, 0, 1)
-    pairs = dict(video_emb=rows["text_emb"], text_emb=rows["text_emb"])  # solved
-    pairs |= dict(signature=rows["signature"], logit_scale=torch.tensor(2.3, dtype=torch.float64))
-    pairs["config"] = LossConfig(hard_k=1, hard_weight=1.0, mask_false_negatives=True)
-    copies = dict(extra_text_emb=rows["text_emb"][:6], extra_signature=rows["signature"][:6] + 99)
-    _, without = clop_loss(**pairs)
-    _, parts = clop_loss(**pairs, **copies)
+    text_emb, ids = rows["text_emb"][:15], rows["signature"][:15]
+    options = dict(video_emb=text_emb, logit_scale=torch.tensor(2.3, dtype=torch.float64))  # solved
+    options["config"] = LossConfig(hard_k=1, hard_weight=1.0, mask_false_negatives=True)
+    _, without = clop_loss(text_emb=text_emb, signature=ids, **options)
+    copies = dict(text_emb=torch.cat([text_emb, text_emb[:6]]))
+    copies["signature"] = torch.cat([ids, ids[:6] + 99])
+    _, parts = clop_loss(**copies, **options)
     assert parts["hard"] > without["hard"] and parts["nce"] > without["nce"]
 
 

@@ -61,7 +61,7 @@ def sampler_plan() -> str:
     vocab = ConceptVocab.build(knowledge)
     held = vocab.encode(knowledge)
     video = np.arange(len(captions)) // 2
-    sampler = KnowledgeBatchSampler(held, video, batch_size=64, seed=3)
+    sampler = KnowledgeBatchSampler(held, video, batch_size=64, seed=3, text_negatives=1.0)
     find = functools.partial(find_overlapping, unit_rows(held, vocab.word_idf))
     return sha256(sampler.plan(1, 50, find).astype("<i8").tobytes())
 

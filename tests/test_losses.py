@@ -15,21 +15,25 @@ ROOT = Path(__file__).parent.parent
 ALL_ON = LossConfig(skp_weight=0.5, beta=2.0, hard_k=3, hard_weight=0.7, mask_false_negatives=True)
 
 
-def problem(dtype=torch.float64, scale=10.0):
-    """12 pairs with 9 concepts."""
+def problem(dtype=torch.float64, scale=10.0, alone=0):
+    """12 pairs with 9 concepts, and captions alone."""
     torch.manual_seed(0)
-    concepts = (torch.rand(12, 9) < 0.3).to(dtype)
+    captions = 12 + alone
+    concepts = (torch.rand(captions, 9) < 0.3).to(dtype)
     concepts[2] = 0  # a caption without concepts
-    signature = torch.arange(12).repeat(2, 1).T.contiguous()
+    signature = torch.arange(captions).repeat(2, 1).T.contiguous()
     signature[5, 0] = 4  # the video of pair 4
     signature[9, 1] = 8  # the meaning of pair 8
     return dict(
         video_emb=F.normalize(torch.randn(12, 16, dtype=dtype), dim=1).requires_grad_(),
-        text_emb=F.normalize(torch.randn(12, 16, dtype=dtype), dim=1).requires_grad_(),
+        text_emb=F.normalize(torch.randn(captions, 16, dtype=dtype), dim=1).requires_grad_(),
         logit_scale=torch.tensor(math.log(scale), dtype=dtype, requires_grad=True),
         knowledge=F.normalize(concepts, dim=1),
         concepts=concepts,
-        concept_logits=torch.randn(12, 2, 9, dtype=dtype, requires_grad=True),
+        concept_logits=(
+            torch.randn(12, 9, dtype=dtype, requires_grad=True),
+            torch.randn(captions, 9, dtype=dtype, requires_grad=True),
+        ),
         signature=signature,
     )
 
@@ -41,10 +45,10 @@ def by_hand(p, config: LossConfig):
     kappa = p["knowledge"] @ p["knowledge"].T
     B = len(a)
     total = hard = skp = 0
-    for matrix in (a, a.T):
+    for matrix in (a, a.T[:B]):
         for i in range(B):
             negatives = []
-            for j in range(B):
+            for j in range(matrix.shape[1]):
                 same = (p["signature"][i] == p["signature"][j]).any()
                 if j != i and not (config.mask_false_negatives and same):
                     negatives.append(matrix[i, j] + config.beta * kappa[i, j])
@@ -55,14 +59,16 @@ def by_hand(p, config: LossConfig):
                 hardest = negatives.topk(config.hard_k).values
                 hard = hard + torch.cat([positive[None], hardest]).logsumexp(0) - positive
 
-    for y, z in zip(p["concepts"], p["concept_logits"]):
-        if config.skp_weight and y.sum():
-            skp = skp - (y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).sum() / B
+    for logits in p["concept_logits"]:
+        for y, z in zip(p["concepts"], logits):
+            if config.skp_weight and y.sum():
+                skp = skp - (y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).sum() / B
     return total / (2 * B) + config.hard_weight * hard / (2 * B) + config.skp_weight * skp
 
 
 def gradients(loss, p):
-    wanted = [p[name] for name in ("video_emb", "text_emb", "logit_scale", "concept_logits")]
+    wanted = [p[name] for name in ("video_emb", "text_emb", "logit_scale")]
+    wanted += p["concept_logits"]
     return torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
 
 
@@ -70,7 +76,7 @@ def run_clop(p, config, **other):
     return clop_loss(**p, config=config, **other)
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize(("impl", "alone"), [("reference", 5), ("tiled", 5), ("tiled", 0)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -83,8 +89,8 @@ def run_clop(p, config, **other):
     ],
     ids=str,
 )
-def test_equals_the_equations_written_out(config, impl):
-    p = problem()
+def test_equals_the_equations_written_out(config, impl, alone):
+    p = problem(alone=alone)
     loss, _ = run_clop(p, config, impl=impl)
     expected = by_hand(p, config)
     torch.testing.assert_close(loss, expected)

@@ -220,7 +220,8 @@ class Names:
 
     def batches(self, size=4, start=0, workers=2, max_broken=1.0):
         places = np.arange(len(self))
-        jobs = [Job(places[i : i + size], i, 0, 1) for i in range(start, len(self), size)]
+        starts = range(start, len(self), size)
+        jobs = [Job(places[i : i + size], places[:0], i, 0, 1) for i in starts]
         return read_batches(self, jobs, seed=0, workers=workers, max_broken=max_broken)
 
 

@@ -192,12 +192,14 @@ def test_muon_is_that_of_torch_in_float32(shape):
 def test_frames_of_each_step():
     config = TrainConfig(num_frames="1, 4,8", steps=10, batch_size=2, guided_from=0.6)
     epoch = train.epoch_of(2, config, num_batches=10)
-    jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), np.arange(20), epoch, 2)
+    batches = np.arange(40).reshape(10, 4)  # two samples, two captions alone
+    jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), batches, epoch, 2)
     assert [job.num_frames for job in jobs] == [1] * 2 + [4] * 2  # then guided batches begin
     epoch = train.epoch_of(6, config, num_batches=10)
     assert epoch == (1, 6, 10, True)
-    jobs = train.plan_batches(config, Ranks(0, 1, "cpu"), np.arange(8), epoch, 7)
+    jobs = list(train.plan_batches(config, Ranks(0, 1, "cpu"), batches, epoch, 7))
     assert [(job.first, job.num_frames) for job in jobs] == [(2, 8), (4, 8), (6, 8)]
+    assert [[*job.samples, *job.captions] for job in jobs] == batches[1:4].tolist()
     for wrong in ("", "8,4", "0,8", "-1,8", "one,8", "1,,8", "1;8"):
         with pytest.raises(UserError, match="--num-frames .*expected a number"):
             train.num_frames(TrainConfig(num_frames=wrong))
