@@ -51,15 +51,16 @@ def measure(config: BenchConfig) -> dict:
     )
     model = CLOP(sizes).to(device)
     model.use_checkpointing(config.checkpointing)
-    lengths = torch.randint(4, sizes.text_length + 1, (B,))
+    captions = 2 * B  # each video's, and as many alone
+    lengths = torch.randint(4, sizes.text_length + 1, (captions,))
     batch = dict(
         video=torch.randint(
             256, (B, config.frames, sizes.image_size, sizes.image_size, 3), dtype=torch.uint8
         ),
-        tokens=torch.randint(sizes.vocab_size, (B, sizes.text_length)),
+        tokens=torch.randint(sizes.vocab_size, (captions, sizes.text_length)),
         text_mask=torch.arange(sizes.text_length) < lengths[:, None],
-        concepts=(torch.rand(B, CONCEPTS) < 0.01).float(),
-        signature=torch.arange(B)[:, None].repeat(1, 2),
+        concepts=(torch.rand(captions, CONCEPTS) < 0.01).float(),
+        signature=torch.arange(captions)[:, None].repeat(1, 2),
     )
     batch = {name: x.to(device) for name, x in batch.items()}
     batch["knowledge"] = concept_vectors(batch["concepts"], torch.ones(CONCEPTS, device=device))
