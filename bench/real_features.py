@@ -95,8 +95,8 @@ VARIANTS = {
     "masks": BASE | MASKS,
     "weighting": BASE | WEIGHTING,
     "mining": BASE | MINING,
-    "kcl": BASE | SAMPLING | MASKS,
-    "all": BASE | SKP | SAMPLING | MASKS,
+    "kcl": BASE | SAMPLING | TEXTS | MASKS,
+    "all": BASE | SKP | SAMPLING | TEXTS | MASKS,
 }
 
 
