@@ -108,7 +108,7 @@ $ -m bench.open_clip
 = 50
 $ -m bench.shards --batch 16 --run-steps 16
 + --samples 200 --shards 2 --links 2 --steps 10 --run-steps 4 --clips 10 --batch 8 --rounds 1
-  --out shards.jsonl
+  --mine-batch 32 --out shards.jsonl
 = share_of_waiting
 
 # against transformers
@@ -137,6 +137,8 @@ $ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-
   --weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt
 = docs/finetune.md: **Not run**
 $ -m bench.ablation --variants "base skp all" --seeds 5 --split test
+= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
+$ -m bench.ablation --variants "skp:text_negatives=1 all:text_negatives=0" --seeds 5 --split test
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
