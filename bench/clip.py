@@ -117,7 +117,7 @@ def bench_step(layers: int, batch: int, T: int, length: int, rounds: int, device
     text_mask = torch.ones_like(tokens, dtype=torch.bool)
 
     def ours_loss(model):
-        video_emb, text_emb, _ = model(video, tokens, text_mask)
+        video_emb, text_emb, *_ = model(video, tokens, text_mask)
         return info_nce(video_emb, text_emb, model.logit_scale)
 
     def theirs_loss(model):

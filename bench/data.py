@@ -312,7 +312,7 @@ def bench_planning(millions: float):
     how = dict(batch_size=1024, guided_share=1.0, group_size=8)
     sampler = KnowledgeBatchSampler(held, video, **how)
     start = time.perf_counter()
-    sampler.plan(0, 100, find_hardest)  # as far ahead as train.py plans
+    sampler.plan(0, min(100, len(sampler)), find_hardest)  # as far ahead as train.py plans
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     print(
