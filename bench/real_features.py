@@ -53,6 +53,7 @@ from bench.ablation import (
     MASKS,
     PAGE,
     SKP,
+    TEXTS,
     WEIGHTING,
     order_variants,
     variant_fields,

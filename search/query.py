@@ -48,7 +48,7 @@ BATCH_PIXELS = 2**21  # per batch: 256 toy videos, or 5 of preset base
 ANSWERS_SHOWN = 20  # on the page, where many queries are asked
 MOMENTS = 3  # of one video, in an answer
 # What no camera shows. A match is claimed only where it scores higher than all of these do in the
-# same library: a number would be wrong for another model. On the toy world 999 of 1,000 captions
+# same library: a number would be wrong for another model. On the toy world 994 of 1,000 captions
 # claim a match, and 1 of 20 sentences of other scenes: python -m bench.search --toy cache/toy
 UNRELATED = """
     the stock market fell sharply on tuesday

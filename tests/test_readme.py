@@ -124,8 +124,8 @@ $ -m pytest
 $ train.py --dataset shards --data "WEBVID/{00000..02480}.tar::CC3M/{00000..00331}.tar"
   --val-data "WEBVID-VAL/{00000..00004}.tar" --preset base --gpus 8 --workers 12 --cache-gb 500
 = tests/test_shards.py: def test_ranks_share_the_index_and_the_batches(
-$ -m bench.shards --videos ../shared/msrvtt_full/videos --size 224 --samples 192 --clips 6 --shards 2
-  --batch 16
+$ -m bench.shards --videos ../shared/msrvtt_full/videos --size 224 --samples 192 --clips 6
+  --shards 2 --batch 16
 = docs/scaling.md: six of MSR-VTT
 $ -m bench.knowledge_width --captions train.csv
 = docs/kernel.md: one run, seed 0
