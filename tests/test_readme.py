@@ -245,7 +245,7 @@ def test_the_lines_of_python_embed_a_video(place, tmp_path, monkeypatch, capsys)
     """The README's lines, with the shipped weights and a video that is there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = text[text.index("    from data import open_cache") :]
-    code = block[: block.index("\n\nFrom other folders")].replace("\n    ", "\n").strip()
+    code = block[: block.index("\n\nElsewhere")].replace("\n    ", "\n").strip()
     code = code.replace("runs/mine", str(ROOT / "weights" / "toy.safetensors"))
     code = code.replace("clip.mp4", str(next((place / "videos").glob("test_*.mp4"))))
     monkeypatch.chdir(tmp_path)
