@@ -51,7 +51,7 @@ from datasets.split import Split
 from knowledge import ConceptVocab, Knowledge, extract_many, meaning_ids, unit_rows
 from videos.cache import FrameCache, Want
 from videos.decode import VideoError, frame_indices
-from videos.workers import guard, prefetch
+from videos.workers import guard, prefetch, try_all
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -204,10 +204,11 @@ def read_batches(
     UserError where more than about the share `max_broken` of the videos are broken.
     """
     cache = dataset.cache
-    is_cached = cache.share == 1
-    guarded = contextlib.nullcontext(cache.read) if is_cached else guard(cache.read, workers)
-    with guarded as read:
-        reader = BatchReader(dataset, read, seed, max_broken)
+    guarded = guard(cache.read, workers)
+    if cache.share == 1:
+        guarded = contextlib.nullcontext(functools.partial(try_all, cache.read))
+    with guarded as read_all:
+        reader = BatchReader(dataset, read_all, seed, max_broken)
         try:
             yield from prefetch(reader.load, jobs, workers)
         finally:
@@ -223,36 +224,43 @@ class BatchReader:
     """
 
     dataset: PairDataset
-    read: Callable[[Want], np.ndarray]
+    read_all: Callable[[list[Want]], list]  # the frames of each, or VideoError
     seed: int
     max_broken: float
     broken: dict[str, str] = field(default_factory=dict)  # {path: reason}, so far
     num_read: int = 0  # about: threads may lose a count
 
     def load(self, job: Job) -> dict[str, torch.Tensor]:
-        samples, video = [], []
-        for place, sample in enumerate(job.samples, job.first):
-            sample, frames = self.read_sample(job, place, int(sample))
-            samples.append(sample)
-            video.append(frames)
-        return self.dataset.collate([*samples, *job.captions], np.stack(video))
-
-    def read_sample(self, job: Job, place: int, sample: int) -> tuple[int, np.ndarray]:
-        """(sample, its frames) for this place in the epoch: of another one if it is broken."""
+        samples, video = job.samples.tolist(), {}  # {place in the batch: frames}
         for attempt in range(1, ATTEMPTS + 1):
-            rng = np.random.default_rng((self.seed, job.epoch, sample))
-            want = self.dataset.want(sample, job.num_frames, rng)
-            if want.path not in self.broken:
-                try:
-                    frames = self.read(want)
-                    self.num_read += 1
-                    return sample, frames
-                except VideoError as error:
-                    self.note_broken(want.path, str(error))
+            self.read_missing(job, samples, video)
+            if len(video) == len(samples):
+                frames = np.stack([video[i] for i in range(len(samples))])
+                return self.dataset.collate([*samples, *job.captions], frames)
 
-            rng = np.random.default_rng((self.seed, job.epoch, place, attempt))
-            sample = int(rng.integers(len(self.dataset)))
+            for i in range(len(samples)):
+                if i not in video:
+                    rng = np.random.default_rng((self.seed, job.epoch, job.first + i, attempt))
+                    samples[i] = int(rng.integers(len(self.dataset)))
         self.give_up()
+
+    def read_missing(self, job: Job, samples: list[int], video: dict[int, np.ndarray]) -> None:
+        """Add to `video` what of these samples is not there and can be read."""
+        wants = {}
+        for i, sample in enumerate(samples):
+            if i not in video:
+                rng = np.random.default_rng((self.seed, job.epoch, sample))
+                want = self.dataset.want(sample, job.num_frames, rng)
+                if want.path not in self.broken:
+                    wants[i] = want
+
+        results = self.read_all(list(wants.values()))
+        for (i, want), result in zip(wants.items(), results):
+            if isinstance(result, VideoError):
+                self.note_broken(want.path, str(result))
+            else:
+                video[i] = result
+                self.num_read += 1
 
     def note_broken(self, path: str, reason: str) -> None:
         if self.broken.setdefault(path, reason) is not reason:

@@ -140,8 +140,8 @@ def stream(paths: list[str], config: BenchConfig) -> Iterator[np.ndarray]:
     wants = [wanted(path, number) for number, path in enumerate(paths)]
     batches = [wants[i : i + config.batch] for i in range(0, len(wants), config.batch)]
     cache = FrameCache(tempfile.gettempdir(), size=config.size, num_frames=2 * FRAMES, gigabytes=0)
-    with guard(cache.read, config.workers) as read:
-        yield from prefetch(lambda batch: np.stack(list(map(read, batch))), batches, config.workers)
+    with guard(cache.read, config.workers) as read_all:
+        yield from prefetch(lambda batch: np.stack(read_all(batch)), batches, config.workers)
 
 
 def decode(want: Want, size: int) -> np.ndarray:

@@ -70,7 +70,7 @@ from datasets.toyrender import (
     render,
 )
 from videos.decode import write_video
-from videos.workers import run_guarded
+from videos.workers import TOGETHER, run_guarded
 
 VERSION = 8  # of the world: a change of any pixel or word that `generate` writes raises it
 FPS = 8
@@ -537,7 +537,7 @@ def write_split(
         films.append(Film(folder / video_name(split, i), scene, (seed, SPLITS.index(split), i)))
     (folder / "videos").mkdir(parents=True, exist_ok=True)
 
-    done = run_guarded(write_film, films, workers=workers)
+    done = run_guarded(write_film, films, workers=workers, together=TOGETHER)
     for _, failure in tqdm(done, f"toy world, {split}", count, unit="video", disable=not progress):
         if failure:
             raise UserError(

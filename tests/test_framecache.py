@@ -181,9 +181,9 @@ def test_a_video_that_hangs_the_decoder(fill, clips, monkeypatch):
     assert "trouble.mp4: the decoder gave no frames within 2 s and was stopped" in reason
 
 
-@pytest.mark.parametrize("deaths", [1, 2])
+@pytest.mark.parametrize("deaths", [1, 3])
 def test_a_worker_that_is_killed(fill, tmp_path, deaths):
-    """Once may be bad luck, and nothing is lost; twice at the same video is the video."""
+    """Once, among others, may be bad luck, and nothing is lost; then twice alone is the video."""
 
     def die():
         died = len(list(tmp_path.glob("death-*")))
@@ -192,7 +192,7 @@ def test_a_worker_that_is_killed(fill, tmp_path, deaths):
             os.kill(os.getpid(), signal.SIGKILL)
 
     reasons = fill(die)
-    assert len(reasons) == deaths - 1
+    assert len(reasons) == deaths // 3
     assert all("trouble.mp4: the decoder died twice (exit code -9" in why for why in reasons)
 
 
@@ -204,9 +204,9 @@ def three_arrays(n: int) -> list[np.ndarray]:
 def test_arrays_of_any_size_come_back_from_a_worker(start, monkeypatch):
     """Small ones, what the shared memory cannot hold, and views; the next answer changes none."""
     monkeypatch.setattr(guarded, "CONTEXT", multiprocessing.get_context(start))
-    sizes = [5, 0, guarded.ROOM // 8, guarded.ROOM + 1, 7]
+    sizes = [5, 0, guarded.ROOM // 8, guarded.ROOM + 1, *range(7, 20)]
     with guarded.guard(three_arrays, 1) as work:
-        answers = [work(n) for n in sizes]
+        answers = work(sizes)
     for n, answer in zip(sizes, answers):
         for found, expected in zip(answer, three_arrays(n), strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -222,8 +222,8 @@ def die_while_sending(job: str) -> None:
 
 def test_a_worker_that_dies_in_the_middle_of_its_answer_is_replaced():
     with guarded.guard(die_while_sending, 1) as work:
-        with pytest.raises(VideoError, match=r"a.mp4: the decoder died twice \(exit code -9"):
-            work("a.mp4")
+        (error,) = work(["a.mp4"])
+    assert "a.mp4: the decoder died twice (exit code -9" in str(error)
 
 
 SLOW = """

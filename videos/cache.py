@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from cli import UserError, write_whole
 from videos.decode import VIDEO_SUFFIXES, VideoError, is_there, locate, read_frames
-from videos.workers import run_guarded
+from videos.workers import TOGETHER, run_guarded
 
 EVICT_EVERY = 1000  # new entries, on average
 
@@ -108,7 +108,7 @@ class FrameCache:
 
         # one frame of each comes back, and nobody looks at it
         wants = [Want(path, start, end, [0]) for path in todo]
-        stored = run_guarded(self.read, wants, workers=workers)
+        stored = run_guarded(self.read, wants, workers=workers, together=TOGETHER)
         is_silent = not progress or not todo
         bar = tqdm(stored, "decode videos", len(todo), unit="video", disable=is_silent)
         reasons = sorted((n, found) for n, found in bar if isinstance(found, str))
@@ -151,12 +151,12 @@ class FrameCache:
         An entry that is missing or damaged is made here, in this process: `fill` first, which is
         safe from files that hang.
         """
+        how = dict(size=self.size, start=start, end=end)
+        if not self.keeps(path):
+            return read_frames(path, self.num_frames, **how, only=only)
         entry = self.entry(path, start, end)
         frames = self.load(entry, path)
         if frames is None:
-            how = dict(size=self.size, start=start, end=end)
-            if not self.keeps(entry):
-                return read_frames(path, self.num_frames, **how, only=only)
             frames = self.store(entry, read_frames(path, self.num_frames, **how))
         return np.broadcast_to(frames, (self.num_frames, *frames.shape[1:]))[only]
 
@@ -185,9 +185,9 @@ class FrameCache:
         name = hashlib.sha256(repr(recipe).encode("utf-8", "surrogateescape")).hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.frames"
 
-    def keeps(self, entry: Path) -> bool:
+    def keeps(self, path: str | Path) -> bool:
         """Is this one of the videos that fit?"""
-        return int(entry.stem[:12], 16) < self.share * 16**12
+        return zlib.crc32(str(path).encode("utf-8", "surrogatepass")) < self.share * 2**32
 
     def has(self, path: str, start: float, end: float | None) -> bool:
         """Is there an entry of this video? Whether it is whole is seen when it is read."""

@@ -3,8 +3,8 @@
 A damaged or hostile file can do worse than fail: it can hang the decoder for ever, or crash the
 process that it runs in. So files are read in processes that can be spared. A thread waits for each:
 
-    thread  ── job ──>  process: work(job)
-            <── result, or the end of the pipe, or nothing in time
+    thread  ── jobs ──>  process: work(job) for each of a few
+            <── results, or the end of the pipe, or nothing in time
 
 A file may take `PATIENCE` seconds, and one more for each megabyte. When they are over, its process
 is killed and the file is given up. Another process goes on with the next.
@@ -12,7 +12,9 @@ is killed and the file is given up. Another process goes on with the next.
 A process may also die by no fault of its file, say where memory runs out. So the file is tried once
 more. If its process dies again, it was the file.
 
-A job is the path of a file, or has a `path`. Its arrays come back through memory that thread and
+A job is the path of a file, or has a `path`. Small jobs travel together: to wake a process and this
+one costs as much as to decode a clip of a few kilobytes (docs/scaling.md). Where one of several
+hangs or kills the process, each is tried alone. Arrays come back through memory that thread and
 process share: for frames of 224 pixels, half of the time of a pipe.
 
 `concurrent.futures` waits for ever for a process that hangs. `pebble` kills it, as this file does,
@@ -31,7 +33,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 
@@ -43,8 +45,9 @@ PATIENCE = 60.0
 
 # fork starts in milliseconds; elsewhere it is unsafe (macOS) or missing (Windows)
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+TOGETHER = 8  # small jobs
 # bytes of the memory that a thread and its process share; what does not fit takes the pipe
-ROOM = 2**22  # 27 frames of 224 pixels
+ROOM = 2**24  # 8 × 13 frames of 224 pixels
 
 # held while a process starts or ends: Python loses the exit code where two threads wait for it
 CHANGING = threading.Lock()
@@ -73,39 +76,42 @@ class Worker:
             self.process.start()
             theirs.close()
 
-    def call(self, job):
-        """work(job), or what it raises. Raises VideoError where the file hangs or kills it."""
-        path = getattr(job, "path", job)
-        seconds = seconds_allowed(path)
-
+    def call(self, jobs: Sequence) -> list:
+        """For each job work(job), or the VideoError that it raises, or that says how its file hangs
+        or kills the process. Any other UserError is raised.
+        """
+        seconds = PATIENCE + sum(map(megabytes, jobs))
         for _ in range(2):
-            is_late = False
-            try:
-                self.pipe.send(job)
-                is_late = not self.pipe.poll(seconds)
-                if not is_late:
-                    result, error = unpack(*self.pipe.recv(), self.room)
-                    break
-            except (EOFError, OSError):  # it has died, perhaps while it sent
-                pass
+            answer, is_late = self.ask(jobs, seconds)
+            if answer:
+                results, error = answer
+                if error:
+                    raise error
+                return results
 
             self.stop()
             exit_code = self.process.exitcode
             self.start()
+            if len(jobs) > 1:  # which of them was it?
+                return [self.call([job])[0] for job in jobs]
             if is_late:
-                raise VideoError(
-                    f"{path}: the decoder gave no frames within {seconds:.0f} s and was stopped; "
-                    "encode the file again or remove it"
-                )
-        else:
-            raise VideoError(
-                f"{path}: the decoder died twice (exit code {exit_code}; -9: killed, perhaps out "
-                "of memory); encode the file again or remove it"
-            )
+                break
 
-        if error:
-            raise error
-        return result
+        why = f"died twice (exit code {exit_code}; -9: killed, perhaps out of memory)"
+        if is_late:
+            why = f"gave no frames within {seconds:.0f} s and was stopped"
+        path = path_of(jobs[0])
+        return [VideoError(f"{path}: the decoder {why}; encode the file again or remove it")]
+
+    def ask(self, jobs: Sequence, seconds: float) -> tuple[tuple | None, bool]:
+        """(what comes back, is it late); None: nothing."""
+        try:
+            self.pipe.send(jobs)
+            if not self.pipe.poll(seconds):
+                return None, True
+            return unpack(*self.pipe.recv(), self.room), False
+        except (EOFError, OSError):  # it has died, perhaps while it sent
+            return None, False
 
     def close(self) -> None:
         """End the process, and the call that a thread may be waiting for."""
@@ -127,12 +133,23 @@ def serve(work: Callable, pipe: Connection, room, inherited: list[Connection]) -
 
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            job = pipe.recv()
+            jobs = pipe.recv()
             try:
-                answer = work(job), None
+                answer = try_all(work, jobs), None
             except UserError as error:
                 answer = None, error
             pipe.send(pack(answer, room))
+
+
+def try_all(work: Callable, jobs: Iterable) -> list:
+    """For each job work(job), or the VideoError that it raises."""
+    results = []
+    for job in jobs:
+        try:
+            results.append(work(job))
+        except VideoError as error:
+            results.append(error)
+    return results
 
 
 def pack(answer, room: mmap.mmap | bytearray) -> tuple[bytes, list[int]]:
@@ -157,10 +174,14 @@ def unpack(pickled: bytes, ends: list[int], room: mmap.mmap | bytearray):
     return pickle.loads(pickled, buffers=arrays)
 
 
-def seconds_allowed(path: str) -> float:
+def path_of(job) -> str:
+    return getattr(job, "path", job)
+
+
+def megabytes(job) -> float:
     with contextlib.suppress(VideoError):  # missing files fail fast
-        return PATIENCE + locate(path).size / 1e6
-    return PATIENCE
+        return locate(path_of(job)).size / 1e6
+    return 0.0
 
 
 # ---- many at a time ------------------------------------------------------------------------------
@@ -168,20 +189,23 @@ def seconds_allowed(path: str) -> float:
 
 @contextlib.contextmanager
 def guard(work: Callable, workers: int) -> Iterator[Callable]:
-    """`work` as a function that `workers` threads may call at once, each in a process of its own.
+    """A function of jobs that `workers` threads may call at once, each with a process of its own.
 
-    It raises what `work` does, if that is a UserError, and VideoError where the file hangs or kills
-    its process. At the end all processes are ended, and calls that are not over raise an error.
+    It returns for each job work(job), or the VideoError that it raises, or that says how its file
+    hangs or kills the process. Any other UserError is raised. At the end all processes are ended,
+    and calls that are not over raise an error.
     """
     pool = [Worker(work) for _ in range(workers)]
     idle = queue.SimpleQueue()
     for worker in pool:
         idle.put(worker)
 
-    def call(job):
-        worker = idle.get()
+    def call(jobs: Sequence) -> list:
+        worker, results = idle.get(), []
         try:
-            return worker.call(job)
+            for i in range(0, len(jobs), TOGETHER):
+                results += worker.call(jobs[i : i + TOGETHER])
+            return results
         finally:
             idle.put(worker)
 
@@ -192,28 +216,30 @@ def guard(work: Callable, workers: int) -> Iterator[Callable]:
             worker.close()
 
 
-def run_guarded(work: Callable, jobs: Iterable, *, workers: int | None) -> Iterator[tuple]:
+def run_guarded(
+    work: Callable, jobs: Iterable, *, workers: int | None, together: int = 1
+) -> Iterator[tuple]:
     """(n, work(n-th job)) as they are done, by up to `workers` processes (None: one a core).
 
     For a job whose file is broken, hangs or kills them, the second is why (str). Any other
-    UserError is raised. Ctrl-C ends the processes too.
+    UserError is raised. Ctrl-C ends the processes too. together: jobs that a thread takes at once.
     """
     jobs = list(jobs)
     workers = min(workers or os.cpu_count(), len(jobs))
     if not jobs:
         return
 
-    todo, running = enumerate(jobs), {}
+    todo, running = iter(range(0, len(jobs), together)), {}
     with ThreadPoolExecutor(workers) as threads, guard(work, workers) as guarded:
         while True:
-            # two jobs a thread, so that none waits for the consumer
-            for n, job in itertools.islice(todo, 2 * workers - len(running)):
-                running[threads.submit(guarded, job)] = n
+            # two calls a thread, so that none waits for the consumer
+            for first in itertools.islice(todo, 2 * workers - len(running)):
+                running[threads.submit(guarded, jobs[first : first + together])] = first
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                error, n = future.exception(), running.pop(future)
-                yield n, str(error) if isinstance(error, VideoError) else future.result()
+                for n, result in enumerate(future.result(), running.pop(future)):
+                    yield n, str(result) if isinstance(result, VideoError) else result
 
 
 def prefetch(load: Callable, jobs: Iterable, workers: int = 2) -> Iterator:
