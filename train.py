@@ -198,7 +198,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> int:
 
     # ---- 3. the loop -----------------------------------------------------------------------------
     idf = torch.from_numpy(data.vocab.idf).to(ranks.device)
-    batches = read_epochs(config, ranks, run, towers)
+    batches = read_epochs(config, ranks, run)
     with StopSignals(ranks) as signals, contextlib.closing(batches):
         while run.step < config.steps:
             batch = run.next_batch(batches)
@@ -501,7 +501,7 @@ def epoch_of(step: int, config: TrainConfig, num_batches: int) -> Epoch:
     return Epoch(number, first, min(first + length, end), is_guided)
 
 
-def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator[dict]:
+def read_epochs(config: TrainConfig, ranks: Ranks, run: Run) -> Iterator[dict]:
     """The batches of this rank from the run's step on. What is planned is in `run.order`."""
     samples, sampler = run.data.samples, run.data.sampler
     reading = dict(seed=config.seed, workers=config.workers, max_broken=config.max_broken)
@@ -512,8 +512,10 @@ def read_epochs(config: TrainConfig, ranks: Ranks, run: Run, towers) -> Iterator
         starts = range(0, len(rows), size)
         jobs = [Job(rows[i : i + size], rows[:0], place + i, 0, T) for i in starts]
         for batch in read_batches(samples, jobs, **reading):
-            batch = {name: x.to(ranks.device) for name, x in batch.items()}
-            yield embed(towers, batch, config)[0]
+            video = prepare_video(batch["video"].to(ranks.device))
+            with autocast(config, ranks.device.type):
+                video_emb = run.model.encode_video(video)
+            yield video_emb
 
     def find_hardest(anchors, pool):
         return mine(run, embed_samples, anchors, pool)
@@ -564,9 +566,13 @@ def backward(towers, logit_scale, batch: dict, config: TrainConfig) -> dict[str,
 
 def embed(towers, batch: dict, config: TrainConfig) -> tuple:
     """(video_emb, text_emb, and the concept logits of both, or None)."""
-    device = batch["video"].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=is_half(config, device)):
+    with autocast(config, batch["video"].device.type):
         return towers(prepare_video(batch["video"]), batch["tokens"], batch["text_mask"])
+
+
+def autocast(config: TrainConfig, device: str) -> torch.autocast:
+    """For the encoders."""
+    return torch.autocast(device, torch.bfloat16, enabled=is_half(config, device))
 
 
 def is_half(config: TrainConfig, device: str) -> bool:
