@@ -4,6 +4,7 @@
     python -m bench.ablation --seeds 3 -- --steps 400     # after --: flags of train.py, for all
     python -m bench.ablation --variants "base all:beta=2" # with single fields changed: tuning
     python -m bench.ablation --split test                 # the same runs on the test split: once
+    python -m bench.ablation --split test --eval="--task toy --data FOLDER"   # another toy world's
     python -m bench.ablation --table                      # only tables and plot, from the records
 
 All variants share data, steps, batch size, learning rate and seeds. They differ in `VARIANTS` and
@@ -350,9 +351,7 @@ def make_tables(results: str) -> str:
     texts = []
     for runs in read_groups(results):
         shown = {name: title for name, title in HEADINGS.items() if name in runs[0]["metrics"]}
-        variants = order_variants(runs)
-        pairs = [("all", other) for other in variants[1:] if other != "all"]
-        tables = markdown_tables(runs, shown, variants, base=variants[0], pairs=pairs)
+        tables = markdown_tables(runs, shown, order_variants(runs))
         texts.append(f"{describe_group(runs)}\n\n{tables}")
     return "\n\n".join(texts)
 

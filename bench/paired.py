@@ -167,55 +167,35 @@ def _p(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 0.9995 else "1"
 
 
-def markdown_tables(
-    runs: Sequence[dict],
-    metrics: dict[str, str],
-    variants: Sequence[str],
-    base: str = "base",
-    pairs: Sequence[tuple[str, str]] = (),
-) -> str:
-    """Two tables in Markdown: each variant's mean ± std, then its differences to `base`, seed by
-    seed.
+def markdown_tables(runs: Sequence[dict], metrics: dict[str, str], variants: Sequence[str]) -> str:
+    """Two tables in Markdown: each variant's mean ± std; then, seed by seed, its differences to the
+    first variant, and those of "all" to the others.
 
-    metrics {name in the records: column heading}; variants in the order of rows; pairs (a, b): of
-    rows a − b below.
+    metrics {name in the records: column heading}; variants in the order of rows.
     """
-    first = next(iter(metrics))
 
-    def table(corner: str, rows: list[tuple[str, Callable[[str], str]]]) -> list[str]:
-        lines = [
-            f"| {corner} | seeds |" + "".join(f" {heading} |" for heading in metrics.values()),
-            "|---|---|" + "---|" * len(metrics),
-        ]
-        return lines + [
-            f"| {label} |" + "".join(f" {cell(metric)} |" for metric in (None, *metrics))
-            for label, cell in rows
-        ]
+    def head(corner: str) -> list[str]:
+        columns = [corner, "seeds", *metrics.values()]
+        return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
 
-    def level(variant):
-        return lambda metric: (
-            str(len(by_seed(runs, variant, first)))
-            if metric is None
-            else mean_std(list(by_seed(runs, variant, metric).values()))
-        )
+    def row(label: str, values: list[list[float]], show: Callable) -> str:
+        cells = [label, str(len(values[0])), *map(show, values)]
+        return f"| {' | '.join(cells)} |"
 
-    def against(variant, base=base):
-        return lambda metric: (
-            str(len(paired_differences(runs, variant, base, first)))
-            if metric is None
-            else difference(paired_differences(runs, variant, base, metric))
-        )
+    lines = head("mean ± std")
+    for variant in variants:
+        values = [list(by_seed(runs, variant, metric).values()) for metric in metrics]
+        lines.append(row(variant, values, mean_std))
 
-    lines = table("mean ± std", [(variant, level(variant)) for variant in variants])
-    if base in variants and len(variants) > 1:
-        lines += [
-            "",
-            *table(
-                f"− {base}, ± SE (p by t-test, by sign flips)",
-                [(variant, against(variant)) for variant in variants if variant != base]
-                + [(f"{a} − {b}", against(a, b)) for a, b in pairs if {a, b} <= {*variants}],
-            ),
-        ]
+    base, *others = variants
+    pairs = {variant: (variant, base) for variant in others}
+    if "all" in others:
+        pairs |= {f"all − {other}": ("all", other) for other in others if other != "all"}
+    if pairs:
+        lines += ["", *head(f"− {base}, ± SE (p by t-test, by sign flips)")]
+    for label, pair in pairs.items():
+        values = [paired_differences(runs, *pair, metric) for metric in metrics]
+        lines.append(row(label, values, difference))
     return "\n".join(lines)
 
 

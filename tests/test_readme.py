@@ -139,13 +139,17 @@ $ train.py --dataset msrvtt --data-root ROOT --init clip-vit-base-patch32 --num-
   --gpus 8 --batch-size 128 --steps 7030 --warmup 703 --lr 1e-4 --encoder-lr 1e-6
   --weight-decay 0.2 --precision bf16 --eval-every 1406 --out runs/msrvtt
 = docs/finetune.md: **Not run**
+$ -m datasets.toyworld --folder cache/toy-5000 --train 0 --val 0 --test 5000
+= docs/ablation.md: test split (5,000 videos, 26,203 questions)
 $ -m bench.ablation --variants "base skp all" --seeds 5 --split test
+  --eval="--task toy --data cache/toy-5000"
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --variants "skp:text_negatives=1 all:text_negatives=0" --seeds 5 --split test
+  --eval="--task toy --data cache/toy-5000"
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
-$ -m bench.real_features --towers --variants "base skp"
+$ -m bench.real_features --towers --variants "base skp all"
 = tests/test_real_features.py: def test_towers_from_scratch_learn(
 $ -m bench.real_features --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
