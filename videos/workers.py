@@ -13,9 +13,9 @@ A process may also die by no fault of its file, say where memory runs out. So th
 more. If its process dies again, it was the file.
 
 A job is the path of a file, or has a `path`. Small jobs travel together: to wake a process and this
-one costs as much as to decode a clip of a few kilobytes (docs/scaling.md). Where one of several
-hangs or kills the process, each is tried alone. Arrays come back through memory that thread and
-process share: for frames of 224 pixels, half of the time of a pipe.
+one costs half as much as to decode a clip of a few kilobytes (docs/scaling.md). Where one of
+several hangs or kills the process, each is tried alone. Arrays come back through memory that thread
+and process share: for frames of 224 pixels, half of the time of a pipe.
 
 `concurrent.futures` waits for ever for a process that hangs. `pebble` kills it, as this file does,
 but is six times slower on small jobs (docs/LOG.md).
