@@ -212,7 +212,10 @@ class ConvStem(nn.Module):
 
 
 class VideoEncoder(nn.Module):
-    """video [B, T, C, H, W], normalised -> [B, E], not yet of unit length. Any T ≥ 1."""
+    """video [B, T, C, H, W], normalised -> features [B, D]. Any T ≥ 1.
+
+    `project` takes them to the joint space, [B, E].
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -254,7 +257,7 @@ class VideoEncoder(nn.Module):
 
         class_tokens = (slice(None), 0)  # all that is read of the last block
         x = run_blocks(self.blocks, x, class_tokens, recompute=self.checkpointing)  # [B, T', D]
-        return self.project(self.norm_out(x).mean(dim=1))  # mean over time: [B, E]
+        return self.norm_out(x).mean(dim=1)  # mean over time: [B, D]
 
     def time_embedding(self, T: int):
         """[T, D]: the learned table, stretched or shrunk linearly to T steps."""
@@ -266,7 +269,10 @@ class VideoEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """tokens [B, L], text_mask [B, L] (1 = real token) -> [B, E], not yet of unit length."""
+    """tokens [B, L], text_mask [B, L] (1 = real token) -> features [B, D].
+
+    `project` takes them to the joint space, [B, E].
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -290,7 +296,7 @@ class TextEncoder(nn.Module):
         last = text_mask.sum(dim=1).long() - 1
         end_tokens = (torch.arange(B, device=x.device), last)
         x = run_blocks(self.blocks, x, end_tokens, recompute=self.checkpointing)  # [B, D]
-        return self.project(self.norm_out(x))
+        return self.norm_out(x)
 
 
 def init_tower(tower, width: int, layers: int):
@@ -314,7 +320,7 @@ def init_tower(tower, width: int, layers: int):
 
 
 class CLOP(nn.Module):
-    """Both towers, the learned `logit_scale`, and SKP's head on their embeddings."""
+    """Both towers, the learned `logit_scale`, and SKP's heads on their features."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -325,12 +331,14 @@ class CLOP(nn.Module):
         self.reset_parameters()
 
         # Paper: SKP "pulls together the latent representations of similar videos". We predict from
-        # the very vectors that retrieval compares, so that the pull acts where it is wanted. And
-        # from both: left alone, the text tower reads a bag of words (docs/LOG.md). The head is
-        # drawn last: with and without it, all else starts from the same weights.
-        self.concept_head = None
+        # what the projection reads, not from what it makes: the E numbers that retrieval compares
+        # need not hold all that a concept needs (docs/LOG.md). And from both towers: left alone,
+        # that of the text reads a bag of words. The heads are drawn last: with and without
+        # them, all else starts from the same weights.
+        self.video_concept_head = self.text_concept_head = None
         if config.num_concepts:
-            self.concept_head = nn.Linear(config.embed_dim, config.num_concepts)
+            self.video_concept_head = nn.Linear(config.video_width, config.num_concepts)
+            self.text_concept_head = nn.Linear(config.text_width, config.num_concepts)
 
     def reset_parameters(self):
         """As CLIP does: residual branches shrink with depth. The time path starts at zero."""
@@ -350,31 +358,33 @@ class CLOP(nn.Module):
 
     def encode_video(self, video):
         """[B, T, C, H, W] float, normalised -> video_emb [B, E] fp32, unit norm."""
-        return F.normalize(self.video(video).float(), dim=-1)
+        return to_joint_space(self.video, self.video(video))
 
     def encode_text(self, tokens, text_mask):
         """[B, L] int64, [B, L] bool -> text_emb [B, E] fp32, unit norm."""
-        return F.normalize(self.text(tokens, text_mask).float(), dim=-1)
-
-    def predict_concepts(self, emb):
-        """SKP: unit vectors [B, E] -> concept logits [B, K]; without the head None."""
-        if self.concept_head is None:
-            return None
-        unit_variance = emb * self.config.embed_dim**0.5  # as a linear layer expects it
-        return self.concept_head(unit_variance)
+        return to_joint_space(self.text, self.text(tokens, text_mask))
 
     def init_concept_bias(self, log_odds):
-        """SKP's head before it has seen a video: log_odds [K] (ConceptVocab.log_odds)."""
-        self.concept_head.bias.data.copy_(log_odds)
+        """SKP's heads before they have seen a video: log_odds [K] (ConceptVocab.log_odds)."""
+        self.video_concept_head.bias.data.copy_(log_odds)
+        self.text_concept_head.bias.data.copy_(log_odds)
 
     def forward(self, video, tokens, text_mask):
-        """What the losses need: video_emb [B, E], text_emb [B', E], and their concept logits
-        [B, K], [B', K] or None.
+        """What the losses need: video_emb [B, E], text_emb [B', E], and SKP's concept logits
+        [B, K], [B', K], or None without the heads.
         """
-        video_emb = self.encode_video(video)
-        text_emb = self.encode_text(tokens, text_mask)
-        logits = self.predict_concepts(video_emb), self.predict_concepts(text_emb)
-        return video_emb, text_emb, *logits
+        video_features, text_features = self.video(video), self.text(tokens, text_mask)
+        video_emb = to_joint_space(self.video, video_features)
+        text_emb = to_joint_space(self.text, text_features)
+        if self.video_concept_head is None:
+            return video_emb, text_emb, None, None
+        video_logits = self.video_concept_head(video_features)
+        return video_emb, text_emb, video_logits, self.text_concept_head(text_features)
+
+
+def to_joint_space(tower, features):
+    """[B, D] of a tower -> [B, E] fp32, unit norm."""
+    return F.normalize(tower.project(features).float(), dim=-1)
 
 
 def main():

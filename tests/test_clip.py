@@ -417,7 +417,7 @@ def test_a_run_from_clip_needs_its_file_only_once(tiny_world, tmp_path, weights,
     config = from_clip(tiny_world, tmp_path / "run", weights, image_size=24)
     train.train(config)
     said = capsys.readouterr().out
-    assert "OpenAI layout" in said and "newly made: 15 tensors" in said
+    assert "OpenAI layout" in said and "newly made: 17 tensors" in said
 
     start = read_pretrained(config.init, num_frames=2, image_size=24)
     end = load_checkpoint(config.out, training=True)
@@ -459,13 +459,13 @@ def test_a_run_starts_from_a_run(tiny_world, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "our layout" in said and "newly made: 0 tensors" in said
     assert after.tokenizer.tokens == before.tokenizer.tokens
-    for name in ("text.blocks.0.mlp.0.weight", "concept_head.weight"):
+    for name in ("text.blocks.0.mlp.0.weight", "text_concept_head.weight"):
         assert torch.allclose(after.model.state_dict()[name], weights[name], atol=1e-6)
 
-    # other captions have other concepts: another head
+    # other captions have other concepts: other heads
     other = CLOP(replace(found.sizes, num_concepts=before.model.config.num_concepts))
     names = before.concept_vocab.names
-    assert found.load_into(other, names[::-1]) == ["concept_head.weight", "concept_head.bias"]
+    assert len(found.load_into(other, names[::-1])) == 4  # two heads, each a matrix and a bias
     assert found.load_into(other, names) == []
 
 
@@ -497,7 +497,7 @@ def test_groups_have_their_own_learning_rates():
         "text.blocks.2.mlp.0.bias": (0.1, 0.0),
         "logit_scale": (0.1, 0.0),
         "video.blocks.0.time_attn.out.weight": (1.0, 0.2),
-        "concept_head.bias": (1.0, 0.0),
+        "video_concept_head.bias": (1.0, 0.0),
     }
     assert {name: found[name] for name in expected} == expected
 

@@ -103,14 +103,16 @@ def test_base_run_without_knowledge_trains(tiny_world, tmp_path, cache):
     off = dict(skp_weight=0.0, beta=0.0, hard_k=0, hard_weight=0.0, guided_share=0.0)
     off |= dict(mask_false_negatives=False, checkpointing=True, precision="bf16")
     train.train(settings(tiny_world, tmp_path, cache, steps=2, **off))
-    assert "skp" not in log_of(tmp_path)[1] and load_checkpoint(tmp_path).model.concept_head is None
+    assert "skp" not in log_of(tmp_path)[1]
+    assert load_checkpoint(tmp_path).model.video_concept_head is None
 
 
-def test_concept_head_starts_from_the_log_odds(tiny_world, tmp_path, cache):
+def test_concept_heads_start_from_the_log_odds(tiny_world, tmp_path, cache):
     train.train(settings(tiny_world, tmp_path, cache, steps=1, lr=1e-7))
     saved = load_checkpoint(tmp_path)
-    bias = saved.model.concept_head.bias.detach().numpy()
-    np.testing.assert_allclose(bias, saved.concept_vocab.log_odds, atol=1e-5)
+    for head in (saved.model.video_concept_head, saved.model.text_concept_head):
+        bias = head.bias.detach().numpy()
+        np.testing.assert_allclose(bias, saved.concept_vocab.log_odds, atol=1e-5)
 
 
 def test_torchrun_starts_it_unchanged(tiny_world, tmp_path, cache):

@@ -118,7 +118,7 @@ class Pretrained:
     known_from: str  # what told heads and GELU
     tokenizer: Tokenizer | None = None
     trained_on: TrainedOn = field(default_factory=TrainedOn)
-    concepts: list[str] = field(default_factory=list)  # what an SKP head among them predicts
+    concepts: list[str] = field(default_factory=list)  # what SKP's heads among them predict
 
     def describe(self) -> str:
         """One line: what was found, and what told heads and GELU."""
@@ -134,10 +134,10 @@ class Pretrained:
     def load_into(self, model: CLOP, concepts: list[str] = ()) -> list[str]:
         """Copy the weights; the names of the model's other tensors, which stay as they are.
 
-        SKP's head is copied where it predicts the same concepts.
+        SKP's heads are copied where they predict the same concepts.
         """
         weights = self.weights
-        if self.concepts != list(concepts) or model.concept_head is None:
+        if self.concepts != list(concepts) or model.video_concept_head is None:
             weights = {name: t for name, t in weights.items() if "concept_" not in name}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         is_complete = not unexpected and all(is_new(name) for name in missing)
@@ -146,8 +146,8 @@ class Pretrained:
 
 
 def is_new(name: str) -> bool:
-    """Whether CLIP has no such tensor: attention along time, time embedding, SKP head."""
-    return "time_" in name or name.startswith("concept_head.")
+    """Whether CLIP has no such tensor: attention along time, time embedding, SKP's heads."""
+    return "time_" in name or "concept_head." in name
 
 
 # ---- what --init and eval.py call for ------------------------------------------------------------
