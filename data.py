@@ -285,15 +285,14 @@ class BatchReader:
 class KnowledgeBatchSampler:
     """Batches in which groups of samples are hard to tell apart; each at most once per plan.
 
-    A batch may also have captions without their videos, which are negatives alone: nearly free,
-    where a video costs many times as much as a caption. Some hundred batches are planned at once,
-    one method a step:
+    A batch may also have captions without their videos, drawn at random, which are negatives alone:
+    nearly free, where a video costs many times as much as a caption. Some hundred batches are
+    planned at once, one method a step:
 
     1. `plan`          a shuffle. Some samples become anchors. Among twice as many captions as are
                        planned, the caller names the hardest for each anchor: those that the model
                        mixes up with its own
-    2. `make_groups`   an anchor and the hardest of them that are negatives of each other; then the
-                       hardest that are negatives of all of these, as captions alone
+    2. `make_groups`   an anchor and the hardest of them that are negatives of each other
     3. `find_true`     knowledge says which are not: a caption may be true of another's video, too
     4. `deal`          the groups go evenly to the batches, other samples fill the rest
 
@@ -327,7 +326,6 @@ class KnowledgeBatchSampler:
         self.groups_per_batch = round(guided_share * batch_size) // group_size
         self.group_size = group_size
         self.num_captions = round(text_negatives * batch_size)  # without their videos
-        self.captions_per_group = self.num_captions // max(1, self.groups_per_batch)
 
         self.held, self.video_id = held, np.asarray(video_id)
         self.num_said = held.sum(axis=1)  # [N], concepts of each caption
@@ -360,16 +358,13 @@ class KnowledgeBatchSampler:
             pool = shuffled[: POOL * len(planned)]
             groups = self.make_groups(anchors, find_hardest(anchors, pool), wanted)
         captions = rng.integers(self.size, size=(num_batches, self.num_captions))
-        return self.deal([groups[i] for i in rng.permutation(len(groups))], planned, captions)
+        groups = [groups[i] for i in rng.permutation(len(groups))]
+        return np.concatenate([self.deal(groups, planned, num_batches), captions], axis=1)
 
     def make_groups(
         self, anchors: np.ndarray, hardest: np.ndarray, wanted: int
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """At most `wanted` of (group, captions alone).
-
-        A group is an anchor and its hardest free ones, [group_size]; groups are disjoint. Captions
-        alone are at most `captions_per_group`, and may be in other groups, too.
-        """
+    ) -> list[np.ndarray]:
+        """At most `wanted` disjoint groups: an anchor and its hardest free ones, [group_size]."""
         is_free = np.ones(self.size, bool)
         groups = []
         for anchor, others in zip(anchors, hardest):
@@ -388,8 +383,7 @@ class KnowledgeBatchSampler:
             if len(places) == self.group_size:
                 group = candidates[places]
                 is_free[group] = False
-                is_false = ~self.find_true(group, others).any(axis=0)
-                groups.append((group, others[is_false][: self.captions_per_group]))
+                groups.append(group)
         return groups
 
     def find_true(self, samples: np.ndarray, captions: np.ndarray) -> np.ndarray:
@@ -403,26 +397,19 @@ class KnowledgeBatchSampler:
         is_its_own = video[:, None] == self.video_id[captions]
         return (num_true == self.num_said[captions]) | is_its_own
 
-    def deal(self, groups: list, planned: np.ndarray, captions: np.ndarray) -> np.ndarray:
-        """Each batch begins with its share of the groups; the rest of `planned` fills it. Likewise
-        their captions alone replace the first of `captions` [num_batches, x].
-        """
+    def deal(self, groups: list, planned: np.ndarray, num_batches: int) -> np.ndarray:
+        """Each batch begins with its share of the groups; the rest of `planned` fills it."""
         is_free = np.ones(self.size, bool)
-        for group, _ in groups:
-            is_free[group] = False
+        is_free[[sample for group in groups for sample in group]] = False
         others, used = planned[is_free[planned]], 0
 
         batches = []
-        for n, at_random in enumerate(captions):
-            guided, hard = [], []
-            for group, alone in groups[n :: len(captions)]:
-                guided += [*group]
-                hard += [*alone]
+        for n in range(num_batches):
+            guided = [sample for group in groups[n::num_batches] for sample in group]
             num_others = self.batch_size - len(guided)
-            rest = others[used : used + num_others]
+            batches.append([*guided, *others[used : used + num_others]])
             used += num_others
-            batches.append(np.array([*guided, *rest, *hard, *at_random[len(hard) :]]))
-        return np.stack(batches)
+        return np.array(batches)
 
 
 def find_overlapping(words: csr_array, anchors: np.ndarray, pool: np.ndarray) -> np.ndarray:

@@ -252,35 +252,19 @@ def test_what_may_be_true_of_the_video_joins_no_group():
 
     def groups_of(anchor, hardest):
         found = sampler.make_groups(np.array([anchor]), np.array([hardest]), 1)
-        return [(group.tolist(), alone.tolist()) for group, alone in found]
+        return [group.tolist() for group in found]
 
-    sampler.group_size, sampler.captions_per_group = 4, 2
-    assert groups_of(0, [1, 4, 5, 2, 3, 6]) == [([0, 2, 3, 6], [])]
+    sampler.group_size = 4
+    assert groups_of(0, [1, 4, 5, 2, 3, 6]) == [[0, 2, 3, 6]]
     # 1 may be true of the videos of 0 and of 2, so neither is in a group with it
     assert groups_of(1, [0, 2, 3, 6]) == []
-    # captions alone are those that no video of the group knows all of
-    sampler.group_size = 2
-    assert groups_of(0, [1, 4, 5, 2, 3, 6]) == [([0, 2], [3, 6])]
-    assert groups_of(1, [0, 3, 5, 2, 6]) == [([1, 3], [0, 5])]
 
 
-def test_captions_alone_are_the_hardest_of_their_groups(scenes):
-    captions, held, find = scenes
-    batches = make_sampler(held, text_negatives=0.5).plan(0, find_hardest=find)
-    assert batches.shape == (5, 24 + 12)
-    whole = make_sampler(held).plan(0, find_hardest=find)
-    assert (np.sort(batches[:, :24].ravel()) == np.sort(whole.ravel())).all()
-
-    shared = 0
-    for batch in batches:
-        for n in range(3):  # each group has four
-            first = set(captions[batch[4 * n]].split())
-            alone = batch[24 + 4 * n :][:4]
-            shared += sum(len(first & set(captions[i].split())) >= 3 for i in alone)
-            assert not set(alone) & set(batch[4 * n :][:4])
-    assert shared > 50  # of 60; at random 13
-    # without guidance they are drawn from all
-    alone = make_sampler(held, text_negatives=2.0).plan(0)[:, 24:]
+def test_captions_alone_are_drawn_from_all(scenes):
+    _, held, find = scenes
+    batches = make_sampler(held, text_negatives=2.0).plan(0, find_hardest=find)
+    assert sorted(batches[:, :24].ravel().tolist()) == list(range(120))
+    alone = batches[:, 24:]
     assert alone.shape == (5, 48) and len(set(alone.ravel().tolist())) > 90
 
 
