@@ -1,22 +1,16 @@
-"""What CLOP's parts buy on real clips with real captions: its losses on frozen features.
+"""What CLOP's parts buy on real clips with real captions: small towers on frozen feature maps.
 
     python -m bench.real_features                # three variants on the validation file: once
-    python -m bench.real_features --towers       # the same with small towers trained from scratch
     python -m bench.real_features --gallery tune --seeds 1 --variants "base all:beta=2" \\
         --results tuning.jsonl                   # before that: choose settings
     python -m bench.real_features --train mine.csv --val mine_val.csv --results mine.jsonl
     python -m bench.real_features --table        # only the tables, from the records
 
-The frames go through a frozen EfficientNet-Lite0 and the captions through a frozen MiniLM, once
-(frozen_features.py). What is trained is what CLOP adds: one linear map per side into the joint
-space, the logit scale, the concept head. All else is used as it is: extract_many on the captions,
-ConceptVocab, KnowledgeBatchSampler, clop_loss, eval's ranks. So the question is a small one, and
-answered on real data: given the same features, do SKP and KCL make a better joint space than
-InfoNCE alone?
-
-`--towers` asks it of towers that have something to learn. A small transformer reads the features of
-the frames, and model.py's text tower reads the tokens: neither MiniLM nor anything else has told it
-what a word means.
+The frames go through a frozen EfficientNet-Lite0 once (frozen_features.py). What reads its feature
+maps is trained from scratch: a small transformer over the places of all frames. So is the text
+tower, model.py's own: nothing has told it what a word means. All else is used as it is: CLOP's
+projections and heads, extract_many on the captions, ConceptVocab, KnowledgeBatchSampler, clop_loss,
+eval's ranks.
 
 `--gallery tune` holds out 300 of the training videos (always the same), trains on the rest and
 measures on these: all settings are chosen there. `--gallery val` trains on all training videos and
@@ -38,13 +32,12 @@ import functools
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bench.ablation import (
@@ -58,7 +51,7 @@ from bench.ablation import (
     order_variants,
     variant_fields,
 )
-from bench.frozen_features import text_features, video_features
+from bench.frozen_features import video_features
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section
 from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run
@@ -79,12 +72,12 @@ from knowledge import (
     unit_rows,
 )
 from losses import LossConfig, clop_loss
-from model import Block, ModelConfig, TextEncoder, init_tower
+from model import CLOP, Block, ModelConfig, init_tower
 
 HELD_OUT = 300  # training videos that make the tuning gallery
 
-# of the towers from scratch
-WIDTH, HEADS, VIDEO_LAYERS, TEXT_LAYERS, TEXT_LENGTH, VOCAB_SIZE = 128, 4, 2, 2, 20, 4096
+# of both towers
+WIDTH, HEADS, LAYERS, TEXT_LENGTH, VOCAB_SIZE = 128, 4, 2, 20, 4096
 
 # Chosen on the tuning gallery (docs/LOG.md), where little made a difference.
 SAMPLING = dict(guided_share=0.25)
@@ -103,12 +96,11 @@ VARIANTS = {
 
 @dataclass
 class FeatureConfig:
-    """CLOP's heads and losses on frozen features of real videos and captions."""
+    """CLOP's losses, with small towers on frozen feature maps of real videos."""
 
     train: str = "../shared/msrvtt_mini/train.csv"  # csv or jsonl with columns video, caption
     val: str = "../shared/msrvtt_mini/val.csv"  # the same, for --gallery val
     gallery: Literal["tune", "val"] = "val"  # tune: 300 training videos, held out
-    towers: bool = False  # small transformers from scratch instead of linear maps
     variants: str = "base skp all"  # of VARIANTS, or changed: NAME:field=value,…
     seeds: int = 5  # seeds 0 … n − 1
     epochs: int = 4  # of all captions
@@ -137,42 +129,40 @@ def main():
 
 @dataclass
 class Side:
-    """Videos with captions, as features."""
+    """Videos, as feature maps, with captions."""
 
-    video: torch.Tensor  # float32 [n_video, 1280], mean over frames; --towers: [n_video, T, 1280]
-    text: torch.Tensor  # float32 [n_text, 384]; --towers: tokens, int64 [n_text, L]
+    video: torch.Tensor  # float32 [n_video, T, P, 1280]
+    tokens: torch.Tensor  # int64 [n_text, L]
+    text_mask: torch.Tensor  # bool [n_text, L]
     video_of_text: np.ndarray  # int64 [n_text]
     knowledge: Knowledge  # of the captions
     meaning: np.ndarray  # int64 [n_text]
 
 
-def load_side(path: str, cache: Path, tokenizer: Tokenizer | None) -> Side:
-    """tokenizer: of the towers; None: features for linear maps."""
+def load_side(path: str, cache: Path, tokenizer: Tokenizer) -> Side:
     split = load_split("csv", path)
     knowledge = extract_many(split.captions, cache=cache / "knowledge")
-    frames = video_features(split.video_paths, cache / "features").astype(np.float32)
-    video = torch.from_numpy(frames)
-    if tokenizer:
-        text, _ = tokenizer.encode_batch(split.captions, TEXT_LENGTH)
-    else:
-        video = video.mean(dim=1)
-        features = text_features(split.captions, cache / "features")
-        text = torch.from_numpy(features.astype(np.float32))
+    maps = video_features(split.video_paths, cache / "features").astype(np.float32)
+    read = tokenizer.encode_batch(split.captions, TEXT_LENGTH)
     meaning = meaning_ids(split.captions, knowledge)
-    return Side(video, text, split.video_of_caption, knowledge, meaning)
+    return Side(torch.from_numpy(maps), *read, split.video_of_caption, knowledge, meaning)
 
 
 def load_sides(config: FeatureConfig) -> tuple[Side, Side]:
     """(training, gallery), standardised by the training features."""
-    cache, tokenizer = Path(config.cache), None
-    if config.towers:
-        tokenizer = Tokenizer.train(load_split("csv", config.train).captions, VOCAB_SIZE)
+    cache = Path(config.cache)
+    tokenizer = Tokenizer.train(load_split("csv", config.train).captions, VOCAB_SIZE)
     train = load_side(config.train, cache, tokenizer)
     if config.gallery == "tune":
         train, gallery = hold_out(train, HELD_OUT)
     else:
         gallery = load_side(config.val, cache, tokenizer)
-    return standardise(train, by=train), standardise(gallery, by=train)
+
+    mean = train.video.mean(dim=(0, 1, 2))
+    deviation = train.video.std(dim=(0, 1, 2)).clamp(min=1e-6)
+    for side in (train, gallery):
+        side.video.sub_(mean).div_(deviation)
+    return train, gallery
 
 
 def hold_out(side: Side, count: int) -> tuple[Side, Side]:
@@ -193,23 +183,12 @@ def take_videos(side: Side, videos: np.ndarray) -> Side:
     texts = np.flatnonzero(np.isin(side.video_of_text, videos))
     return Side(
         side.video[videos],
-        side.text[texts],
+        side.tokens[texts],
+        side.text_mask[texts],
         np.searchsorted(videos, side.video_of_text[texts]),
         Knowledge(side.knowledge.names, side.knowledge.held[texts]),
         side.meaning[texts],
     )
-
-
-def standardise(side: Side, by: Side) -> Side:
-    """The features with the mean 0 and the deviation 1 that those of `by` would get."""
-    scaled = {}
-    for name in ("video", "text"):
-        features = getattr(by, name)
-        if features.is_floating_point():  # not tokens
-            features = features.flatten(end_dim=-2)
-            deviation = features.std(dim=0).clamp(min=1e-6)
-            scaled[name] = (getattr(side, name) - features.mean(dim=0)) / deviation
-    return replace(side, **scaled)
 
 
 def hard_questions(side: Side, vocab: ConceptVocab, options: int = 5) -> np.ndarray:
@@ -237,75 +216,40 @@ def hard_questions(side: Side, vocab: ConceptVocab, options: int = 5) -> np.ndar
 # ---- one run -------------------------------------------------------------------------------------
 
 
-class FrameTower(nn.Module):
-    """A small transformer over the features of a video's frames: [B, T, 1280] -> [B, E]."""
+class MapTower(nn.Module):
+    """A small transformer over the places of all frames: [B, T, P, 1280] -> features [B, WIDTH]."""
 
-    def __init__(self, frames: int, feature_width: int, embed_dim: int):
+    def __init__(self, frames: int, places: int, channels: int, config: FeatureConfig):
         super().__init__()
-        self.read = nn.Linear(feature_width, WIDTH)
+        self.read = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, WIDTH))
         self.when = nn.Parameter(torch.zeros(frames, WIDTH))
-        blocks = [Block(WIDTH, HEADS, quick_gelu=False) for _ in range(VIDEO_LAYERS)]
+        self.where = nn.Parameter(torch.zeros(places, WIDTH))
+        blocks = [Block(WIDTH, HEADS, quick_gelu=False) for _ in range(LAYERS)]
         self.blocks = nn.Sequential(*blocks)
         self.norm_out = nn.LayerNorm(WIDTH)
-        self.project = nn.Linear(WIDTH, embed_dim, bias=False)
-        init_tower(self, WIDTH, VIDEO_LAYERS)
+        self.project = nn.Linear(WIDTH, config.embed_dim, bias=False)
+        init_tower(self, WIDTH, LAYERS)
 
-    def forward(self, frames):
-        x = self.blocks(self.read(frames) + self.when)
-        return self.project(self.norm_out(x).mean(dim=1))
-
-
-class TokenTower(TextEncoder):
-    """model.py's text tower, small. It finds the end of a caption by its mark: tokens -> [B, E]."""
-
-    def __init__(self, embed_dim: int):
-        sizes = dict(text_width=WIDTH, text_layers=TEXT_LAYERS, text_heads=HEADS)
-        sizes |= dict(text_length=TEXT_LENGTH, vocab_size=VOCAB_SIZE, embed_dim=embed_dim)
-        super().__init__(ModelConfig(**sizes))
-        init_tower(self, WIDTH, TEXT_LAYERS)
-        nn.init.normal_(self.token_embed.weight, std=0.02)
-        nn.init.normal_(self.position_embed, std=0.01)
-
-    def forward(self, tokens):
-        end = tokens.argmax(dim=1, keepdim=True)  # the mark is the highest id
-        return super().forward(tokens, torch.arange(tokens.shape[1]) <= end)
+    def forward(self, maps):
+        x = self.read(maps) + self.when[:, None] + self.where  # [B, T, P, WIDTH]
+        return self.norm_out(self.blocks(x.flatten(1, 2))).mean(dim=1)
 
 
-class Heads(nn.Module):
-    """Two sides of the joint space, the logit scale, the concept head.
+def build_model(side: Side, num_concepts: int, config: FeatureConfig) -> CLOP:
+    """CLOP, with a small text tower, and a MapTower in the place of the one that reads pixels."""
+    text = dict(text_width=WIDTH, text_layers=LAYERS, text_heads=HEADS, text_length=TEXT_LENGTH)
+    video = dict(image_size=16, video_width=WIDTH, video_layers=1, video_heads=HEADS)
+    sizes = dict(vocab_size=VOCAB_SIZE, embed_dim=config.embed_dim, num_concepts=num_concepts)
+    model = CLOP(ModelConfig(**text, **video, **sizes))
+    model.video = MapTower(*side.video.shape[1:], config)
+    return model
 
-    The concept head comes last, so that the other weights do not depend on it.
-    """
 
-    def __init__(self, video: nn.Module, text: nn.Module, embed_dim: int, num_concepts: int):
-        super().__init__()
-        self.video, self.text = video, text
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.concept_head = nn.Linear(embed_dim, num_concepts)
-
-    @classmethod
-    def build(cls, side: Side, num_concepts: int, config: "FeatureConfig") -> "Heads":
-        """One linear map per side, or the towers."""
-        E, drop = config.embed_dim, nn.Dropout(config.dropout)
-        if config.towers:
-            video = nn.Sequential(drop, FrameTower(*side.video.shape[1:], E))
-            return cls(video, TokenTower(E), E, num_concepts)
-        video = nn.Sequential(drop, nn.Linear(side.video.shape[1], E))
-        return cls(video, nn.Sequential(drop, nn.Linear(side.text.shape[1], E)), E, num_concepts)
-
-    def forward(self, video, text):
-        """The features of videos and captions -> unit vectors [B, E], [B', E], and the concept
-        logits of both."""
-        video_emb, text_emb = F.normalize(self.video(video)), F.normalize(self.text(text))
-        widen = video_emb.shape[1] ** 0.5  # to unit variance, as model.CLOP does
-        logits = (self.concept_head(emb * widen) for emb in (video_emb, text_emb))
-        return video_emb, text_emb, *logits
-
-    def embed(self, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors of all videos and captions of a side, [n_video, E] and [n_text, E]."""
-        video = [self.video(part) for part in side.video.split(1024)]
-        text = [self.text(part) for part in side.text.split(1024)]
-        return F.normalize(torch.cat(video)), F.normalize(torch.cat(text))
+def embed(model: CLOP, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors of all videos and captions of a side, [n_video, E] and [n_text, E]."""
+    video = [model.encode_video(part) for part in side.video.split(1024)]
+    texts = zip(side.tokens.split(1024), side.text_mask.split(1024))
+    return torch.cat(video), torch.cat([model.encode_text(*part) for part in texts])
 
 
 def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed=0):
@@ -322,23 +266,23 @@ def make_sampler(side: Side, vocab: ConceptVocab, fields: dict, batch_size, seed
 
 
 @torch.no_grad()
-def find_hardest(heads, side: Side, anchors, pool) -> np.ndarray:
-    """The captions of the pool that the heads take soonest for those of each anchor's video."""
-    heads.eval()
-    video_emb, text_emb = heads.embed(side)
-    heads.train()
+def find_hardest(model, side: Side, anchors, pool) -> np.ndarray:
+    """The captions of the pool that the model takes soonest for those of each anchor's video."""
+    model.eval()
+    video_emb, text_emb = embed(model, side)
+    model.train()
     videos, text_emb = video_emb[side.video_of_text[anchors]], text_emb[pool]
     hardest = [(rows @ text_emb.T).topk(64, dim=1).indices for rows in videos.split(1024)]
     return pool[torch.cat(hardest).numpy()]
 
 
-def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, seed: int):
-    """Heads trained by `clop_loss` with the fields of a variant."""
+def train(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, seed: int) -> CLOP:
+    """A model trained by `clop_loss` with the fields of a variant."""
     torch.manual_seed(seed)
-    heads = Heads.build(side, len(vocab), config)
-    heads.concept_head.bias.data.copy_(torch.from_numpy(vocab.log_odds))
-    matrices = [p for p in heads.parameters() if p.ndim == 2]
-    others = [p for p in heads.parameters() if p.ndim < 2]
+    model = build_model(side, len(vocab), config)
+    model.init_concept_bias(torch.from_numpy(vocab.log_odds))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
     groups = [
         dict(params=matrices, weight_decay=config.weight_decay),
         dict(params=others, weight_decay=0.0),
@@ -358,17 +302,18 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
 
     for epoch in range(config.epochs):
         is_guided = epoch >= fields["guided_from"] * config.epochs and epoch
-        find = functools.partial(find_hardest, heads, side) if is_guided else None
+        find = functools.partial(find_hardest, model, side) if is_guided else None
         for samples in sampler.plan(epoch, find_hardest=find):
             videos = side.video_of_text[samples]
             concepts = torch.from_numpy(held[samples].toarray())
             signature = np.stack([videos, side.meaning[samples]], axis=1)
             shown = side.video[videos[: config.batch_size]]
-            video_emb, text_emb, *concept_logits = heads(shown, side.text[samples])
+            texts = side.tokens[samples], side.text_mask[samples]
+            video_emb, text_emb, *concept_logits = model(shown, *texts)
             loss, _ = clop_loss(
                 video_emb,
                 text_emb,
-                heads.logit_scale,
+                model.logit_scale,
                 losses,
                 knowledge=concept_vectors(concepts, idf),
                 signature=torch.from_numpy(signature),
@@ -379,13 +324,13 @@ def train_heads(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureCo
             loss.backward()
             optimizer.step()
             schedule.step()
-    return heads.eval()
+    return model.eval()
 
 
 @torch.inference_mode()
-def measure(heads: Heads, side: Side, questions: np.ndarray) -> dict[str, float]:
+def measure(model: CLOP, side: Side, questions: np.ndarray) -> dict[str, float]:
     """Ranks and multiple choice on a gallery."""
-    video_emb, text_emb = heads.embed(side)
+    video_emb, text_emb = embed(model, side)
     metrics = summarize(retrieval_ranks(text_emb, video_emb, side.video_of_text))
     if len(questions):
         video = video_emb[side.video_of_text[questions[:, 0]]].double()  # [n, E]
@@ -419,21 +364,21 @@ def run_all(config: FeatureConfig, load=load_sides) -> None:
     if not todo:
         return
 
-    train, gallery = load(config)
-    vocab = ConceptVocab.build(train.knowledge)
+    training, gallery = load(config)
+    vocab = ConceptVocab.build(training.knowledge)
     questions = hard_questions(gallery, vocab)
-    counts = dict(videos=len(gallery.video), captions=len(gallery.text), questions=len(questions))
-    print(f"{len(train.text)} captions, {len(vocab)} concepts; gallery: {counts}", flush=True)
+    counts = dict(videos=len(gallery.video), captions=len(gallery.tokens), questions=len(questions))
+    print(f"{len(training.tokens)} captions, {len(vocab)} concepts; gallery: {counts}", flush=True)
     for seed, name, fields in todo:
         started = time.perf_counter()
-        heads = train_heads(train, vocab, fields, config, seed)
+        model = train(training, vocab, fields, config, seed)
         seconds = time.perf_counter() - started
-        metrics = measure(heads, gallery, questions)
+        metrics = measure(model, gallery, questions)
         record = dict(
             variant=name,
             seed=seed,
             metrics={key: round(value, 4) for key, value in metrics.items()},
-            logit_scale=round(heads.logit_scale.exp().item(), 3),
+            logit_scale=round(model.logit_scale.exp().item(), 3),
             seconds=round(seconds, 1),
             config=shared | fields,
             cores=os.cpu_count(),
@@ -460,8 +405,7 @@ def describe_group(runs: list[dict]) -> str:
     """One line: what all of these runs share."""
     first, config = runs[0], runs[0]["config"]
     names = ("epochs", "batch_size", "lr", "weight_decay", "dropout", "embed_dim")
-    chosen = "towers from scratch; " if config["towers"] else "linear maps; "
-    chosen += ", ".join(f"{name} {config[name]}" for name in names)
+    chosen = ", ".join(f"{name} {config[name]}" for name in names)
     seconds = np.mean([record["seconds"] for record in runs])
     commits = ", ".join(dict.fromkeys(record["commit"] for record in runs))
     return (
