@@ -158,6 +158,9 @@ class PairDataset:
         self.text_length = text_length
         self.held = concept_vocab.encode(knowledge)  # sparse [N, K]
         self.video_id = split.video_of_caption  # int64 [N]
+        # the share of a video's captions that hold a concept, sparse [videos, K]
+        num_captions = np.bincount(self.video_id)
+        self.share = sum_by_video(self.held, self.video_id, 1 / num_captions[self.video_id])
         self.meaning_id = meaning_ids(split.captions, knowledge)  # int64 [N]
 
     def __len__(self) -> int:
@@ -176,13 +179,21 @@ class PairDataset:
         captions = [self.split.captions[i] for i in samples]
         tokens, text_mask = self.tokenizer.encode_batch(captions, self.text_length)
         signature = np.stack([self.video_id[samples], self.meaning_id[samples]], axis=1)
+        shown = self.video_id[samples[: len(video)]]
         return dict(
             video=torch.from_numpy(video),
             tokens=tokens,
             text_mask=text_mask,
             concepts=torch.from_numpy(self.held[samples].toarray()),
+            video_concepts=torch.from_numpy(self.share[shown].toarray()),
             signature=torch.from_numpy(signature),
         )
+
+
+def sum_by_video(held: csr_array, video_id: np.ndarray, weight: np.ndarray) -> csr_array:
+    """What captions hold, sparse [N, K], summed over those of a video: sparse [videos, K]."""
+    of_video = csr_array((weight.astype(np.float32), (video_id, np.arange(len(video_id)))))
+    return of_video @ held
 
 
 class Job(NamedTuple):
@@ -330,8 +341,7 @@ class KnowledgeBatchSampler:
         self.held, self.video_id = held, np.asarray(video_id)
         self.num_said = held.sum(axis=1)  # [N], concepts of each caption
         # what all captions of a video say of it, [videos, K]
-        ones = np.ones(size, np.float32)
-        self.known = csr_array((ones, (self.video_id, np.arange(size)))) @ held
+        self.known = sum_by_video(held, self.video_id, np.ones(size))
         self.known.data[:] = 1
 
     def __len__(self) -> int:
@@ -354,7 +364,7 @@ class KnowledgeBatchSampler:
         groups = []
         if find_hardest and wanted:
             # some get into the group of another one before their turn; 256: a share for each rank
-            anchors = planned[: max(2 * wanted, 256)]
+            anchors = planned[: max(wanted * 3 // 2, 256)]
             pool = shuffled[: POOL * len(planned)]
             groups = self.make_groups(anchors, find_hardest(anchors, pool), wanted)
         captions = rng.integers(self.size, size=(num_batches, self.num_captions))

@@ -66,8 +66,9 @@ def info_nce(video_emb, text_emb, logit_scale):
 
 
 def skp_loss(concept_logits, concepts):
-    """Structural Knowledge Prediction: logits [n, K] of videos or captions, multi-hot concepts
-    [n, K] -> [n].
+    """Structural Knowledge Prediction: logits [n, K] of videos or captions, concepts [n, K] -> [n].
+
+    concepts: 1 for what a caption holds; for a video the share of its captions that hold it.
 
     Paper: SKP is "a simple task". We take a binary cross-entropy per concept, summed: each concept
     is a question of its own. One softmax shared by a caption's concepts was worse (docs/LOG.md).
@@ -93,6 +94,7 @@ def clop_loss(
     signature=None,
     concept_logits=None,
     concepts=None,
+    video_concepts=None,
     batch_size: int | None = None,
     num_captions: int | None = None,
     dtype: torch.dtype | None = None,
@@ -104,7 +106,8 @@ def clop_loss(
     captions without a video, negatives of every video. knowledge [n + x, M], for β > 0: unit rows
     whose dot product is κ (knowledge.concept_vectors). signature [n + x, S] int64: captions with an
     equal entry in any column are false negatives (video id, meaning id). concept_logits: of videos
-    and captions, [n, K] and [n + x, K]; concepts [n + x, K]: SKP's predictions and their target.
+    and captions, [n, K] and [n + x, K]; video_concepts [n, K], concepts [n + x, K]: SKP's
+    predictions and their targets.
     batch_size, num_captions: videos and captions of all ranks (None: as many on each). dtype, impl:
     see kernels. A loss that is not finite is returned, not raised: the caller looks.
     """
@@ -155,7 +158,7 @@ def clop_loss(
         loss = loss + config.hard_weight * parts["hard"]
     if config.skp_weight:
         of_videos, of_captions = concept_logits
-        skp = skp_loss(of_videos, concepts[:n]).sum() + skp_loss(of_captions, concepts).sum()
+        skp = skp_loss(of_videos, video_concepts).sum() + skp_loss(of_captions, concepts).sum()
         parts["skp"] = weight * skp
         loss = loss + config.skp_weight * parts["skp"]
     return loss, {name: part.detach() for name, part in parts.items()}

@@ -595,6 +595,7 @@ def loss_of(outputs: tuple, logit_scale, batch: dict, config: TrainConfig) -> tu
         signature=batch["signature"],
         concept_logits=concept_logits,
         concepts=batch["concepts"],
+        video_concepts=batch["video_concepts"],
         batch_size=config.batch_size,
         num_captions=config.batch_size + round(config.text_negatives * config.batch_size),
         dtype=torch.float16 if is_half(config, video_emb.device.type) else None,

@@ -60,6 +60,7 @@ def measure(config: BenchConfig) -> dict:
         tokens=torch.randint(sizes.vocab_size, (captions, sizes.text_length)),
         text_mask=torch.arange(sizes.text_length) < lengths[:, None],
         concepts=(torch.rand(captions, CONCEPTS) < 0.01).float(),
+        video_concepts=torch.rand(B, CONCEPTS) * 0.02,
         signature=torch.arange(captions)[:, None].repeat(1, 2),
     )
     batch = {name: x.to(device) for name, x in batch.items()}

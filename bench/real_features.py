@@ -55,7 +55,7 @@ from bench.frozen_features import video_features
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section
 from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run
-from data import KnowledgeBatchSampler
+from data import KnowledgeBatchSampler, sum_by_video
 from datasets.published import load_split
 from eval import (
     machine_facts,
@@ -297,6 +297,8 @@ def train(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
     held, idf = vocab.encode(side.knowledge), torch.from_numpy(vocab.idf)
+    num_captions = np.bincount(side.video_of_text)
+    share = sum_by_video(held, side.video_of_text, 1 / num_captions[side.video_of_text])
     loss_fields = {name: x for name, x in fields.items() if hasattr(LossConfig, name)}
     losses = LossConfig(**loss_fields)
 
@@ -319,6 +321,7 @@ def train(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, 
                 signature=torch.from_numpy(signature),
                 concept_logits=concept_logits,
                 concepts=concepts,
+                video_concepts=torch.from_numpy(share[videos[: config.batch_size]].toarray()),
             )
             optimizer.zero_grad()
             loss.backward()

@@ -80,6 +80,7 @@ def test_a_batch_has_all_that_the_model_needs(dataset):
         "tokens": (torch.int64, (3, length)),
         "text_mask": (torch.bool, (3, length)),
         "concepts": (torch.float32, (3, num_concepts)),
+        "video_concepts": (torch.float32, (3, num_concepts)),
         "signature": (torch.int64, (3, 2)),
     }
     assert batch["signature"][:, 0].tolist() == [1, 0, 5]
@@ -90,6 +91,9 @@ def test_a_batch_has_all_that_the_model_needs(dataset):
     tokens = batch["tokens"][0][batch["text_mask"][0]]
     assert dataset.tokenizer.decode(tokens.tolist()) == "the cat chases a ball"
     assert (batch["concepts"].numpy() == dataset.held[[3, 0, 11]].toarray()).all()
+    both = dataset.held[[2, 3]].toarray()  # the captions of the first one's video
+    np.testing.assert_allclose(batch["video_concepts"][0], both.mean(axis=0))
+    assert batch["video_concepts"].shape == more["video_concepts"].shape
     # all that the cache keeps
     cached = dataset.cache.get(dataset.split.video_paths[1])
     np.testing.assert_array_equal(batch["video"][0], cached)

@@ -71,6 +71,7 @@ def embeddings(B, rank, parts):
         video_emb=unit(B),
         text_emb=unit(captions),
         concepts=concepts,
+        video_concepts=torch.rand(B, 9, generator=g, dtype=torch.float64),
         knowledge=F.normalize(concepts, dim=1),
         video_logits=torch.randn(B, 9, generator=g, dtype=torch.float64),
         text_logits=torch.randn(captions, 9, generator=g, dtype=torch.float64),
@@ -131,6 +132,7 @@ def step_gradients(case, ranks=ALONE):
         tokens=torch.randint(64, (captions, 8), generator=g),
         text_mask=torch.arange(8) < lengths[:, None],
         concepts=(torch.rand(captions, 9, generator=g) < 0.3).float(),
+        video_concepts=torch.rand(B, 9, generator=g),
         signature=torch.randint(9, (captions, 2), generator=g),
     )
     batch["knowledge"] = concept_vectors(batch["concepts"], torch.ones(9))

@@ -30,6 +30,7 @@ def problem(dtype=torch.float64, scale=10.0, alone=0):
         logit_scale=torch.tensor(math.log(scale), dtype=dtype, requires_grad=True),
         knowledge=F.normalize(concepts, dim=1),
         concepts=concepts,
+        video_concepts=concepts[:12] * torch.rand(12, 1, dtype=dtype),
         concept_logits=(
             torch.randn(12, 9, dtype=dtype, requires_grad=True),
             torch.randn(captions, 9, dtype=dtype, requires_grad=True),
@@ -59,8 +60,8 @@ def by_hand(p, config: LossConfig):
                 hardest = negatives.topk(config.hard_k).values
                 hard = hard + torch.cat([positive[None], hardest]).logsumexp(0) - positive
 
-    for logits in p["concept_logits"]:
-        for y, z in zip(p["concepts"], logits):
+    for targets, logits in zip((p["video_concepts"], p["concepts"]), p["concept_logits"]):
+        for y, z in zip(targets, logits):
             if config.skp_weight and y.sum():
                 skp = skp - (y * z.sigmoid().log() + (1 - y) * (-z).sigmoid().log()).sum() / B
     return total / (2 * B) + config.hard_weight * hard / (2 * B) + config.skp_weight * skp

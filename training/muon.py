@@ -40,5 +40,6 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)  # 3.4445 x − 4.7750 (x xᵀ) x + 2.0315 (x xᵀ)² x
     return (x.T if is_tall else x).to(matrix.dtype)
