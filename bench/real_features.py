@@ -103,11 +103,11 @@ class FeatureConfig:
     gallery: Literal["tune", "val"] = "val"  # tune: 300 training videos, held out
     variants: str = "base skp all"  # of VARIANTS, or changed: NAME:field=value,…
     seeds: int = 5  # seeds 0 … n − 1
-    epochs: int = 4  # of all captions
+    epochs: int = 3  # of all captions
     batch_size: int = 256  # pairs
     lr: float = 1e-3  # peak learning rate; cosine to zero
     weight_decay: float = 0.1  # of matrices
-    dropout: float = 0.5  # of the features
+    dropout: float = 0.5  # of the channels of the maps
     embed_dim: int = 256  # E
     cache: str = "cache"  # features, extracted knowledge
     results: str = "bench/results/real_features.jsonl"  # a line for each run
@@ -221,7 +221,8 @@ class MapTower(nn.Module):
 
     def __init__(self, frames: int, places: int, channels: int, config: FeatureConfig):
         super().__init__()
-        self.read = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, WIDTH))
+        self.drop = nn.Dropout(config.dropout)
+        self.read = nn.Linear(channels, WIDTH)
         self.when = nn.Parameter(torch.zeros(frames, WIDTH))
         self.where = nn.Parameter(torch.zeros(places, WIDTH))
         blocks = [Block(WIDTH, HEADS, quick_gelu=False) for _ in range(LAYERS)]
@@ -231,7 +232,8 @@ class MapTower(nn.Module):
         init_tower(self, WIDTH, LAYERS)
 
     def forward(self, maps):
-        x = self.read(maps) + self.when[:, None] + self.where  # [B, T, P, WIDTH]
+        kept = self.drop(maps.new_ones(len(maps), 1, 1, maps.shape[-1]))  # channels, in all places
+        x = self.read(maps * kept) + self.when[:, None] + self.where  # [B, T, P, WIDTH]
         return self.norm_out(self.blocks(x.flatten(1, 2))).mean(dim=1)
 
 
