@@ -14,11 +14,12 @@ KCL pushes  a_ij = s·v_i·t_j + β·κ_ij for j ≠ i, where κ_ij in [0, 1] is
             A second InfoNCE, of the positive against its k hardest negatives, may be added.
             (Which captions meet in a batch at all is decided by data.KnowledgeBatchSampler.)
 
-SKP pulls   the embedding of a video, and that of each caption, predict the concepts of the caption.
-            Those that share concepts share targets, hence directions. y_i = multi-hot of C_i,
-            z_i = the K logits of video i, and again of caption i:
-                L_SKP = 1/B Σ_i Σ_z −Σ_c [y_ic log σ(z_ic) + (1 − y_ic) log(1 − σ(z_ic))]
-            A caption without any concept counts as zero.
+SKP pulls   the features of a caption predict its concepts, those of a video what its captions hold.
+            What shares concepts shares targets, hence directions. With K logits z of a caption or
+            a video and its targets y (y_c = 1 if the caption holds concept c, else 0; for a video
+            the share of its captions that hold c):
+                L_SKP = 1/B Σ −Σ_c [y_c log σ(z_c) + (1 − y_c) log(1 − σ(z_c))]
+            summed over videos and captions; one without any concept counts as zero.
 
 With β = 0, k = 0, no signature and no SKP the result is plain InfoNCE, exactly.
 
