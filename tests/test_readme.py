@@ -149,9 +149,8 @@ $ -m bench.ablation --variants "skp:text_negatives=1 all:text_negatives=0" --see
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
-$ -m bench.real_features --towers
-  --variants "base skp all skp:text_negatives=1 all:text_negatives=0"
-= tests/test_real_features.py: def test_towers_from_scratch_learn(
+$ -m bench.real_features
+= tests/test_real_features.py: def test_towers_learn_with_each_part(
 $ -m bench.real_features --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
 $ -m bench.scaling --measure
