@@ -158,9 +158,8 @@ class PairDataset:
         self.text_length = text_length
         self.held = concept_vocab.encode(knowledge)  # sparse [N, K]
         self.video_id = split.video_of_caption  # int64 [N]
-        # the share of a video's captions that hold a concept, sparse [videos, K]
-        num_captions = np.bincount(self.video_id)
-        self.share = sum_by_video(self.held, self.video_id, 1 / num_captions[self.video_id])
+        # the captions of a video have equal shares in it: sparse [videos, N]
+        self.shares = by_video(self.video_id, 1 / np.bincount(self.video_id)[self.video_id])
         self.meaning_id = meaning_ids(split.captions, knowledge)  # int64 [N]
 
     def __len__(self) -> int:
@@ -180,20 +179,23 @@ class PairDataset:
         tokens, text_mask = self.tokenizer.encode_batch(captions, self.text_length)
         signature = np.stack([self.video_id[samples], self.meaning_id[samples]], axis=1)
         shown = self.video_id[samples[: len(video)]]
+        video_concepts = self.shares[shown] @ self.held  # the share of its captions that hold one
         return dict(
             video=torch.from_numpy(video),
             tokens=tokens,
             text_mask=text_mask,
             concepts=torch.from_numpy(self.held[samples].toarray()),
-            video_concepts=torch.from_numpy(self.share[shown].toarray()),
+            video_concepts=torch.from_numpy(video_concepts.toarray()),
             signature=torch.from_numpy(signature),
         )
 
 
-def sum_by_video(held: csr_array, video_id: np.ndarray, weight: np.ndarray) -> csr_array:
-    """What captions hold, sparse [N, K], summed over those of a video: sparse [videos, K]."""
-    of_video = csr_array((weight.astype(np.float32), (video_id, np.arange(len(video_id)))))
-    return of_video @ held
+def by_video(video_id: np.ndarray, weight: np.ndarray) -> csr_array:
+    """Weights of captions [N], each in the row of its video: sparse [videos, N].
+
+    Times what the captions hold, it is the weighted sum for each video.
+    """
+    return csr_array((weight.astype(np.float32), (video_id, np.arange(len(video_id)))))
 
 
 class Job(NamedTuple):
@@ -341,7 +343,7 @@ class KnowledgeBatchSampler:
         self.held, self.video_id = held, np.asarray(video_id)
         self.num_said = held.sum(axis=1)  # [N], concepts of each caption
         # what all captions of a video say of it, [videos, K]
-        self.known = sum_by_video(held, self.video_id, np.ones(size))
+        self.known = by_video(self.video_id, np.ones(size)) @ held
         self.known.data[:] = 1
 
     def __len__(self) -> int:

@@ -55,7 +55,7 @@ from bench.frozen_features import video_features
 from bench.paired import append_run, group_runs, markdown_tables, read_runs, replace_section
 from captions.tokenizer import Tokenizer
 from cli import UserError, parse_config, run
-from data import KnowledgeBatchSampler, sum_by_video
+from data import KnowledgeBatchSampler, by_video
 from datasets.published import load_split
 from eval import (
     machine_facts,
@@ -299,8 +299,8 @@ def train(side: Side, vocab: ConceptVocab, fields: dict, config: FeatureConfig, 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
     held, idf = vocab.encode(side.knowledge), torch.from_numpy(vocab.idf)
-    num_captions = np.bincount(side.video_of_text)
-    share = sum_by_video(held, side.video_of_text, 1 / num_captions[side.video_of_text])
+    weight = 1 / np.bincount(side.video_of_text)[side.video_of_text]
+    share = by_video(side.video_of_text, weight) @ held
     loss_fields = {name: x for name, x in fields.items() if hasattr(LossConfig, name)}
     losses = LossConfig(**loss_fields)
 
