@@ -144,13 +144,13 @@ $ -m datasets.toyworld --folder cache/toy-5000 --train 0 --val 0 --test 5000
 $ -m bench.ablation --variants "base skp all" --seeds 5 --split test
   --eval="--task toy --data cache/toy-5000"
 = tests/test_ablation.py: def test_a_real_run_leaves_its_line(
-$ -m bench.ablation --variants "skp:text_negatives=1 all:text_negatives=0" --seeds 5 --split test
-  --eval="--task toy --data cache/toy-5000"
-= tests/test_ablation.py: def test_a_real_run_leaves_its_line(
 $ -m bench.ablation --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
 $ -m bench.real_features
 = tests/test_real_features.py: def test_towers_learn_with_each_part(
+$ -m bench.real_features --towers
+  --variants "base skp all skp:text_negatives=1 all:text_negatives=0"
+= docs/ablation.md: **Of commit 190e63d, before
 $ -m bench.real_features --table
 = tests/test_ablation.py: def test_the_page_says_what_the_records_say(
 $ -m bench.scaling --measure
