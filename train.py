@@ -91,7 +91,7 @@ class MethodFlags(LossConfig):
     skp_weight: float = 0.5  # SKP: weight of the concept prediction
     beta: float = 0.0  # KCL: how much shared knowledge raises a negative's logit; did not help
     mask_false_negatives: bool = True  # KCL: same video, knowledge or text is never a negative
-    text_negatives: float = 1.0  # KCL: captions without their video, a pair; real clips: try 0
+    text_negatives: float = 1.0  # KCL: random captions without their video, a pair
     guided_share: float = 1.0  # KCL: share of a batch in groups that the model mixes up …
     guided_from: float = 0.2  # … after this share of the steps …
     group_size: int = 8  # … of so many each
