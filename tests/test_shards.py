@@ -249,7 +249,7 @@ def test_too_many_broken_videos_end_it(tmp_path, clip):
     dataset = Names(tmp_path, clip, ["good" if i % 10 else f"gone{i}" for i in range(200)])
     assert len(list(dataset.batches(max_broken=0.2))) == 50 and len(dataset.split.broken) == 20
     with pytest.raises(UserError, match="6 of .. videos read so far.*5% of --max-broken"):
-        list(dataset.batches(max_broken=0.05))
+        list(dataset.batches(max_broken=0.05, workers=1))  # two may each meet one at once
     with pytest.raises(UserError, match="1 of 1 videos read so far cannot be used"):
         list(Names(tmp_path, clip, ["gone"]).batches())
 
