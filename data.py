@@ -412,16 +412,17 @@ class KnowledgeBatchSampler:
     def deal(self, groups: list, planned: np.ndarray, num_batches: int) -> np.ndarray:
         """Each batch begins with its share of the groups; the rest of `planned` fills it."""
         is_free = np.ones(self.size, bool)
-        is_free[[sample for group in groups for sample in group]] = False
+        for group in groups:
+            is_free[group] = False
         others, used = planned[is_free[planned]], 0
 
         batches = []
         for n in range(num_batches):
-            guided = [sample for group in groups[n::num_batches] for sample in group]
-            num_others = self.batch_size - len(guided)
-            batches.append([*guided, *others[used : used + num_others]])
+            guided = groups[n::num_batches]
+            num_others = self.batch_size - self.group_size * len(guided)
+            batches.append(np.concatenate([*guided, others[used : used + num_others]]))
             used += num_others
-        return np.array(batches)
+        return np.stack(batches)
 
 
 def find_overlapping(words: csr_array, anchors: np.ndarray, pool: np.ndarray) -> np.ndarray:
